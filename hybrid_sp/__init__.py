@@ -1,0 +1,36 @@
+"""Sequence parallelism for hybrid language models: linear attention by LASP-2, softmax attention by AllGather-KV.
+
+Tensors are [batch, tokens on this rank, heads, dim]. Names of tensors and comments use one legend:
+
+    B  batch                      P  ranks of the sequence axis     K  key dim
+    T  tokens on this rank        N  chunks                         V  value dim
+    L  tokens in the sequence     C  tokens in a chunk              D  model dim, or head dim of softmax attention
+    H  heads                      G  key (and softmax value) heads  S  a state [B,H,K,V]
+    s  spans of this rank         n  spans of the sequence          z  the normaliser's state [B,H,K]
+
+An `axis` is of a mesh, a `dim` of a tensor. A rank owns spans of the sequence; a span is cut into chunks.
+"""
+
+from .collectives import ledger
+from .delta import delta_rule
+from .gradients import sum_gradients
+from .halo import short_conv, token_shift
+from .layout import Shard
+from .linear import linear_attention
+from .mesh import SequenceParallel, init_mesh
+from .overlap import checkpoint_contexts
+from .softmax import softmax_attention
+
+__all__ = [
+    "SequenceParallel",
+    "Shard",
+    "checkpoint_contexts",
+    "delta_rule",
+    "init_mesh",
+    "ledger",
+    "linear_attention",
+    "short_conv",
+    "softmax_attention",
+    "sum_gradients",
+    "token_shift",
+]

@@ -1,0 +1,43 @@
+"""Gradients of a run: each rank's are its contribution, and the sum over ranks is the total."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from . import collectives
+from .collectives import Group
+
+
+def sum_gradients(parameters: Iterable[Tensor], group: Group, tokens: int) -> int:
+    """Turn gradients of this rank's summed token losses into that of the mean over all valid tokens, in place.
+
+        p.grad = (sum over ranks of p.grad) / (sum over ranks of tokens)
+
+    parameters  the same on all ranks, in the same order; a gradient that is None counts as zero
+    group       all ranks that hold a part of the batch, dp and sp together; None for one device
+    tokens      valid tokens whose losses this rank has summed, also over accumulated batches; may be 0
+
+    Returns the number of valid tokens of all ranks. Sums are in the gradients' dtype, at least fp32. Raises ValueError
+    if no rank has a valid token. There is no mean of means: ranks with unequal counts weigh by their tokens.
+    """
+    parameters = [p for p in parameters if p.requires_grad]
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    grads = [p.grad for p in parameters if p.grad is not None]
+    device = grads[0].device if grads else torch.device("cpu")
+    count = torch.tensor(tokens, dtype=torch.int64, device=device)
+    total = int(collectives.all_reduce(count, group, tag="tokens").item())
+    if total == 0:
+        raise ValueError("sum_gradients: no rank has a valid token in this step; its loss has no mean")
+    wide = {p: torch.promote_types(p.dtype, torch.float32) for p in grads}
+    for dtype in sorted(set(wide.values()), key=str):
+        chosen = [grad for grad in grads if wide[grad] == dtype]
+        flat = torch.cat([grad.reshape(-1).to(dtype) for grad in chosen])
+        collectives.all_reduce(flat, group, tag="gradients").div_(total)
+        for grad, part in zip(chosen, flat.split([grad.numel() for grad in chosen]), strict=True):
+            grad.copy_(part.view_as(grad))
+    return total

@@ -1,0 +1,334 @@
+"""Chunkwise linear attention on one device, in three phases that a sequence-parallel schedule can come between.
+
+    S_t = diag(exp(g_t)) S_(t-1) + k_t v_t^T          o_t = scale * q_t S_t
+
+With h_c the state that enters chunk c if its span began empty, P_t the sum of g from the chunk's start through t, R_t
+the sum after t to the chunk's end, D_c the sum of g over the span's chunks before c, and S_in the state that enters the
+span:
+
+    states   h_(c+1) = exp(g summed over c) h_c + sum over t in c of (exp(R_t) k_t) v_t^T
+    intra    o_t  = scale * sum over s <= t of (q_t . exp(g_(s+1) + ... + g_t) k_s) v_s            (s, t in one chunk)
+    inter    o_t += scale * (exp(P_t) q_t) (h_c + exp(D_c) S_in)
+
+Each phase is a pair of plain functions, `x_forward` and `x_backward`, that work through blocks of chunks with bounded
+temporaries. Decays g are natural logs, None | [B,T,H] | [B,T,H,K], finite and at most 0. Only sums of g over runs of
+tokens are exponentiated, so no exponent is ever positive. Everything is in one dtype, fp32 or fp64.
+
+Sources: chunkwise form, GLA (arXiv 2312.06635, section 4) and Mamba-2 (arXiv 2405.21060, section 6).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .chunks import Block, Chunks, between, running_sum
+
+
+def _over_state(decay: Tensor, ndim: int) -> Tensor:
+    """exp of a log decay [..., H] or [..., H, K], ready to multiply a state [..., H, K, V] of `ndim` dims."""
+    factor = decay.exp().unsqueeze(-1)
+    return factor if factor.ndim == ndim else factor.unsqueeze(-1)
+
+
+def _over_tokens(decay: Tensor) -> Tensor:
+    """exp of a log decay [N, C] or [N, C, K], ready to multiply [N, C, K]."""
+    factor = decay.exp()
+    return factor if factor.ndim == 3 else factor.unsqueeze(-1)
+
+
+def _decay_gradient(product: Tensor, g: Tensor) -> Tensor:
+    """Gradient of a log decay from (factor * its gradient) [..., K]: summed over K where the decay is one number."""
+    return product if product.ndim == g.ndim else product.sum(-1)
+
+
+
+
+
+def states_forward(k: Tensor, v: Tensor, g: Tensor | None, chunks: Chunks) -> tuple[Tensor, Tensor | None]:
+    """States that enter each chunk (and leave each span), every span beginning empty.
+
+    k [B,T,G,K], v [B,T,H,V], g None | [B,T,H] | [B,T,H,K]. Returns h [B,H,slots,K,V] (see `Chunks.slots`) and the log
+    decay of each chunk, None | [B,H,chunks] | [B,H,chunks,K].
+    """
+    batch, _, heads, width = v.shape
+    h = k.new_empty(batch, heads, chunks.slots, k.shape[-1], width)
+    totals = None if g is None else g.new_empty(batch, heads, chunks.count, *g.shape[3:])
+    for block in chunks:
+        k_NCK = block.load(k, heads)
+        decays = None
+        if g is not None and totals is not None:
+            g_NC = block.load(g, heads)
+            k_NCK.mul_(_over_tokens(running_sum(g_NC, "after")))
+            decays = g_NC.sum(1).unflatten(0, (batch, heads, block.count))
+            totals[:, :, block.chunks] = decays
+            decays = _over_state(decays, 5)
+        added = (k_NCK.mT @ block.load(v, heads)).unflatten(0, (batch, heads, block.count))
+        if block.slot == 0 or block.slot - 1 in chunks.leaving:
+            h[:, :, block.slot] = 0
+        for n in range(block.count):
+            here, after = h[:, :, block.slot + n], h[:, :, block.slot + n + 1]
+            if decays is None:
+                torch.add(added[:, :, n], here, out=after)
+            else:
+                torch.addcmul(added[:, :, n], decays[:, :, n], here, out=after)
+    return h, totals
+
+
+def states_backward(
+    dh: Tensor | None,
+    d_leaving: Tensor | None,
+    d_totals: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    h: Tensor,
+    totals: Tensor | None,
+    chunks: Chunks,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients dk, dv, dg from those of the entering states dh [B,H,slots,K,V], of the states that leave the spans
+    d_leaving [spans,B,H,K,V] and of the chunks' log decays."""
+    batch, _, heads, _ = v.shape
+    dk, dv = torch.empty_like(k), torch.empty_like(v)
+    dg = None if g is None else torch.empty_like(g)
+    d_after = torch.zeros_like(h[:, :, 0])
+    for block in reversed(chunks):
+        if block.slot + block.count in chunks.leaving:
+            d_after = torch.zeros_like(d_after) if d_leaving is None else d_leaving[block.span]
+        decays = None if totals is None else _over_state(totals[:, :, block.chunks], 5)
+        d_added = h.new_empty(batch, heads, block.count, *h.shape[3:])
+        for n in reversed(range(block.count)):
+            d_added[:, :, n] = d_after
+            d_enter = d_after if decays is None else d_after * decays[:, :, n]
+            d_after = d_enter if dh is None else d_enter + dh[:, :, block.slot + n]
+        flat = d_added.flatten(0, 2)
+        k_NCK, v_NCV = block.load(k, heads), block.load(v, heads)
+        dk_NCK = v_NCV @ flat.mT
+        if g is None or dg is None or decays is None:
+            block.store(dv, k_NCK @ flat)
+        else:
+            after = running_sum(block.load(g, heads), "after")
+            factor = _over_tokens(after)
+            block.store(dv, (k_NCK * factor) @ flat)
+            dk_NCK.mul_(factor)
+            d_after_sum = _decay_gradient(dk_NCK * k_NCK, after)
+            d_total = (d_added * h[:, :, block.states]).sum(-1, keepdim=True)
+            if g.ndim == 3:
+                d_total = d_total.sum(-2, keepdim=True)
+            d_total = (d_total * decays).squeeze(-1) if g.ndim == 4 else (d_total * decays)[..., 0, 0]
+            if d_totals is not None:
+                d_total = d_total + d_totals[:, :, block.chunks]
+            block.store(dg, running_sum(d_after_sum, "before") + d_total.flatten(0, 2).unsqueeze(1))
+        block.store(dk, dk_NCK)
+    return dk, dv, dg
+
+
+
+
+
+def intra_forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float, chunks: Chunks) -> Tensor:
+    """The part of o [B,T,H,V] that comes from tokens of the same chunk."""
+    heads = v.shape[2]
+    o = torch.empty_like(v)
+    for block in chunks:
+        weights, _ = _weights(block, q, k, g, scale, heads)
+        block.store(o, weights @ block.load(v, heads))
+    return o
+
+
+def intra_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float, chunks: Chunks
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients dq, dk, dv, dg of `intra_forward`."""
+    heads = v.shape[2]
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    dg = None if g is None else torch.empty_like(g)
+    for block in chunks:
+        do_NCV = block.load(do, heads)
+        weights, scores = _weights(block, q, k, g, scale, heads)
+        block.store(dv, weights.mT @ do_NCV)
+        d_weights = (do_NCV @ block.load(v, heads).mT).tril_()
+        dq_NCK, dk_NCK, dg_NC = scores.backward(d_weights, weights)
+        block.store(dq, dq_NCK.mul_(scale))
+        block.store(dk, dk_NCK)
+        if dg is not None and dg_NC is not None:
+            block.store(dg, dg_NC)
+    return dq, dk, dv, dg
+
+
+def _weights(
+    block: Block, q: Tensor, k: Tensor, g: Tensor | None, scale: float, heads: int
+) -> tuple[Tensor, _ScalarScores | _VectorScores]:
+    """Weight of token s in the output of token t, [(B H N), C, C], zero for s > t; and how it was made."""
+    q_NCK, k_NCK = block.load(q, heads).mul_(scale), block.load(k, heads)
+    if g is not None and g.ndim == 4:
+        vector = _VectorScores(q_NCK, k_NCK, block.load(g, heads))
+        return vector.weights(), vector
+    scalar = _ScalarScores(q_NCK, k_NCK, None if g is None else block.load(g, heads))
+    return scalar.weights(), scalar
+
+
+class _ScalarScores:
+    """Weights under no decay or one decay per head: (q k^T) * exp(sums of g between s and t)."""
+
+    def __init__(self, q: Tensor, k: Tensor, g: Tensor | None) -> None:
+        self.q, self.k, self.g = q, k, g
+        self.decay = None if g is None else between(g).exp_()
+
+    def weights(self) -> Tensor:
+        weights = self.q @ self.k.mT
+        if self.decay is not None:
+            weights.mul_(self.decay)
+        return weights.tril_()
+
+    def backward(self, d_weights: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        dg = None
+        if self.decay is not None:
+            moved = (d_weights * weights).tril_(-1)
+            dg = running_sum(moved.sum(2) - moved.sum(1), "from")
+            d_weights = d_weights.mul_(self.decay)
+        return d_weights @ self.k, d_weights.mT @ self.q, dg
+
+
+class _VectorScores:
+    """Weights under a decay per key channel, by halving: a chunk is two halves with a rectangle between them, and each
+    half is two quarters, and so on. In a rectangle every pair (s, t) is parted by the middle m, so its decay is
+    exp(sum over (s, m]) * exp(sum over (m, t]) with both exponents at most 0, and the rectangle is one matrix product.
+    Sums are built upwards from single tokens. The diagonal has no decay."""
+
+    def __init__(self, q: Tensor, k: Tensor, g: Tensor) -> None:
+        self.q, self.k = q, k
+        self.levels: list[tuple[int, Tensor, Tensor]] = []  # half length, decay of the right half's q, of the left's k
+        through, after = g.clone(), torch.zeros_like(g)
+        half = 1
+        while half < g.shape[1]:
+            pairs = (-1, (g.shape[1] // (2 * half), 2, half))
+            right, left = through.unflatten(1, pairs[1])[:, :, 1], after.unflatten(1, pairs[1])[:, :, 0]
+            self.levels.append((half, right.exp(), left.exp()))
+            left += right[:, :, -1:]
+            right += through.unflatten(1, pairs[1])[:, :, 0, -1:]
+            half *= 2
+
+    @staticmethod
+    def _halves(x: Tensor, half: int) -> tuple[Tensor, Tensor]:
+        """Left and right halves, [N, pairs, half, K] each."""
+        pairs = x.unflatten(1, (x.shape[1] // (2 * half), 2, half))
+        return pairs[:, :, 0], pairs[:, :, 1]
+
+    @staticmethod
+    def _rectangles(square: Tensor, half: int) -> Tensor:
+        """The rectangles (t in a right half, s in its left half) of [N, C, C], as a view [N, pairs, half, half]."""
+        count = square.shape[1] // (2 * half)
+        blocks = square.unflatten(2, (count, 2, half)).unflatten(1, (count, 2, half))
+        return blocks[:, :, 1, :, :, 0].diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+
+    def weights(self) -> Tensor:
+        weights = torch.diag_embed((self.q * self.k).sum(-1))
+        for half, right, left in self.levels:
+            q_right, k_left = self._halves(self.q, half)[1] * right, self._halves(self.k, half)[0] * left
+            self._rectangles(weights, half).copy_(q_right @ k_left.mT)
+        return weights
+
+    def backward(self, d_weights: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        dq, dk = torch.zeros_like(self.q), torch.zeros_like(self.k)
+        for half, right, left in self.levels:
+            d_rectangle = self._rectangles(d_weights, half)
+            q_right, k_left = self._halves(self.q, half)[1] * right, self._halves(self.k, half)[0] * left
+            self._halves(dq, half)[1].addcmul_(d_rectangle @ k_left, right)
+            self._halves(dk, half)[0].addcmul_(d_rectangle.mT @ q_right, left)
+        dg = running_sum(self.q * dq - self.k * dk, "from")
+        diagonal = d_weights.diagonal(dim1=1, dim2=2).unsqueeze(-1)
+        return dq.addcmul_(diagonal, self.k), dk.addcmul_(diagonal, self.q), dg
+
+
+
+
+
+def _before_chunks(totals: Tensor, chunks: Chunks) -> Tensor:
+    """D: log decay from the start of its span to the start of each chunk, shaped like `totals`."""
+    before = torch.zeros_like(totals)
+    for span in range(len(chunks.bounds) - 1):
+        here = chunks.of_span(span)
+        before[:, :, here.start + 1 : here.stop] = totals[:, :, here.start : here.stop - 1].cumsum(2)
+    return before
+
+
+def _entering(block: Block, h: Tensor, before: Tensor | None, S_in: Tensor | None) -> Tensor:
+    """h_c + exp(D_c) S_in for the chunks of a block, [(B H N), K, V]."""
+    states = h[:, :, block.states]
+    if S_in is not None:
+        carried = S_in[block.span].unsqueeze(2)
+        states = states + carried if before is None else states + _over_state(before[:, :, block.chunks], 5) * carried
+    return states.flatten(0, 2)
+
+
+def inter_forward(
+    o_intra: Tensor,
+    q: Tensor,
+    g: Tensor | None,
+    h: Tensor,
+    totals: Tensor | None,
+    S_in: Tensor | None,
+    scale: float,
+    chunks: Chunks,
+) -> Tensor:
+    """Add to o_intra, in place, what the entering states contribute. S_in [spans,B,H,K,V], or None where none enters."""
+    heads = o_intra.shape[2]
+    before = None if totals is None or S_in is None else _before_chunks(totals, chunks)
+    for block in chunks:
+        q_NCK = block.load(q, heads).mul_(scale)
+        if g is not None:
+            q_NCK.mul_(_over_tokens(running_sum(block.load(g, heads), "through")))
+        block.store(o_intra, torch.baddbmm(block.load(o_intra, heads), q_NCK, _entering(block, h, before, S_in)))
+    return o_intra
+
+
+def inter_backward(
+    do: Tensor,
+    q: Tensor,
+    g: Tensor | None,
+    h: Tensor,
+    totals: Tensor | None,
+    S_in: Tensor | None,
+    scale: float,
+    chunks: Chunks,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    """Gradients dq, dg, dh, d_totals, dS_in of `inter_forward` (that of o_intra is `do` itself)."""
+    batch, _, heads, _ = do.shape
+    before = None if totals is None or S_in is None else _before_chunks(totals, chunks)
+    dq, dh = torch.empty_like(q), torch.empty_like(h)
+    dg = None if g is None else torch.empty_like(g)
+    dS_in = None if S_in is None else torch.zeros_like(S_in)
+    d_before = None if before is None else torch.empty_like(before)
+    for slot in chunks.leaving:
+        dh[:, :, slot] = 0
+    for block in chunks:
+        do_NCV = block.load(do, heads)
+        q_NCK = block.load(q, heads).mul_(scale)
+        factor, through = None, None
+        if g is not None:
+            through = running_sum(block.load(g, heads), "through")
+            factor = _over_tokens(through)
+            q_NCK.mul_(factor)
+        dq_NCK = do_NCV @ _entering(block, h, before, S_in).mT
+        if dg is not None and through is not None and factor is not None:
+            block.store(dg, running_sum(_decay_gradient(dq_NCK * q_NCK, through), "from"))
+            dq_NCK.mul_(factor)
+        block.store(dq, dq_NCK.mul_(scale))
+        d_states = (q_NCK.mT @ do_NCV).unflatten(0, (batch, heads, block.count))
+        dh[:, :, block.states] = d_states
+        if S_in is not None and dS_in is not None:
+            if before is None or d_before is None:
+                dS_in[block.span] += d_states.sum(2)
+            else:
+                d_carried = d_states.mul_(_over_state(before[:, :, block.chunks], 5))
+                dS_in[block.span] += d_carried.sum(2)
+                d_factor = (d_carried * S_in[block.span].unsqueeze(2)).sum(-1)
+                d_before[:, :, block.chunks] = _decay_gradient(d_factor, before)
+    d_totals = None if d_before is None else torch.zeros_like(d_before)
+    if d_before is not None and d_totals is not None:
+        for span in range(len(chunks.bounds) - 1):
+            here = chunks.of_span(span)
+            after = d_before[:, :, here.start + 1 : here.stop].flip(2).cumsum(2).flip(2)
+            d_totals[:, :, here.start : here.stop - 1] = after
+    return dq, dg, dh, d_totals, dS_in

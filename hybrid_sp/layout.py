@@ -1,0 +1,169 @@
+"""Which tokens a rank holds, and how tensors are cut into and joined from the ranks' parts.
+
+A sequence of L tokens is cut into n spans, span i = [i*L//n, (i+1)*L//n), so lengths differ by at most one token. A rank
+holds its spans one after the other, in sequence order.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import collectives
+from .collectives import Header
+
+if TYPE_CHECKING:
+    from .mesh import SequenceParallel
+
+LAYOUTS = ("contiguous", "zigzag")
+NO_LABEL = -100  # label of a token that has no next token; torch's cross_entropy ignores it
+
+
+def spans_of(rank: int, ranks: int, layout: str) -> tuple[int, ...]:
+    """Indices of the spans that a rank owns, ascending: (r,) of P spans, or (r, 2P-1-r) of 2P."""
+    return (rank,) if layout == "contiguous" else (rank, 2 * ranks - 1 - rank)
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """One rank's part of a sequence. Two shards of one sequence are equal on all ranks but for `sp.rank`.
+
+    sp       how the sequence is cut
+    length   tokens in the whole sequence (L)
+    calls    numbers the operator calls on this shard
+    """
+
+    sp: SequenceParallel
+    length: int
+    calls: Iterator[int] = field(default_factory=itertools.count, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.length < len(self.bounds) - 1:
+            raise ValueError(
+                f"a sequence of {self.length} tokens cannot be cut into {len(self.bounds) - 1} spans "
+                f'({self.sp.size} ranks, layout "{self.sp.layout}"): use longer sequences or fewer ranks'
+            )
+
+    @cached_property
+    def bounds(self) -> tuple[int, ...]:
+        """First token of every span of the sequence, and L."""
+        count = self.sp.size * len(spans_of(0, self.sp.size, self.sp.layout))
+        return tuple(i * self.length // count for i in range(count + 1))
+
+    @property
+    def span_count(self) -> int:
+        """Spans in the whole sequence."""
+        return len(self.bounds) - 1
+
+    @cached_property
+    def own(self) -> tuple[int, ...]:
+        """Indices of this rank's spans."""
+        return spans_of(self.sp.rank, self.sp.size, self.sp.layout)
+
+    @cached_property
+    def owners(self) -> tuple[tuple[int, int], ...]:
+        """For every span of the sequence: the rank that owns it, and its place among that rank's spans."""
+        place = {}
+        for rank in range(self.sp.size):
+            for slot, span in enumerate(spans_of(rank, self.sp.size, self.sp.layout)):
+                place[span] = (rank, slot)
+        return tuple(place[span] for span in range(self.span_count))
+
+    def spans_at(self, rank: int) -> list[tuple[int, int]]:
+        """[(start, end), ...] of a rank's spans, in sequence order."""
+        return [(self.bounds[i], self.bounds[i + 1]) for i in spans_of(rank, self.sp.size, self.sp.layout)]
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """[(start, end), ...] of this rank's spans, in sequence order."""
+        return self.spans_at(self.sp.rank)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens on this rank (T)."""
+        return sum(end - start for start, end in self.spans)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Position of each local token in its document, LongTensor [T]."""
+        return torch.cat([torch.arange(start, end) for start, end in self.spans])
+
+    def take(self, x: Tensor, dim: int = 1) -> Tensor:
+        """This rank's tokens of x, whose `dim` is the whole sequence. Its gradient is zero outside them."""
+        if x.shape[dim] != self.length:
+            raise ValueError(f"take: dim {dim} of x has {x.shape[dim]} tokens, the sequence has {self.length}")
+        return torch.cat([x.narrow(dim, start, end - start) for start, end in self.spans], dim)
+
+    def gather(self, x_local: Tensor, dim: int = 1) -> Tensor:
+        """The whole sequence, of which every rank gives its tokens along `dim`. Its backward sums over ranks."""
+        self.require_tokens("gather", x=x_local.shape[dim])
+        return _Gather.apply(self, x_local, dim)
+
+    def labels(self, tokens_BL: Tensor) -> Tensor:
+        """Next token of each local token, [B, T]: shifted first, then cut. Where there is none: -100."""
+        last = torch.full_like(tokens_BL[:, :1], NO_LABEL)
+        return self.take(torch.cat([tokens_BL[:, 1:], last], 1), 1)
+
+    def require_tokens(self, operator: str, **lengths: int) -> None:
+        """Raise ValueError unless every named tensor has this rank's number of tokens."""
+        for name, length in lengths.items():
+            if length != self.tokens:
+                raise ValueError(
+                    f"{operator}: {name} has {length} tokens, rank {self.sp.rank} of {self.sp.size} holds "
+                    f"{self.tokens} of {self.length}; cut it with shard.take"
+                )
+
+    # Tensors on the wire have the longest rank's number of tokens, zero after a shorter rank's own.
+
+    @cached_property
+    def _longest(self) -> int:
+        return max(sum(end - start for start, end in self.spans_at(rank)) for rank in range(self.sp.size))
+
+    def pad(self, x_local: Tensor, dim: int) -> Tensor:
+        """A rank's tokens, filled up to the longest rank's number."""
+        short = self._longest - x_local.shape[dim]
+        return F.pad(x_local, (0, 0) * (x_local.ndim - 1 - dim % x_local.ndim) + (0, short)) if short else x_local
+
+    def join(self, x_P: Tensor, dim: int) -> Tensor:
+        """The whole sequence from the padded parts of all ranks, [P, ...]; `dim` is the tokens' in a part."""
+        pieces = [x_P[0].narrow(dim, 0, 0)] * self.span_count
+        for rank in range(self.sp.size):
+            offset = 0
+            for span in spans_of(rank, self.sp.size, self.sp.layout):
+                tokens = self.bounds[span + 1] - self.bounds[span]
+                pieces[span] = x_P[rank].narrow(dim, offset, tokens)
+                offset += tokens
+        return torch.cat(pieces, dim)
+
+    def split(self, x: Tensor, dim: int) -> Tensor:
+        """The padded parts of all ranks, [P, ...], from the whole sequence: the adjoint of `join`."""
+        parts = []
+        for rank in range(self.sp.size):
+            spans = [x.narrow(dim, start, end - start) for start, end in self.spans_at(rank)]
+            parts.append(self.pad(torch.cat(spans, dim), dim))
+        return torch.stack(parts)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, shard: Shard, x_local: Tensor, dim: int) -> Tensor:
+        ctx.shard, ctx.dim = shard, dim
+        header = Header(tag="gather", call=next(shard.calls), check=shard.sp.check)
+        ctx.call = header.call
+        return shard.join(collectives.start_all_gather(shard.pad(x_local, dim), shard.sp.group, header).wait(), dim)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dx: Tensor) -> tuple[None, Tensor, None]:
+        shard, dim = ctx.shard, ctx.dim
+        header = Header(tag="gather", direction="backward", call=ctx.call, check=shard.sp.check)
+        mine = collectives.start_reduce_scatter(shard.split(dx, dim), shard.sp.group, header).wait()
+        return None, mine.narrow(dim, 0, shard.tokens), None

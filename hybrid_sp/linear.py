@@ -1,0 +1,252 @@
+"""Linear attention whose sequence is cut over ranks: LASP-2 for every decay that acts on the key channels.
+
+    S_t = diag(exp(g_t)) S_(t-1) + k_t v_t^T          o_t = scale * q_t S_t
+
+The schedule is `_causal` below; the mathematics of a phase is in `kernels/linear.py`, of the exchange in `state.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .exchange import EXCHANGES
+from .kernels import linear as kernel
+from .kernels.chunks import Chunks, cut
+from .layout import Shard
+from .public import compute_dtype, operator, require, shard_of
+from .overlap import Call, finish, start
+
+State = Tensor | tuple[Tensor, Tensor]
+
+EPSILON = 1e-10  # added to the normaliser's denominator
+
+
+@operator
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    log_decay: Tensor | None = None,
+    bonus: Tensor | None = None,
+    shard: Shard | None = None,
+    scale: float | None = None,
+    causal: bool = True,
+    normalize: bool = False,
+    initial_state: State | None = None,
+    return_final_state: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, State]:
+    """Linear attention with any diagonal decay, over the sequence of which `shard` holds this rank's tokens.
+
+    Per head, with a_t = exp(log_decay_t):
+
+        S_t = diag(a_t) S_(t-1) + k_t v_t^T          o_t = scale * q_t S_t
+
+    normalize=True also keeps z_t = diag(a_t) z_(t-1) + k_t and returns o_t / (scale * q_t z_t + 1e-10), for features
+    that are not negative. causal=False reads the state of the whole sequence at every token; it takes no decay and no
+    states.
+
+    q, k        [B,T,G,K]; value head h reads key head h // (H // G)
+    v           [B,T,H,V], H a multiple of G; q, k and v share a dtype, and o has it
+    log_decay   natural logs, finite, at most 0: None | [H] (fixed per head) | [B,T,H] | [B,T,H,K]; any float dtype
+    scale       None is K**-0.5
+    shard       this rank's part of the sequence (`SequenceParallel.shard`), None for one device
+    initial_state       state before the first token of the sequence [B,H,K,V], with normalize (S, z [B,H,K]); equal on
+                        all ranks. Each rank's gradient is its contribution: their sum is the gradient
+    return_final_state  also return the state after the last token, equal on all ranks; in backward the gradients that
+                        the ranks give it are summed. States are fp32 (fp64 for fp64)
+
+    Returns o [B,T,H,V], or (o, final_state). Communicates one all-gather forward and one backward, of a size that does
+    not depend on T. Raises ValueError for shapes and dtypes that do not fit, before any communication.
+
+    Sources: LASP-2, arXiv 2502.07563, algorithms 1 to 4; decays as in arXiv 2307.08621 ([H]), 2405.21060 ([B,T,H]),
+    2312.06635 ([B,T,H,K]).
+    """
+    if bonus is not None:
+        raise NotImplementedError("linear_attention(bonus=...) is not built yet")
+    shard = shard_of(shard, q)
+    _check(q, k, v, log_decay, shard, causal, initial_state, return_final_state, normalize, backend)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    dtype = compute_dtype(q)
+    width = v.shape[-1]
+    q_, k_, v_ = q.to(dtype), k.to(dtype), v.to(dtype)
+    g = None if log_decay is None else log_decay.to(dtype)
+    if normalize:
+        v_ = torch.cat([v_, v_.new_ones(*v_.shape[:-1], 1)], -1)
+    initial = None
+    if initial_state is not None:
+        initial = torch.cat([initial_state[0], initial_state[1].unsqueeze(-1)], -1) if normalize else initial_state
+        initial = initial.to(dtype)
+
+    if causal:
+        o, final = _causal(q_, k_, v_, g, initial, return_final_state, scale, shard)
+    else:
+        o, final = _bidirectional(q_, k_, v_, scale, shard), None
+    if normalize:
+        o = o[..., :width] / (o[..., width:] + EPSILON)
+    o = o.to(q.dtype)
+    if final is None:
+        return o
+    return o, (final[..., :width], final[..., width]) if normalize else final
+
+
+def _causal(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    initial: Tensor | None,
+    final: bool,
+    scale: float,
+    shard: Shard,
+) -> tuple[Tensor, Tensor | None]:
+    """LASP-2, algorithm 2; its mirror image, algorithm 4, is what autograd makes of it."""
+    chunks = cut([end - begin for begin, end in shard.spans], v.shape[0] * v.shape[2])
+    fixed = None
+    if g is not None and g.ndim == 1:
+        fixed = torch.tensor([b - a for a, b in zip(shard.bounds, shard.bounds[1:], strict=False)]).to(g)
+        fixed = (fixed[:, None] * g.detach()).unsqueeze(1)  # [n,1,H]: every rank knows every span's decay
+        g = g.expand(*v.shape[:3])
+    h, leaving, totals = _States.apply(k, v, g, chunks)
+    if shard.span_count == 1 and initial is None and not final:  # no later span and no final state reads a summary
+        return _Inter.apply(_Intra.apply(q, k, v, g, scale, chunks), q, g, h, totals, None, scale, chunks), None
+    exchange = EXCHANGES[shard.sp.linear](shard, fixed, final)
+    with Call(shard, "linear") as call:
+        token = start(call, exchange, leaving, _span_decays(totals, chunks))
+        o_intra = _Intra.apply(q, k, v, g, scale, chunks)
+        entering, S_final = finish(call, exchange, token, initial)
+    o = _Inter.apply(o_intra, q, g, h, totals, entering, scale, chunks)
+    return o, S_final if final else None
+
+
+def _bidirectional(q: Tensor, k: Tensor, v: Tensor, scale: float, shard: Shard) -> Tensor:
+    """LASP-2, algorithms 1 and 3: every query reads the sum over all spans, and nothing hides the gather."""
+    heads = v.shape[2]
+    q, k = (x.repeat_interleave(heads // x.shape[2], 2) for x in (q, k))
+    lengths = [end - begin for begin, end in shard.spans]
+    pairs = zip(k.split(lengths, 1), v.split(lengths, 1), strict=True)
+    summaries = torch.stack([torch.einsum("bthk,bthv->bhkv", *pair) for pair in pairs])
+    exchange = EXCHANGES[shard.sp.linear](shard, None, True)
+    with Call(shard, "linear") as call:
+        _, total = finish(call, exchange, start(call, exchange, summaries, None), None)
+    return torch.einsum("bthk,bhkv->bthv", q * scale, total)
+
+
+def _span_decays(totals: Tensor | None, chunks: Chunks) -> Tensor | None:
+    """Log decay of each span, [spans,B,H] or [spans,B,H,K], from that of its chunks."""
+    if totals is None:
+        return None
+    return torch.stack([totals[:, :, chunks.of_span(i)].sum(2) for i in range(len(chunks.leaving))])
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    shard: Shard,
+    causal: bool,
+    initial_state: State | None,
+    return_final_state: bool,
+    normalize: bool,
+    backend: str,
+) -> None:
+    name = "linear_attention"
+    require(backend in ("auto", "torch"), name, f'backend must be "auto" or "torch", got {backend!r}')
+    require(q.ndim == k.ndim == v.ndim == 4, name, "q, k and v must be [batch, tokens, heads, dim]")
+    require(q.shape == k.shape, name, f"q and k must have one shape, got {tuple(q.shape)} and {tuple(k.shape)}")
+    require(q.shape[:2] == v.shape[:2], name, f"v {tuple(v.shape)} must have the batch and tokens of q {tuple(q.shape)}")
+    require(
+        v.shape[2] % q.shape[2] == 0, name, f"v has {v.shape[2]} heads, not a multiple of the {q.shape[2]} key heads"
+    )
+    require(q.dtype == k.dtype == v.dtype, name, f"q, k, v must share a dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    require(q.dtype.is_floating_point, name, f"q, k, v must be floating point, got {q.dtype}")
+    shard.require_tokens(name, q=q.shape[1])
+    heads, key = v.shape[2], q.shape[3]
+    if log_decay is not None:
+        allowed = [(heads,), (*v.shape[:3],), (*v.shape[:3], key)]
+        require(
+            tuple(log_decay.shape) in allowed,
+            name,
+            f"log_decay must be one of {allowed}, got {tuple(log_decay.shape)}",
+        )
+    if not causal:
+        for given, what in ((log_decay, "log_decay"), (initial_state, "initial_state")):
+            require(given is None, name, f"causal=False takes no {what}")
+        require(not return_final_state, name, "causal=False has no final state; return_final_state must be False")
+    if initial_state is not None:
+        parts = initial_state if isinstance(initial_state, tuple) else (initial_state,)
+        shapes = [(q.shape[0], heads, key, v.shape[3]), (q.shape[0], heads, key)][: 2 if normalize else 1]
+        require(
+            [tuple(part.shape) for part in parts] == shapes,
+            name,
+            f"initial_state must have the shapes {shapes}, got {[tuple(part.shape) for part in parts]}",
+        )
+
+
+class _States(torch.autograd.Function):
+    """Phase 1. Returns h, the states that leave the spans [s,B,H,K,V], and the chunks' log decays."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, k: Tensor, v: Tensor, g: Tensor | None, chunks: Chunks
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        h, totals = kernel.states_forward(k, v, g, chunks)
+        ctx.chunks = chunks
+        ctx.save_for_backward(k, v, g, h, totals)
+        ctx.set_materialize_grads(False)
+        return h, torch.stack([h[:, :, slot] for slot in chunks.leaving]), totals
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dh: Tensor | None, d_leaving: Tensor | None, d_totals: Tensor | None) -> Any:
+        return *kernel.states_backward(dh, d_leaving, d_totals, *ctx.saved_tensors, ctx.chunks), None
+
+
+class _Intra(torch.autograd.Function):
+    """Phase 2, independent of every other rank."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float, chunks: Chunks
+    ) -> Tensor:
+        ctx.save_for_backward(q, k, v, g)
+        ctx.scale, ctx.chunks = scale, chunks
+        return kernel.intra_forward(q, k, v, g, scale, chunks)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor) -> Any:
+        return *kernel.intra_backward(do, *ctx.saved_tensors, ctx.scale, ctx.chunks), None, None
+
+
+class _Inter(torch.autograd.Function):
+    """Phase 3: adds the part of the entering states to the output of phase 2, in its place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        o_intra: Tensor,
+        q: Tensor,
+        g: Tensor | None,
+        h: Tensor,
+        totals: Tensor | None,
+        S_in: Tensor | None,
+        scale: float,
+        chunks: Chunks,
+    ) -> Tensor:
+        ctx.save_for_backward(q, g, h, totals, S_in)
+        ctx.scale, ctx.chunks = scale, chunks
+        ctx.mark_dirty(o_intra)
+        return kernel.inter_forward(o_intra, q, g, h, totals, S_in, scale, chunks)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor) -> Any:
+        dq, dg, dh, d_totals, dS_in = kernel.inter_backward(do, *ctx.saved_tensors, ctx.scale, ctx.chunks)
+        return do, dq, dg, dh, d_totals, dS_in, None, None

@@ -1,0 +1,87 @@
+"""Pure algebra of affine states: what a run of tokens does to a linear layer's state, and its adjoint.
+
+A run of tokens maps the state that enters it to the one that leaves it,
+
+    S_out = A S_in + B,
+
+so it is the pair `AffineState(transition A, state B)`, whose size does not depend on the number of tokens. Here A is
+diagonal and kept as a log decay a: None (A = I), [..., H] (A = exp(a)) or [..., H, K] (A = diag(exp(a))), beside a
+state [..., H, K, V]. Spans are stacked in a leading dim, in sequence order. No communication happens here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class AffineState(NamedTuple):
+    """S_out = exp(transition) S_in + state. transition None | [..., H] | [..., H, K]; state [..., H, K, V]."""
+
+    transition: Tensor | None
+    state: Tensor
+
+
+def apply(transition: Tensor | None, state: Tensor) -> Tensor:
+    """A S. Diagonal transitions equal their transpose, so this is also A^T S."""
+    if transition is None:
+        return state
+    return transition.exp().reshape(transition.shape + (1,) * (state.ndim - transition.ndim)) * state
+
+
+def compose(later: AffineState, earlier: AffineState) -> AffineState:
+    """The run of `earlier` followed by `later`: (A2 A1, A2 B1 + B2)."""
+    transition = None
+    if earlier.transition is not None and later.transition is not None:
+        transition = earlier.transition + later.transition
+    return AffineState(transition, apply(later.transition, earlier.state) + later.state)
+
+
+def span(spans: AffineState, i: int) -> AffineState:
+    """The i-th of stacked spans."""
+    return AffineState(None if spans.transition is None else spans.transition[i], spans.state[i])
+
+
+def fold_forward(spans: AffineState, initial: Tensor | None) -> list[Tensor]:
+    """States that enter each of n stacked spans, and last the one that leaves them all: n + 1 of [..., H, K, V].
+
+    S_in(0) = S_0;  S_in(i+1) = A_i S_in(i) + B_i.
+    """
+    states = [torch.zeros_like(spans.state[0]) if initial is None else initial]
+    for i in range(len(spans.state)):
+        states.append(compose(span(spans, i), AffineState(None, states[-1])).state)
+    return states
+
+
+def fold_backward(transitions: Tensor | None, d_entering: Sequence[Tensor], d_final: Tensor | None) -> list[Tensor]:
+    """Gradients of the states that leave each span, from those of the states that enter them.
+
+    dS_out(n-1) = dS_final;  dS_out(i-1) = A_i^T dS_out(i) + dS_in(i).
+    """
+    d_after = torch.zeros_like(d_entering[0]) if d_final is None else d_final
+    d_leaving = [d_after]
+    for i in range(len(d_entering) - 1, 0, -1):
+        d_after = apply(None if transitions is None else transitions[i], d_after) + d_entering[i]
+        d_leaving.append(d_after)
+    return d_leaving[::-1]
+
+
+def fold_initial(
+    transitions: Tensor | None, own: Sequence[int], d_entering: Sequence[Tensor], d_final: Tensor | None
+) -> Tensor:
+    """This rank's part of dS_0: sum over its spans of (A_0^T ... A_(i-1)^T) dS_in(i), and all of them on dS_final."""
+    parts = []
+    for i, d_state in zip(own, d_entering, strict=True):
+        parts.append(apply(None if transitions is None else transitions[:i].sum(0), d_state))
+    if d_final is not None:
+        parts.append(apply(None if transitions is None else transitions.sum(0), d_final))
+    return torch.stack(parts).sum(0)
+
+
+def transition_gradient(transition: Tensor, d_leaving: Tensor, entering: Tensor) -> Tensor:
+    """Gradient of a log decay a: (A S_in) . dS_out, summed over the dims that the decay does not have."""
+    product = apply(transition, entering) * d_leaving
+    return product.sum(tuple(range(transition.ndim - product.ndim, 0)))

@@ -1,0 +1,109 @@
+"""The truth that the tests hold the engine against: one token after another, as the equations are written.
+
+    S_t = a_t S_(t-1) + k_t v_t^T        o_t = scale * q_t S_t        (a_t scalar per head, or a vector over K)
+
+Plain torch in the dtype of q (float64 in tests), differentiable by autograd, no code shared with the engine.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NORMALIZER_EPS = 1e-10
+
+LinearState = Tensor | tuple[Tensor, Tensor]
+
+
+def linear_attention_loop(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = True,
+    normalize: bool = False,
+    initial_state: LinearState | None = None,
+) -> tuple[Tensor, LinearState]:
+    """o [B,T,H,V] and the final state, S [B,H,K,V] or (S, z [B,H,K]) with normalize.
+
+    q, k [B,T,G,K] (value head h reads key head h // (H // G)); v [B,T,H,V]; log_decay None, [H], [B,T,H] or [B,T,H,K].
+    With normalize z_t = a_t z_(t-1) + k_t and o_t is divided by scale * q_t z_t + 1e-10. Not causal: every token reads
+    the sum over all tokens; decay and initial state do not exist then.
+    """
+    if not causal and (log_decay is not None or initial_state is not None):
+        raise ValueError("the bidirectional form has no decay and no initial state")
+    B, T, H, V = v.shape
+    G, K = q.shape[2:]
+    q = (q * (K**-0.5 if scale is None else scale)).repeat_interleave(H // G, dim=2)
+    k = k.repeat_interleave(H // G, dim=2)
+    decay = torch.ones_like(k) if log_decay is None else decay_of_every_token(log_decay.to(k.dtype), k)
+
+    S, z = q.new_zeros(B, H, K, V), q.new_zeros(B, H, K)
+    if initial_state is not None:
+        S, z = initial_state if isinstance(initial_state, tuple) else (initial_state, z)
+        if isinstance(initial_state, tuple) != normalize:
+            raise ValueError("the initial state is (S, z) with normalize, and S without")
+    states = []
+    for t in range(T):
+        S = decay[:, t, :, :, None] * S + k[:, t, :, :, None] * v[:, t, :, None, :]
+        z = decay[:, t] * z + k[:, t]
+        states.append((S, z))
+    outputs = []
+    for t in range(T):
+        S_read, z_read = states[t] if causal else states[-1]
+        o = torch.einsum("bhk,bhkv->bhv", q[:, t], S_read)
+        if normalize:
+            o = o / (torch.einsum("bhk,bhk->bh", q[:, t], z_read)[..., None] + NORMALIZER_EPS)
+        outputs.append(o)
+    return torch.stack(outputs, dim=1), (S, z) if normalize else S
+
+
+def decay_of_every_token(log_decay: Tensor, k: Tensor) -> Tensor:
+    """exp(log_decay), written out as [B,T,H,K]."""
+    missing_dims = {1: log_decay[None, None, :, None], 3: log_decay[..., None], 4: log_decay}
+    return missing_dims[log_decay.dim()].exp().expand_as(k)
+
+
+def softmax_attention_loop(q: Tensor, k: Tensor, v: Tensor, causal: bool = True, scale: float | None = None) -> Tensor:
+    """softmax(scale * q k^T) v as dense math. q [B,T,Hq,D]; k, v [B,T,Hkv,D]; query head h reads h // (Hq // Hkv)."""
+    T, heads, D = q.shape[1:]
+    k = k.repeat_interleave(heads // k.shape[2], dim=2)
+    v = v.repeat_interleave(heads // v.shape[2], dim=2)
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * (D**-0.5 if scale is None else scale)
+    if causal:
+        later = torch.ones(T, k.shape[1], dtype=torch.bool).triu(1)
+        scores = scores.masked_fill(later, float("-inf"))
+    return torch.einsum("bhij,bjhd->bihd", scores.softmax(dim=-1), v)
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    """|got - want| / |want| over the whole tensor, in float64; where want is all zero, 0.0 or infinity."""
+    if got.shape != want.shape:
+        raise AssertionError(f"shapes differ: got {tuple(got.shape)}, want {tuple(want.shape)}")
+    difference = torch.linalg.vector_norm(got.detach().double() - want.detach().double()).item()
+    size = torch.linalg.vector_norm(want.detach().double()).item()
+    if size == 0.0:
+        return 0.0 if difference == 0.0 else float("inf")
+    return difference / size
+
+
+def assert_close(name: str, got: Tensor | None, want: Tensor | None, bound: float) -> None:
+    """relative(got, want) <= bound, for one tensor; name says which, on which rank, in which case."""
+    if got is None or want is None:
+        assert got is want, f"{name}: got {describe(got)}, want {describe(want)}"
+        return
+    assert got.shape == want.shape, f"{name}: got {describe(got)}, want {describe(want)}"
+    error = relative(got, want)
+    if not error <= bound:  # NaN fails too
+        difference = (got.detach().double() - want.detach().double()).abs()
+        worst = difference.nan_to_num(float("inf")).flatten().argmax().item() if got.numel() else 0
+        index = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), got.shape))
+        raise AssertionError(
+            f"{name}: relative error {error:.3g} is over {bound:g}; worst at {index}: "
+            f"got {got[index].item():.6g}, want {want[index].item():.6g}"
+        )
+
+
+def describe(x: Tensor | None) -> str:
+    return "None" if x is None else f"{x.dtype} {tuple(x.shape)}"
