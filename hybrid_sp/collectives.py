@@ -57,9 +57,7 @@ class Ledger:
 
     rows: list[Row] = field(default_factory=list)
 
-    def select(
-        self, collective: str | None = None, tag: str | None = None, direction: str | None = None
-    ) -> list[Row]:
+    def select(self, collective: str | None = None, tag: str | None = None, direction: str | None = None) -> list[Row]:
         """Rows that match every given field."""
         wanted = (("collective", collective), ("tag", tag), ("direction", direction))
         return [row for row in self.rows if all(want in (None, getattr(row, name)) for name, want in wanted)]

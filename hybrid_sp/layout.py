@@ -1,7 +1,7 @@
 """Which tokens a rank holds, and how tensors are cut into and joined from the ranks' parts.
 
-A sequence of L tokens is cut into n spans, span i = [i*L//n, (i+1)*L//n), so lengths differ by at most one token. A rank
-holds its spans one after the other, in sequence order.
+A sequence of L tokens is cut into n spans, span i = [i*L//n, (i+1)*L//n), so lengths differ by at most one token. A
+rank holds its spans one after the other, in sequence order.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ from .exchange import EXCHANGES
 from .kernels import linear as kernel
 from .kernels.chunks import Chunks, cut
 from .layout import Shard
-from .public import compute_dtype, operator, require, shard_of
 from .overlap import Call, finish, start
+from .public import compute_dtype, operator, require, shard_of
 
 State = Tensor | tuple[Tensor, Tensor]
 
@@ -78,10 +78,9 @@ def linear_attention(
     g = None if log_decay is None else log_decay.to(dtype)
     if normalize:
         v_ = torch.cat([v_, v_.new_ones(*v_.shape[:-1], 1)], -1)
-    initial = None
-    if initial_state is not None:
-        initial = torch.cat([initial_state[0], initial_state[1].unsqueeze(-1)], -1) if normalize else initial_state
-        initial = initial.to(dtype)
+    initial = initial_state if isinstance(initial_state, Tensor) else None
+    if isinstance(initial_state, tuple):
+        initial = torch.cat([initial_state[0], initial_state[1].unsqueeze(-1)], -1)
 
     if causal:
         o, final = _causal(q_, k_, v_, g, initial, return_final_state, scale, shard)
@@ -112,15 +111,18 @@ def _causal(
         fixed = torch.tensor([b - a for a, b in zip(shard.bounds, shard.bounds[1:], strict=False)]).to(g)
         fixed = (fixed[:, None] * g.detach()).unsqueeze(1)  # [n,1,H]: every rank knows every span's decay
         g = g.expand(*v.shape[:3])
-    h, leaving, totals = _States.apply(k, v, g, chunks)
-    if shard.span_count == 1 and initial is None and not final:  # no later span and no final state reads a summary
-        return _Inter.apply(_Intra.apply(q, k, v, g, scale, chunks), q, g, h, totals, None, scale, chunks), None
-    exchange = EXCHANGES[shard.sp.linear](shard, fixed, final)
+    entering = S_final = None
     with Call(shard, "linear") as call:
-        token = start(call, exchange, leaving, _span_decays(totals, chunks))
-        o_intra = _Intra.apply(q, k, v, g, scale, chunks)
-        entering, S_final = finish(call, exchange, token, initial)
-    o = _Inter.apply(o_intra, q, g, h, totals, entering, scale, chunks)
+        carry = _Carry()
+        h, leaving, totals = _States.apply(carry, k, v, g, chunks)
+        exchanged = shard.span_count > 1 or initial is not None or final  # else nobody reads a summary
+        if exchanged:
+            exchange = EXCHANGES[shard.sp.linear](shard, fixed, final)
+            token = start(call, exchange, leaving, _span_decays(totals, chunks))
+        o_intra = _Intra.apply(carry, q, k, v, g, h, totals, scale, chunks)
+        if exchanged:
+            entering, S_final = finish(call, exchange, token, initial)
+        o = _Inter.apply(carry, o_intra, q, g, h, totals, entering, scale, chunks)
     return o, S_final if final else None
 
 
@@ -160,7 +162,9 @@ def _check(
     require(backend in ("auto", "torch"), name, f'backend must be "auto" or "torch", got {backend!r}')
     require(q.ndim == k.ndim == v.ndim == 4, name, "q, k and v must be [batch, tokens, heads, dim]")
     require(q.shape == k.shape, name, f"q and k must have one shape, got {tuple(q.shape)} and {tuple(k.shape)}")
-    require(q.shape[:2] == v.shape[:2], name, f"v {tuple(v.shape)} must have the batch and tokens of q {tuple(q.shape)}")
+    require(
+        q.shape[:2] == v.shape[:2], name, f"v {tuple(v.shape)} must have the batch and tokens of q {tuple(q.shape)}"
+    )
     require(
         v.shape[2] % q.shape[2] == 0, name, f"v has {v.shape[2]} heads, not a multiple of the {q.shape[2]} key heads"
     )
@@ -187,6 +191,26 @@ def _check(
             name,
             f"initial_state must have the shapes {shapes}, got {[tuple(part.shape) for part in parts]}",
         )
+        dtype = compute_dtype(q)
+        require(
+            all(part.dtype == dtype for part in parts),
+            name,
+            f"initial_state must be {dtype} for {q.dtype}, got {[part.dtype for part in parts]}",
+        )
+
+
+class _Carry:
+    """What one backward pass hands from phase to phase, beside what autograd hands: `_Inter` the entering states to
+    `_Intra`, and that its dk, dv, dg to `_States`, which adds its own. So every gradient is summed and written once."""
+
+    def __init__(self) -> None:
+        self.entering: Tensor | None = None
+        self.grads: tuple[Tensor, Tensor, Tensor | None] | None = None
+
+    def take_grads(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        grads, self.grads = self.grads, None
+        assert grads is not None, "backward of the states before that of the tokens within chunks"
+        return grads
 
 
 class _States(torch.autograd.Function):
@@ -194,10 +218,10 @@ class _States(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, k: Tensor, v: Tensor, g: Tensor | None, chunks: Chunks
+        ctx: Any, carry: _Carry, k: Tensor, v: Tensor, g: Tensor | None, chunks: Chunks
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         h, totals = kernel.states_forward(k, v, g, chunks)
-        ctx.chunks = chunks
+        ctx.carry, ctx.chunks = carry, chunks
         ctx.save_for_backward(k, v, g, h, totals)
         ctx.set_materialize_grads(False)
         return h, torch.stack([h[:, :, slot] for slot in chunks.leaving]), totals
@@ -205,24 +229,39 @@ class _States(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dh: Tensor | None, d_leaving: Tensor | None, d_totals: Tensor | None) -> Any:
-        return *kernel.states_backward(dh, d_leaving, d_totals, *ctx.saved_tensors, ctx.chunks), None
+        k, v, g, h, totals = ctx.saved_tensors
+        grads = ctx.carry.take_grads()
+        return None, *kernel.states_backward(dh, d_leaving, d_totals, k, v, g, h, totals, ctx.chunks, grads), None
 
 
 class _Intra(torch.autograd.Function):
-    """Phase 2, independent of every other rank."""
+    """Phase 2, independent of every other rank. It takes h so that autograd runs its backward before phase 1's."""
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float, chunks: Chunks
+        ctx: Any,
+        carry: _Carry,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor | None,
+        h: Tensor,
+        totals: Tensor | None,
+        scale: float,
+        chunks: Chunks,
     ) -> Tensor:
-        ctx.save_for_backward(q, k, v, g)
-        ctx.scale, ctx.chunks = scale, chunks
+        ctx.save_for_backward(q, k, v, g, h, totals)
+        ctx.carry, ctx.scale, ctx.chunks = carry, scale, chunks
         return kernel.intra_forward(q, k, v, g, scale, chunks)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor) -> Any:
-        return *kernel.intra_backward(do, *ctx.saved_tensors, ctx.scale, ctx.chunks), None, None
+        q, k, v, g, h, totals = ctx.saved_tensors
+        entering, ctx.carry.entering = ctx.carry.entering, None
+        dq, *grads = kernel.intra_backward(do, q, k, v, g, h, totals, entering, ctx.scale, ctx.chunks)
+        ctx.carry.grads = tuple(grads)
+        return None, dq, None, None, None, None, None, None, None
 
 
 class _Inter(torch.autograd.Function):
@@ -231,6 +270,7 @@ class _Inter(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        carry: _Carry,
         o_intra: Tensor,
         q: Tensor,
         g: Tensor | None,
@@ -241,12 +281,14 @@ class _Inter(torch.autograd.Function):
         chunks: Chunks,
     ) -> Tensor:
         ctx.save_for_backward(q, g, h, totals, S_in)
-        ctx.scale, ctx.chunks = scale, chunks
+        ctx.carry, ctx.scale, ctx.chunks = carry, scale, chunks
         ctx.mark_dirty(o_intra)
         return kernel.inter_forward(o_intra, q, g, h, totals, S_in, scale, chunks)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor) -> Any:
-        dq, dg, dh, d_totals, dS_in = kernel.inter_backward(do, *ctx.saved_tensors, ctx.scale, ctx.chunks)
-        return do, dq, dg, dh, d_totals, dS_in, None, None
+        q, g, h, totals, S_in = ctx.saved_tensors
+        dh, d_totals, dS_in = kernel.inter_backward(do, q, g, h, totals, S_in, ctx.scale, ctx.chunks)
+        ctx.carry.entering = S_in
+        return None, do, None, None, dh, d_totals, dS_in, None, None

@@ -20,9 +20,7 @@ from .layout import LAYOUTS, Shard
 _PLANNED = {"linear": ("ring", "pipeline", "doubling", "auto"), "softmax": ("ring", "ulysses", "megatron")}
 
 
-def init_mesh(
-    dp: int = 1, sp: int = 1, device: str = "cpu", timeout: timedelta = timedelta(minutes=10)
-) -> DeviceMesh:
+def init_mesh(dp: int = 1, sp: int = 1, device: str = "cpu", timeout: timedelta = timedelta(minutes=10)) -> DeviceMesh:
     """Mesh with the axes "dp" (replicas of the model) and "sp" (pieces of a sequence); sp ranks are neighbours.
 
     Starts the process group where none exists: of torchrun's processes, or of this process alone. gloo serves the CPU,

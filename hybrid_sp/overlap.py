@@ -73,7 +73,7 @@ class Call:
         """Launch the gradients' collective. `backward_result` waits for it; or, where autograd needs no gradient
         beyond this point and never gets there, the end of the backward pass."""
         self._backward = self._in_flight(launch())
-        Variable._execution_engine.queue_callback(self._drain_backward)  # type: ignore[attr-defined]
+        Variable._execution_engine.queue_callback(self._drain_backward)
 
     def backward_result(self) -> Any:
         pending, self._backward = self._backward, None

@@ -153,8 +153,8 @@ class _Own(torch.autograd.Function):
         dk, dv = (torch.zeros_like(x, dtype=dq.dtype) for x in (k, v))
         for b in ctx.blocks:
             rows = slice(b.first, b.last)
-            of_whole = (o[:, rows], lse[:, rows], b.causal, ctx.scale)
-            grads = attend_backward(do[:, rows], q[:, rows], *_local(b, k, v), *of_whole)
+            block = (do[:, rows], q[:, rows], *_local(b, k, v), o[:, rows], lse[:, rows])
+            grads = attend_backward(*block, b.causal, ctx.scale)
             dq[:, rows] += grads[0]
             dk[:, b.keys : b.keys_end] += grads[1]
             dv[:, b.keys : b.keys_end] += grads[2]
@@ -199,8 +199,8 @@ class _Rest(torch.autograd.Function):
         for b in ctx.blocks:
             if b.rest:
                 rows = slice(b.first, b.last)
-                of_whole = (o[:, rows], lse[:, rows], False, ctx.scale)
-                grads = attend_backward(do[:, rows], q[:, rows], *_ranges(kv, b), *of_whole)
+                block = (do[:, rows], q[:, rows], *_ranges(kv, b), o[:, rows], lse[:, rows])
+                grads = attend_backward(*block, False, ctx.scale)
                 dq[:, rows] += grads[0]
                 lengths = [end - start for start, end in b.rest]
                 for side, grad in zip(dkv, grads[1:], strict=True):
@@ -211,9 +211,7 @@ class _Rest(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             shard, call = ctx.shard, ctx.carry.call
             header = call.header("backward")
-            call.launch_backward(
-                lambda: collectives.start_reduce_scatter(shard.split(dkv, 2), shard.sp.group, header)
-            )
+            call.launch_backward(lambda: collectives.start_reduce_scatter(shard.split(dkv, 2), shard.sp.group, header))
             d_token = dq.new_empty(0)
         return None, None, d_token, None, do, None, None, None
 
@@ -224,7 +222,9 @@ def _local(b: _Block, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 def _ranges(kv: Tensor, b: _Block) -> tuple[Tensor, Tensor]:
     """K and V of the ranges that the block sees beside its own keys, from both [2,B,L,G,D]."""
-    seen = torch.cat([kv[:, :, start:end] for start, end in b.rest], 2) if len(b.rest) > 1 else kv[:, :, slice(*b.rest[0])]
+    seen = (
+        torch.cat([kv[:, :, start:end] for start, end in b.rest], 2) if len(b.rest) > 1 else kv[:, :, slice(*b.rest[0])]
+    )
     return seen[0], seen[1]
 
 

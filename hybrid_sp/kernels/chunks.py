@@ -43,7 +43,8 @@ class Block:
         return slice(self.first, self.first + self.count)
 
     def load(self, x_BTHD: Tensor, heads: int) -> Tensor:
-        """Tokens of this block as [(B H N), C, D] with N chunks; key heads are repeated up to `heads`."""
+        """Tokens of this block as [(B H N), C, D] with N chunks; key heads are repeated up to `heads`. May be a view:
+        not to be written to."""
         x = x_BTHD[:, self.start : self.stop]
         short = self.count * self.chunk - (self.stop - self.start)
         if short:
@@ -53,7 +54,14 @@ class Block:
         return repeat(x, "B (N C) G D -> (B G R N) C D", C=self.chunk, R=heads // x.shape[2])
 
     def store(self, out_BTHD: Tensor, x: Tensor) -> None:
-        """Write [(B H N), C, D] back to its tokens, summed over the heads that share a key head."""
+        """Write [(B H N), C, D] to its tokens, summed over the heads that share a key head."""
+        out_BTHD[:, self.start : self.stop] = self._to_tokens(x, out_BTHD)
+
+    def add(self, out_BTHD: Tensor, x: Tensor) -> None:
+        """Add [(B H N), C, D] to its tokens, summed over the heads that share a key head."""
+        out_BTHD[:, self.start : self.stop] += self._to_tokens(x, out_BTHD)
+
+    def _to_tokens(self, x: Tensor, out_BTHD: Tensor) -> Tensor:
         batch, _, groups = out_BTHD.shape[:3]
         if x.ndim == 2:
             x = rearrange(x, "(B H N) C -> B (N C) H", B=batch, H=groups)
@@ -61,7 +69,7 @@ class Block:
             x = rearrange(x, "(B G N) C D -> B (N C) G D", B=batch, G=groups)
         else:
             x = rearrange(x, "(B G R N) C D -> B (N C) G R D", B=batch, G=groups, N=self.count).sum(3)
-        out_BTHD[:, self.start : self.stop] = x[:, : self.stop - self.start]
+        return x[:, : self.stop - self.start]
 
 
 @dataclass(frozen=True)

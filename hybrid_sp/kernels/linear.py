@@ -42,9 +42,6 @@ def _decay_gradient(product: Tensor, g: Tensor) -> Tensor:
     return product if product.ndim == g.ndim else product.sum(-1)
 
 
-
-
-
 def states_forward(k: Tensor, v: Tensor, g: Tensor | None, chunks: Chunks) -> tuple[Tensor, Tensor | None]:
     """States that enter each chunk (and leave each span), every span beginning empty.
 
@@ -59,7 +56,7 @@ def states_forward(k: Tensor, v: Tensor, g: Tensor | None, chunks: Chunks) -> tu
         decays = None
         if g is not None and totals is not None:
             g_NC = block.load(g, heads)
-            k_NCK.mul_(_over_tokens(running_sum(g_NC, "after")))
+            k_NCK = k_NCK * _over_tokens(running_sum(g_NC, "after"))
             decays = g_NC.sum(1).unflatten(0, (batch, heads, block.count))
             totals[:, :, block.chunks] = decays
             decays = _over_state(decays, 5)
@@ -85,12 +82,13 @@ def states_backward(
     h: Tensor,
     totals: Tensor | None,
     chunks: Chunks,
+    grads: tuple[Tensor, Tensor, Tensor | None],
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients dk, dv, dg from those of the entering states dh [B,H,slots,K,V], of the states that leave the spans
-    d_leaving [spans,B,H,K,V] and of the chunks' log decays."""
+    """Gradients dk, dv, dg: adds to those of `intra_backward` (in place) what comes through the states, from the
+    gradients of the entering states dh [B,H,slots,K,V], of the states that leave the spans d_leaving [s,B,H,K,V] and of
+    the chunks' log decays."""
     batch, _, heads, _ = v.shape
-    dk, dv = torch.empty_like(k), torch.empty_like(v)
-    dg = None if g is None else torch.empty_like(g)
+    dk, dv, dg = grads
     d_after = torch.zeros_like(h[:, :, 0])
     for block in reversed(chunks):
         if block.slot + block.count in chunks.leaving:
@@ -104,26 +102,20 @@ def states_backward(
         flat = d_added.flatten(0, 2)
         k_NCK, v_NCV = block.load(k, heads), block.load(v, heads)
         dk_NCK = v_NCV @ flat.mT
-        if g is None or dg is None or decays is None:
-            block.store(dv, k_NCK @ flat)
-        else:
+        if g is not None and dg is not None and totals is not None and decays is not None:
             after = running_sum(block.load(g, heads), "after")
             factor = _over_tokens(after)
-            block.store(dv, (k_NCK * factor) @ flat)
             dk_NCK.mul_(factor)
             d_after_sum = _decay_gradient(dk_NCK * k_NCK, after)
-            d_total = (d_added * h[:, :, block.states]).sum(-1, keepdim=True)
-            if g.ndim == 3:
-                d_total = d_total.sum(-2, keepdim=True)
-            d_total = (d_total * decays).squeeze(-1) if g.ndim == 4 else (d_total * decays)[..., 0, 0]
+            d_total = (d_added * h[:, :, block.states]).sum(-1)
+            d_total = _decay_gradient(d_total * decays.squeeze(-1), totals[:, :, block.chunks])
             if d_totals is not None:
                 d_total = d_total + d_totals[:, :, block.chunks]
-            block.store(dg, running_sum(d_after_sum, "before") + d_total.flatten(0, 2).unsqueeze(1))
-        block.store(dk, dk_NCK)
+            block.add(dg, running_sum(d_after_sum, "before") + d_total.flatten(0, 2).unsqueeze(1))
+            k_NCK = k_NCK * factor
+        block.add(dk, dk_NCK)
+        block.add(dv, k_NCK @ flat)
     return dk, dv, dg
-
-
-
 
 
 def intra_forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float, chunks: Chunks) -> Tensor:
@@ -137,10 +129,20 @@ def intra_forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: floa
 
 
 def intra_backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float, chunks: Chunks
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    h: Tensor,
+    totals: Tensor | None,
+    S_in: Tensor | None,
+    scale: float,
+    chunks: Chunks,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients dq, dk, dv, dg of `intra_forward`."""
+    """All gradients that need no other rank's: dq whole, and of dk, dv, dg what does not come through the states."""
     heads = v.shape[2]
+    before = None if totals is None or S_in is None else _before_chunks(totals, chunks)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     dg = None if g is None else torch.empty_like(g)
     for block in chunks:
@@ -149,10 +151,14 @@ def intra_backward(
         block.store(dv, weights.mT @ do_NCV)
         d_weights = (do_NCV @ block.load(v, heads).mT).tril_()
         dq_NCK, dk_NCK, dg_NC = scores.backward(d_weights, weights)
-        block.store(dq, dq_NCK.mul_(scale))
-        block.store(dk, dk_NCK)
-        if dg is not None and dg_NC is not None:
+        dq_read = do_NCV @ _entering(block, h, before, S_in).mT
+        if g is not None and dg is not None and dg_NC is not None:
+            through = running_sum(block.load(g, heads), "through")
+            dq_read.mul_(_over_tokens(through))
+            dg_NC += running_sum(_decay_gradient(dq_read * scores.q, through), "from")
             block.store(dg, dg_NC)
+        block.store(dq, dq_NCK.add_(dq_read).mul_(scale))
+        block.store(dk, dk_NCK)
     return dq, dk, dv, dg
 
 
@@ -160,7 +166,7 @@ def _weights(
     block: Block, q: Tensor, k: Tensor, g: Tensor | None, scale: float, heads: int
 ) -> tuple[Tensor, _ScalarScores | _VectorScores]:
     """Weight of token s in the output of token t, [(B H N), C, C], zero for s > t; and how it was made."""
-    q_NCK, k_NCK = block.load(q, heads).mul_(scale), block.load(k, heads)
+    q_NCK, k_NCK = block.load(q, heads) * scale, block.load(k, heads)
     if g is not None and g.ndim == 4:
         vector = _VectorScores(q_NCK, k_NCK, block.load(g, heads))
         return vector.weights(), vector
@@ -241,9 +247,6 @@ class _VectorScores:
         return dq.addcmul_(diagonal, self.k), dk.addcmul_(diagonal, self.q), dg
 
 
-
-
-
 def _before_chunks(totals: Tensor, chunks: Chunks) -> Tensor:
     """D: log decay from the start of its span to the start of each chunk, shaped like `totals`."""
     before = torch.zeros_like(totals)
@@ -276,7 +279,7 @@ def inter_forward(
     heads = o_intra.shape[2]
     before = None if totals is None or S_in is None else _before_chunks(totals, chunks)
     for block in chunks:
-        q_NCK = block.load(q, heads).mul_(scale)
+        q_NCK = block.load(q, heads) * scale
         if g is not None:
             q_NCK.mul_(_over_tokens(running_sum(block.load(g, heads), "through")))
         block.store(o_intra, torch.baddbmm(block.load(o_intra, heads), q_NCK, _entering(block, h, before, S_in)))
@@ -292,30 +295,20 @@ def inter_backward(
     S_in: Tensor | None,
     scale: float,
     chunks: Chunks,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
-    """Gradients dq, dg, dh, d_totals, dS_in of `inter_forward` (that of o_intra is `do` itself)."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What other ranks wait for: dh, d_totals and dS_in of `inter_forward`. Those of q and g are `intra_backward`'s."""
     batch, _, heads, _ = do.shape
     before = None if totals is None or S_in is None else _before_chunks(totals, chunks)
-    dq, dh = torch.empty_like(q), torch.empty_like(h)
-    dg = None if g is None else torch.empty_like(g)
+    dh = torch.empty_like(h)
     dS_in = None if S_in is None else torch.zeros_like(S_in)
     d_before = None if before is None else torch.empty_like(before)
     for slot in chunks.leaving:
         dh[:, :, slot] = 0
     for block in chunks:
-        do_NCV = block.load(do, heads)
-        q_NCK = block.load(q, heads).mul_(scale)
-        factor, through = None, None
+        q_NCK = block.load(q, heads) * scale
         if g is not None:
-            through = running_sum(block.load(g, heads), "through")
-            factor = _over_tokens(through)
-            q_NCK.mul_(factor)
-        dq_NCK = do_NCV @ _entering(block, h, before, S_in).mT
-        if dg is not None and through is not None and factor is not None:
-            block.store(dg, running_sum(_decay_gradient(dq_NCK * q_NCK, through), "from"))
-            dq_NCK.mul_(factor)
-        block.store(dq, dq_NCK.mul_(scale))
-        d_states = (q_NCK.mT @ do_NCV).unflatten(0, (batch, heads, block.count))
+            q_NCK.mul_(_over_tokens(running_sum(block.load(g, heads), "through")))
+        d_states = (q_NCK.mT @ block.load(do, heads)).unflatten(0, (batch, heads, block.count))
         dh[:, :, block.states] = d_states
         if S_in is not None and dS_in is not None:
             if before is None or d_before is None:
@@ -329,6 +322,6 @@ def inter_backward(
     if d_before is not None and d_totals is not None:
         for span in range(len(chunks.bounds) - 1):
             here = chunks.of_span(span)
-            after = d_before[:, :, here.start + 1 : here.stop].flip(2).cumsum(2).flip(2)
-            d_totals[:, :, here.start : here.stop - 1] = after
-    return dq, dg, dh, d_totals, dS_in
+            later = d_before[:, :, here.start + 1 : here.stop].flip(2).cumsum(2).flip(2)
+            d_totals[:, :, here.start : here.stop - 1] = later
+    return dh, d_totals, dS_in

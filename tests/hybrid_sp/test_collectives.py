@@ -1,0 +1,142 @@
+"""The ledger: calls and bytes are what DESIGN section 3 says, and do not grow with the sequence."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import hybrid_sp as hsp
+from hybrid_sp import collectives
+from hybrid_sp.collectives import Header
+from hybrid_sp.mesh import whole_group
+from tests.support.ranks import RankError, run_ranks
+
+H, G, K, V, B = 4, 2, 8, 6, 2
+Counts = dict[str, list[int]]
+
+
+def linear_counts(group: Any, layout: str, decay: str, length: int, normalize: bool, final: bool) -> Counts:
+    """Bytes of each collective, by direction, of one linear layer."""
+    shard = hsp.SequenceParallel(group, layout=layout).shard(length)
+    T = shard.tokens
+    shapes = {"fixed": (H,), "scalar": (B, T, H), "vector": (B, T, H, K)}
+    q, k = (torch.rand(B, T, G, K, requires_grad=True) for _ in "qk")
+    v = torch.rand(B, T, H, V, requires_grad=True)
+    g = (-torch.rand(shapes[decay])).requires_grad_() if decay in shapes else None
+    with hsp.ledger() as book:
+        out = hsp.linear_attention(q, k, v, log_decay=g, shard=shard, normalize=normalize, return_final_state=final)
+        loss = out[0].sum() + out[1].sum() if final and not normalize else (out[0] if final else out).sum()
+        loss.backward()
+    assert {row.collective for row in book.rows} <= {"all_gather"} and {row.tag for row in book.rows} <= {"linear"}
+    assert book.calls == len(book.rows) and book.bytes == sum(row.bytes for row in book.rows)
+    return {d: [row.bytes for row in book.select(direction=d)] for d in ("forward", "backward")}
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+@pytest.mark.parametrize(("decay", "transition"), [("none", 0), ("fixed", 0), ("scalar", 1), ("vector", K)])
+def test_a_linear_layer_is_one_gather_each_way_of_constant_size(layout: str, decay: str, transition: int) -> None:
+    spans = 1 if layout == "contiguous" else 2
+    for world in (2, 4):
+        forward = (world - 1) * spans * B * H * (K * V + transition) * 4
+        backward = (world - 1) * spans * B * H * K * V * 4
+        want = {"forward": [forward], "backward": [backward]}
+        for length in (1024, 4096, 16384) if (world, layout) == (2, "contiguous") else (64,):
+            assert run_ranks(linear_counts, world, layout, decay, length, False, False) == [want] * world
+
+
+def test_a_final_state_and_a_normaliser_add_what_they_must() -> None:
+    each = B * H * 4
+    plain = run_ranks(linear_counts, 3, "contiguous", "scalar", 40, False, True)
+    assert plain == [{"forward": [2 * each * (K * V + 1)], "backward": [2 * each * 2 * K * V]}] * 3
+    normalised = run_ranks(linear_counts, 3, "contiguous", "scalar", 40, True, False)
+    assert normalised == [{"forward": [2 * each * (K * V + K + 1)], "backward": [2 * each * (K * V + K)]}] * 3
+
+
+def softmax_counts(group: Any, layout: str, length: int, dtype: torch.dtype) -> list[tuple[str, str, str, int]]:
+    shard = hsp.SequenceParallel(group, layout=layout).shard(length)
+    q = torch.randn(B, shard.tokens, H, K, dtype=dtype, requires_grad=True)
+    k, v = (torch.randn(B, shard.tokens, G, K, dtype=dtype, requires_grad=True) for _ in "kv")
+    with hsp.ledger() as book:
+        hsp.softmax_attention(q, k, v, shard=shard).sum().backward()
+    return [(row.collective, row.tag, row.direction, row.bytes) for row in book.rows]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_softmax_layer_gathers_before_heads_are_repeated(layout: str, dtype: torch.dtype) -> None:
+    for world, length, longest in ((2, 32, 16), (3, 32, 11 if layout == "contiguous" else 11)):
+        numbers = 2 * (world - 1) * B * longest * G * K
+        assert (
+            run_ranks(softmax_counts, world, layout, length, dtype)
+            == [
+                [
+                    ("all_gather", "softmax", "forward", numbers * dtype.itemsize),
+                    ("reduce_scatter", "softmax", "backward", numbers * 4),
+                ]
+            ]
+            * world
+        )
+
+
+def test_one_device_communicates_nothing() -> None:
+    assert linear_counts(None, "zigzag", "scalar", 20, False, True) == {"forward": [], "backward": []}
+    assert softmax_counts(None, "zigzag", 20, torch.float32) == []
+
+
+def basic_forms(group: Any) -> None:
+    rank, ranks = collectives.rank(group), collectives.size(group)
+    x = torch.full((2, 3), float(rank + 1))
+    assert collectives.all_gather(x, group, tag="test")[:, 0, 0].tolist() == [r + 1.0 for r in range(ranks)]
+    header = Header(tag="test", check=True)
+    rows = torch.arange(ranks * 2.0).view(ranks, 2) * (rank + 1)
+    total = sum(range(1, ranks + 1))
+    scattered = collectives.start_reduce_scatter(rows, group, header).wait()
+    assert scattered.tolist() == [2 * rank * total, (2 * rank + 1) * total]
+    assert collectives.all_reduce(x, group, tag="test")[0, 0].item() == total
+    assert collectives.broadcast(torch.tensor([rank]), group, src=ranks - 1).item() == ranks - 1
+    assert collectives.gather_objects({"rank": rank}, group) == [{"rank": r} for r in range(ranks)]
+    collectives.barrier(group)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_basic_forms(world: int) -> None:
+    run_ranks(basic_forms, world)
+
+
+def late(group: Any) -> float:
+    mesh = hsp.init_mesh(dp=1, sp=2, timeout=timedelta(seconds=2))
+    if dist.get_rank() == 1:
+        time.sleep(4)
+        return 0.0
+    shard = hsp.SequenceParallel(mesh["sp"].get_group()).shard(8)
+    q = torch.randn(1, 4, 2, 4)
+    hsp.linear_attention(q, q, q, shard=shard)
+    return 1.0
+
+
+def test_a_rank_that_does_not_come_is_a_timeout_that_names_the_collective() -> None:
+    with pytest.raises(RankError, match=r"rank 0 failed in: all_gather linear forward call 0"):
+        run_ranks(late, 2, deadline=30)
+
+
+def strided_mesh(group: Any) -> tuple[list[int], list[int], int]:
+    mesh = hsp.init_mesh(dp=2, sp=2)
+    assert whole_group(mesh) is dist.group.WORLD
+    members = [dist.get_process_group_ranks(mesh[axis].get_group()) for axis in ("dp", "sp")]
+    return members[0], members[1], mesh.size()
+
+
+def test_mesh_axes() -> None:
+    assert run_ranks(strided_mesh, 4) == [
+        ([0, 2], [0, 1], 4),
+        ([1, 3], [0, 1], 4),
+        ([0, 2], [2, 3], 4),
+        ([1, 3], [2, 3], 4),
+    ]
+    with pytest.raises(ValueError, match="got dp=1, sp=2 for 1 processes"):
+        hsp.init_mesh(dp=1, sp=2)

@@ -1,0 +1,125 @@
+"""What operators refuse, by name and before communicating; that they touch no input; leak and dependence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import hybrid_sp as hsp
+from hybrid_sp import collectives
+from tests.support.ranks import run_ranks
+
+
+def x(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.rand(*shape, dtype=dtype)
+
+
+Q, K, V = x(2, 6, 2, 4), x(2, 6, 2, 4), x(2, 6, 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("message", "args", "options"),
+    [
+        ("q and k must have one shape", (Q, x(2, 6, 2, 5), V), {}),
+        ("must have the batch and tokens of q", (Q, K, x(2, 5, 4, 3)), {}),
+        ("v has 3 heads, not a multiple of the 2 key heads", (Q, K, x(2, 6, 3, 3)), {}),
+        ("must share a dtype", (Q, K, V.double()), {}),
+        ("must be floating point", (Q.int(), K.int(), V.int()), {}),
+        (r"must be \[batch, tokens, heads, dim\]", (Q[0], K[0], V[0]), {}),
+        ("log_decay must be one of", (Q, K, V), {"log_decay": x(2, 6, 2)}),
+        ("causal=False takes no log_decay", (Q, K, V), {"log_decay": -x(4), "causal": False}),
+        ("causal=False takes no initial_state", (Q, K, V), {"initial_state": x(2, 4, 4, 3), "causal": False}),
+        ("causal=False has no final state", (Q, K, V), {"return_final_state": True, "causal": False}),
+        ("initial_state must have the shapes", (Q, K, V), {"initial_state": x(2, 2, 4, 3)}),
+        ("initial_state must have the shapes", (Q, K, V), {"initial_state": x(2, 4, 4, 3), "normalize": True}),
+        ("initial_state must be torch.float32", (Q, K, V), {"initial_state": x(2, 4, 4, 3).double()}),
+        ("backend must be", (Q, K, V), {"backend": "cuda"}),
+    ],
+)
+def test_linear_attention_refuses(message: str, args: tuple[Tensor, ...], options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"linear_attention: .*{message}"):
+        hsp.linear_attention(*args, **options)
+
+
+@pytest.mark.parametrize(
+    ("message", "args", "options"),
+    [
+        ("k and v must have one shape", (x(2, 6, 4, 4), x(2, 6, 2, 4), x(2, 6, 2, 3)), {}),
+        ("q has 3 heads, not a multiple of the 2", (x(2, 6, 3, 4), x(2, 6, 2, 4), x(2, 6, 2, 4)), {}),
+        ("must share batch and head dim", (x(2, 6, 4, 8), x(2, 6, 2, 4), x(2, 6, 2, 4)), {}),
+        ("must share a dtype", (x(2, 6, 4, 4).double(), x(2, 6, 2, 4), x(2, 6, 2, 4)), {}),
+        ("k has 9 tokens", (x(2, 6, 4, 4), x(2, 9, 2, 4), x(2, 9, 2, 4)), {}),
+        ("backend must be", (Q, K, K), {"backend": "flash"}),
+    ],
+)
+def test_softmax_attention_refuses(message: str, args: tuple[Tensor, ...], options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"softmax_attention: .*{message}"):
+        hsp.softmax_attention(*args, **options)
+
+
+def test_what_is_not_built_says_so_by_name() -> None:
+    for name, call in {
+        "bonus": lambda: hsp.linear_attention(Q, K, V, bonus=x(4, 4)),
+        "window": lambda: hsp.softmax_attention(Q, K, K, window=3),
+        "delta_rule": lambda: hsp.delta_rule(Q, K, V, beta=x(2, 6, 4)),
+        "short_conv": lambda: hsp.short_conv(x(1, 4, 3), x(3, 2)),
+        "token_shift": lambda: hsp.token_shift(x(1, 4, 3)),
+    }.items():
+        with pytest.raises(NotImplementedError, match=name):
+            call()
+
+
+def test_without_mask_keys_may_have_their_own_length() -> None:
+    q, k, v = x(2, 1, 4, 8), x(2, 9, 2, 8), x(2, 9, 2, 8)
+    for leaf in (q, k, v):
+        leaf.requires_grad_()
+    got = hsp.softmax_attention(q, k, v, causal=False)
+    want = torch.nn.functional.scaled_dot_product_attention(
+        *(y.transpose(1, 2) for y in (q, k.repeat_interleave(2, 2), v.repeat_interleave(2, 2)))
+    ).transpose(1, 2)
+    torch.testing.assert_close(got, want)
+    for a, b in zip(torch.autograd.grad(got.sum(), (q, k, v)), torch.autograd.grad(want.sum(), (q, k, v)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+CALLS = {
+    "none": lambda q, k, v, shard: hsp.linear_attention(q, k, v, shard=shard),
+    "scalar": lambda q, k, v, shard: hsp.linear_attention(q, k, v, log_decay=-v.abs()[..., 0], shard=shard),
+    "vector": lambda q, k, v, shard: hsp.linear_attention(q, k, v, log_decay=-v.abs(), shard=shard),
+    "softmax": lambda q, k, v, shard: hsp.softmax_attention(q, k, v, shard=shard),
+}
+
+
+@pytest.mark.parametrize("kind", CALLS)
+@pytest.mark.parametrize("length", [1, 5, 64])
+def test_inputs_are_not_written_to(kind: str, length: int) -> None:
+    """One chunk, one batch row: the shapes at which a loaded block is a view of the input."""
+    leaves = [torch.randn(1, length, 1, 4, requires_grad=True) for _ in range(3)]
+    before = [leaf.detach().clone() for leaf in leaves]
+    CALLS[kind](*leaves, None).sum().backward()
+    assert all(torch.equal(leaf, old) for leaf, old in zip(leaves, before, strict=True))
+
+
+def moved(group: Any, layout: str) -> None:
+    """Change one token: nothing before it moves, by not a bit; it and later ones do."""
+    length, changed = 37, 15
+    shard = hsp.SequenceParallel(group, layout=layout, check=True).shard(length)
+    whole = [torch.randn(2, length, 2, 4, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    other = [y.clone() for y in whole]
+    for y in other:
+        y[:, changed] += 1.0
+    for kind, call in CALLS.items():
+        a, b = (shard.gather(call(*(shard.take(y) for y in inputs), shard)) for inputs in (whole, other))
+        where = f"{kind} on rank {collectives.rank(group)}"
+        assert torch.equal(a[:, :changed], b[:, :changed]), f"{where}: a later token leaks into earlier ones"
+        for t in (changed, changed + 1, length - 1):
+            assert not torch.equal(a[:, t], b[:, t]), f"{where}: token {t} does not depend on token {changed}"
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_leak_and_dependence(layout: str) -> None:
+    for world in (1, 2, 4):
+        run_ranks(moved, world, layout)

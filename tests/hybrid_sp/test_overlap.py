@@ -1,0 +1,304 @@
+"""The schedule: what is in flight while what is computed, and that no collective is lost, doubled or mispaired."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import hybrid_sp as hsp
+from hybrid_sp import collectives, linear, softmax
+from hybrid_sp.collectives import Header, Pending
+from tests.support.ranks import RankError, run_ranks
+
+RELEASE_SECONDS = 1.0
+
+
+class Gate:
+    """Collectives that complete only when released: `log` holds launches, local work and waits, as they happen."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.released = threading.Event()
+
+    def launch(self, start: Callable[..., Pending]) -> Callable[..., Pending]:
+        def gated(x: Tensor, group: Any, header: Header) -> Pending:
+            self.log.append(f"launch {header.direction}")
+            self.released.clear()
+            pending = start(x, group, header)
+
+            def held() -> Any:
+                self.log.append(f"wait {header.direction}")
+                if not self.released.wait(RELEASE_SECONDS):
+                    self.log.append("not released")
+                return pending.wait()
+
+            return Pending(held)
+
+        return gated
+
+    def work(self, function: Callable[..., Any], name: str, own: Callable[..., bool]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            result = function(*args, **kwargs)
+            if own(*args):
+                self.log.append(name)
+                self.released.set()
+            return result
+
+        return timed
+
+    @contextmanager
+    def installed(self) -> Iterator[Gate]:
+        places: list[tuple[Any, str, Callable[..., Any]]] = [
+            (collectives, "start_all_gather", self.launch(collectives.start_all_gather)),
+            (collectives, "start_reduce_scatter", self.launch(collectives.start_reduce_scatter)),
+            (linear.kernel, "intra_forward", self.work(linear.kernel.intra_forward, "local forward", lambda *_: True)),
+            (
+                linear.kernel,
+                "intra_backward",
+                self.work(linear.kernel.intra_backward, "local backward", lambda *_: True),
+            ),
+            (softmax, "attend", self.work(softmax.attend, "local forward", lambda *args: args[3])),
+            (softmax, "attend_backward", self.work(softmax.attend_backward, "local backward", lambda *args: args[6])),
+        ]
+        before = [getattr(module, name) for module, name, _ in places]
+        for module, name, new in places:
+            setattr(module, name, new)
+        try:
+            yield self
+        finally:
+            for (module, name, _), old in zip(places, before, strict=True):
+                setattr(module, name, old)
+
+
+def leaves(shard: hsp.Shard, heads: int = 2) -> list[Tensor]:
+    make = torch.Generator().manual_seed(3)
+    whole = [torch.randn(1, shard.length, heads, 4, generator=make, dtype=torch.float64) for _ in range(3)]
+    decay = -torch.rand(1, shard.length, heads, generator=make, dtype=torch.float64)
+    return [shard.take(x).requires_grad_() for x in (*whole, decay)]
+
+
+def attend(kind: str, x: list[Tensor], shard: hsp.Shard) -> Tensor:
+    if kind == "softmax":
+        return hsp.softmax_attention(*x[:3], shard=shard)
+    out = hsp.linear_attention(*x[:3], log_decay=x[3], shard=shard)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def logged(group: Any, kind: str, overlap: bool) -> list[str]:
+    sp = hsp.SequenceParallel(group, overlap=overlap)
+    shard = sp.shard(30)
+    x = leaves(shard)
+    with Gate().installed() as gate:
+        attend(kind, x, shard).sum().backward()
+    return gate.log
+
+
+@pytest.mark.parametrize("kind", ["linear", "softmax"])
+def test_local_work_runs_while_the_collective_is_in_flight(kind: str) -> None:
+    mirrored = ["launch forward", "local forward", "wait forward", "launch backward", "local backward", "wait backward"]
+    assert run_ranks(logged, 2, kind, True) == [mirrored] * 2
+
+
+@pytest.mark.parametrize("kind", ["linear", "softmax"])
+def test_without_overlap_it_waits_at_once(kind: str) -> None:
+    for log in run_ranks(logged, 2, kind, False):
+        assert [entry for entry in log if entry != "not released"] == [
+            *("launch forward", "wait forward", "local forward"),
+            *("launch backward", "wait backward", "local backward"),
+        ]
+        assert log.count("not released") == 2
+
+
+@contextmanager
+def counted() -> Iterator[list[Pending]]:
+    """Every Pending that is made while open."""
+    made: list[Pending] = []
+    make = Pending.__init__
+
+    def noted(self: Pending, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        made.append(self)
+
+    Pending.__init__ = noted  # type: ignore[method-assign]
+    try:
+        yield made
+    finally:
+        Pending.__init__ = make  # type: ignore[method-assign]
+
+
+def in_flight(made: list[Pending]) -> int:
+    return sum(pending._result is not None for pending in made)
+
+
+def initial_state_alone(group: Any) -> tuple[int, int]:
+    """Gradient of the initial state only, whose start node never runs: collectives launched, and left in flight."""
+    shard = hsp.SequenceParallel(group).shard(12)
+    x = leaves(shard)
+    S = torch.zeros(1, 2, 4, 4, dtype=torch.float64, requires_grad=True)
+    out = hsp.linear_attention(*x[:3], log_decay=x[3], shard=shard, initial_state=S)
+    assert isinstance(out, Tensor)
+    with counted() as made, hsp.ledger() as book:
+        torch.autograd.grad(out.sum(), S)
+    again = attend("linear", x, shard)  # the group still pairs up
+    again.sum().backward()
+    return len(book.select(direction="backward")), in_flight(made)
+
+
+def test_gradient_of_the_initial_state_alone_leaves_nothing_in_flight() -> None:
+    assert run_ranks(initial_state_alone, 2) == [(1, 0)] * 2
+
+
+def fail_between(group: Any, kind: str) -> int:
+    shard = hsp.SequenceParallel(group).shard(12)
+    x = leaves(shard)
+
+    def broken(*_: Any) -> Any:
+        raise ArithmeticError("between start and finish")
+
+    kernel = linear.kernel.intra_forward, softmax.attend
+    linear.kernel.intra_forward, softmax.attend = broken, broken
+    try:
+        with counted() as made, pytest.raises(ArithmeticError):
+            attend(kind, x, shard)
+    finally:
+        linear.kernel.intra_forward, softmax.attend = kernel
+    attend(kind, x, shard).sum().backward()
+    assert made
+    return in_flight(made)
+
+
+@pytest.mark.parametrize("kind", ["linear", "softmax"])
+def test_an_exception_between_start_and_finish_drains(kind: str) -> None:
+    assert run_ranks(fail_between, 2, kind) == [0, 0]
+
+
+def test_waiting_twice_raises() -> None:
+    pending = Pending(lambda: 1, what="a gather")
+    assert pending.wait() == 1
+    with pytest.raises(RuntimeError, match="waited twice for: a gather"):
+        pending.wait()
+    pending.drain()
+
+
+def come_apart(group: Any, how: str) -> None:
+    shard = hsp.SequenceParallel(group, check=True).shard(24)
+    first = collectives.rank(group) == 0
+    x, y = leaves(shard), leaves(shard)
+    if how == "requires_grad":
+        x = [leaf.detach() for leaf in x] if first else x
+        attend("linear", x, shard)
+    elif how == "shape":
+        attend("linear", leaves(shard, heads=2 if first else 3), shard)
+    elif how == "kind":
+        attend("linear" if first else "softmax", x, shard)
+    elif how == "backward order":
+        a, b = attend("linear", x, shard), attend("linear", y, shard)
+        for out in (a, b) if first else (b, a):
+            out.sum().backward()
+    else:
+        a = attend("linear", x, shard)
+        if first:
+            a.sum().backward()
+        else:
+            attend("linear", y, shard)
+
+
+@pytest.mark.parametrize("how", ["requires_grad", "shape", "kind", "backward order", "skipped backward"])
+def test_ranks_that_come_apart_stop_with_one_message(how: str) -> None:
+    with pytest.raises(RankError, match="about to make different collectives(.|\n)*rank 0: (.|\n)*rank 1: "):
+        run_ranks(come_apart, 2, how, deadline=20)
+
+
+def checkpointed(group: Any, layers: list[str], twice: bool) -> tuple[int, int, int]:
+    """Collectives of the layers without checkpoint, with a plain one, and with recorded states; gradients agree."""
+    shard = hsp.SequenceParallel(group, check=True).shard(30)
+
+    def run(**options: Any) -> tuple[int, list[Tensor]]:
+        x = leaves(shard)
+
+        def body(h: Tensor) -> Tensor:
+            for kind in layers:
+                h = h + attend(kind, [h * x[0], h * x[1], h * x[2], x[3]], shard)
+            return h
+
+        h = torch.ones_like(x[0]).requires_grad_()
+        with hsp.ledger() as book:
+            out = checkpoint(body, h, **options) if options else body(h)
+            if twice and options:
+                torch.autograd.grad(out.sum(), x, retain_graph=True)
+            grads = torch.autograd.grad(out.sum(), x)
+        return book.calls, list(grads)
+
+    runs = [
+        run(),
+        run(use_reentrant=False, early_stop=False),
+        run(use_reentrant=False, context_fn=hsp.checkpoint_contexts, early_stop=False),
+        run(use_reentrant=False, context_fn=hsp.checkpoint_contexts),
+    ]
+    for _, grads in runs[1:]:
+        for grad, want in zip(grads, runs[0][1], strict=True):
+            assert torch.equal(grad, want)
+    assert runs[2][0] == runs[3][0]
+    return runs[0][0], runs[1][0], runs[2][0]
+
+
+def test_a_recomputed_forward_asks_nobody_again() -> None:
+    assert run_ranks(checkpointed, 2, ["linear"] * 3, False) == [(6, 9, 6)] * 2
+    assert run_ranks(checkpointed, 2, ["linear", "softmax", "linear"], False) == [(6, 9, 6)] * 2
+
+
+def test_records_are_read_by_index_not_used_up() -> None:
+    assert run_ranks(checkpointed, 2, ["linear", "softmax"], True) == [(4, 10, 6)] * 2
+
+
+def test_second_derivatives_and_transforms_raise() -> None:
+    shard = hsp.SequenceParallel(None).shard(8)
+    for kind in ("linear", "softmax"):
+        x = leaves(shard)
+        (dq,) = torch.autograd.grad(attend(kind, x, shard).square().sum(), x[0], create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable|differentiate twice"):
+            dq.sum().backward()
+        with pytest.raises(RuntimeError):
+            torch.func.vmap(lambda q, x=x, kind=kind: attend(kind, [q, *x[1:]], shard))(x[0].detach()[None])
+        with pytest.raises(RuntimeError):
+            torch.func.jvp(lambda q, x=x, kind=kind: attend(kind, [q, *x[1:]], shard), (x[0],), (x[0],))
+
+
+@pytest.mark.parametrize("kind", ["linear", "softmax"])
+def test_autocast_changes_nothing(kind: str) -> None:
+    shard = hsp.SequenceParallel(None).shard(70)
+    x = [leaf.detach().float() for leaf in leaves(shard)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = attend(kind, x, shard)
+    assert inside.dtype == torch.float32 and torch.equal(inside, attend(kind, x, shard))
+
+
+@pytest.mark.parametrize("kind", ["linear", "softmax"])
+def test_compile_leaves_the_operator_out(kind: str) -> None:
+    shard = hsp.SequenceParallel(None).shard(20)
+    graphs: list[Any] = []
+
+    def backend(module: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(module)
+        return module.forward
+
+    def block(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+        return attend(kind, [q * 2, k, v, g], shard) + q
+
+    x = leaves(shard)
+    out = torch.compile(block, backend=backend)(*x)
+    assert len(graphs) == 2  # one graph before the operator and one after: a single break
+    want = block(*x)
+    assert torch.equal(out, want)
+    for got, expected in zip(
+        torch.autograd.grad(out.sum(), x[:3]), torch.autograd.grad(want.sum(), x[:3]), strict=True
+    ):
+        assert torch.equal(got, expected)
