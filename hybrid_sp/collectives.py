@@ -1,4 +1,4 @@
-"""The only caller of torch.distributed: collectives in a synchronous and a pending form, and the ledger that counts them.
+"""The only caller of torch.distributed: collectives, synchronous and pending, and the ledger that counts them.
 
 A collective names its `Header`: which kind of layer calls it, in which direction, in which call. The ledger counts by
 it, errors quote it, and with `check` every rank compares it with the others before the data moves, so that ranks which
@@ -35,9 +35,6 @@ class Header:
     def text(self, collective: str, x: Tensor) -> str:
         shape = "x".join(map(str, x.shape))
         return f"{collective} {self.tag} {self.direction} call {self.call} [{shape}] {x.dtype} {self.note}".strip()
-
-
-# ------------------------------------------------------------------------------------------------------------ the ledger
 
 
 @dataclass
@@ -89,9 +86,6 @@ def ledger() -> Iterator[Ledger]:
         _open_ledgers.remove(book)
 
 
-# --------------------------------------------------------------------------------------------------------------- pending
-
-
 class Pending:
     """A collective in flight. `wait` returns its result, once; a second wait is an error."""
 
@@ -122,8 +116,6 @@ class Pending:
         if self._result is not None:
             self.wait()
 
-
-# ----------------------------------------------------------------------------------------------------------- collectives
 
 _all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter_single = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)

@@ -143,7 +143,7 @@ def _span_decays(totals: Tensor | None, chunks: Chunks) -> Tensor | None:
     """Log decay of each span, [spans,B,H] or [spans,B,H,K], from that of its chunks."""
     if totals is None:
         return None
-    return torch.stack([totals[:, :, chunks.of_span(i)].sum(2) for i in range(len(chunks.leaving))])
+    return torch.stack([totals[chunks.of_span(i)].sum(0) for i in range(len(chunks.leaving))])
 
 
 def _check(
@@ -224,7 +224,7 @@ class _States(torch.autograd.Function):
         ctx.carry, ctx.chunks = carry, chunks
         ctx.save_for_backward(k, v, g, h, totals)
         ctx.set_materialize_grads(False)
-        return h, torch.stack([h[:, :, slot] for slot in chunks.leaving]), totals
+        return h, h[list(chunks.leaving)], totals
 
     @staticmethod
     @once_differentiable

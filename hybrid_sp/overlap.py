@@ -153,9 +153,6 @@ class _Finish(torch.autograd.Function):
         return None, None, d_token, d_initial
 
 
-# ------------------------------------------------------------------------------------- activation checkpointing: record
-
-
 class _Recording(threading.local):
     """What finish nodes received in the checkpointed forward, and how far its recomputation has come."""
 

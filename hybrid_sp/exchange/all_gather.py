@@ -27,7 +27,7 @@ class AllGather:
         self.shard, self.known, self.final = shard, known, final
 
     def launch(self, header: Header, state: Tensor, transition: Tensor | None) -> Pending:
-        """Send this rank's summaries, state [s,B,H,K,V] and transition [s,B,H(,K)]; receive `AffineState` of all spans."""
+        """Send this rank's summaries, state [s,B,H,K,V] and transition [s,B,H(,K)]; receive those of all spans."""
         sent = state.flatten(-2)
         if transition is not None and self.known is None:
             sent = torch.cat([sent, transition.reshape(*sent.shape[:-1], -1)], -1)

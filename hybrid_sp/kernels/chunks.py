@@ -17,7 +17,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 CHUNK = 64  # tokens; a power of two
-BLOCK_ROWS = 8192  # rows (batch x heads x tokens) that one block of chunks may hold
+BLOCK_ROWS = 4096  # rows (batch x heads x tokens) that one block of chunks may hold
 
 
 @dataclass(frozen=True)
@@ -43,32 +43,32 @@ class Block:
         return slice(self.first, self.first + self.count)
 
     def load(self, x_BTHD: Tensor, heads: int) -> Tensor:
-        """Tokens of this block as [(B H N), C, D] with N chunks; key heads are repeated up to `heads`. May be a view:
+        """Tokens of this block as [(N B H), C, D] with N chunks; key heads are repeated up to `heads`. May be a view:
         not to be written to."""
         x = x_BTHD[:, self.start : self.stop]
         short = self.count * self.chunk - (self.stop - self.start)
         if short:
             x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, short))
         if x.ndim == 3:
-            return rearrange(x, "B (N C) H -> (B H N) C", C=self.chunk)
-        return repeat(x, "B (N C) G D -> (B G R N) C D", C=self.chunk, R=heads // x.shape[2])
+            return rearrange(x, "B (N C) H -> (N B H) C", C=self.chunk)
+        return repeat(x, "B (N C) G D -> (N B G R) C D", C=self.chunk, R=heads // x.shape[2])
 
     def store(self, out_BTHD: Tensor, x: Tensor) -> None:
-        """Write [(B H N), C, D] to its tokens, summed over the heads that share a key head."""
+        """Write [(N B H), C, D] to its tokens, summed over the heads that share a key head."""
         out_BTHD[:, self.start : self.stop] = self._to_tokens(x, out_BTHD)
 
     def add(self, out_BTHD: Tensor, x: Tensor) -> None:
-        """Add [(B H N), C, D] to its tokens, summed over the heads that share a key head."""
+        """Add [(N B H), C, D] to its tokens, summed over the heads that share a key head."""
         out_BTHD[:, self.start : self.stop] += self._to_tokens(x, out_BTHD)
 
     def _to_tokens(self, x: Tensor, out_BTHD: Tensor) -> Tensor:
         batch, _, groups = out_BTHD.shape[:3]
         if x.ndim == 2:
-            x = rearrange(x, "(B H N) C -> B (N C) H", B=batch, H=groups)
+            x = rearrange(x, "(N B H) C -> B (N C) H", B=batch, H=groups)
         elif x.shape[0] == batch * groups * self.count:
-            x = rearrange(x, "(B G N) C D -> B (N C) G D", B=batch, G=groups)
+            x = rearrange(x, "(N B G) C D -> B (N C) G D", B=batch, G=groups)
         else:
-            x = rearrange(x, "(B G R N) C D -> B (N C) G R D", B=batch, G=groups, N=self.count).sum(3)
+            x = rearrange(x, "(N B G R) C D -> B (N C) G R D", N=self.count, B=batch, G=groups).sum(3)
         return x[:, : self.stop - self.start]
 
 
@@ -138,8 +138,12 @@ def running_sum(x: Tensor, kind: str) -> Tensor:
 
 
 def between(g_NC: Tensor) -> Tensor:
-    """sums[n, i, j] = g[n, j+1] + ... + g[n, i] for j < i, and 0 elsewhere."""
-    size = g_NC.shape[1]
-    through = _triangle(size, "through", g_NC.dtype, g_NC.device)
-    before = _triangle(size, "before", g_NC.dtype, g_NC.device)
-    return (through * g_NC[:, None, :]) @ before
+    """sums[n, t, s] = g[n, s+1] + ... + g[n, t] for s < t; above the diagonal positive, and to be masked there.
+
+    Running sums are kept in two parts, together as exact as fp64, so that their differences are exact in the dtype of g
+    also beside a decay of -1e4.
+    """
+    exact = g_NC.double().cumsum(1)
+    high = exact.to(g_NC.dtype)
+    low = (exact - high).to(g_NC.dtype)
+    return (high[:, :, None] - high[:, None, :]).add_(low[:, :, None]).sub_(low[:, None, :])

@@ -45,30 +45,29 @@ def _decay_gradient(product: Tensor, g: Tensor) -> Tensor:
 def states_forward(k: Tensor, v: Tensor, g: Tensor | None, chunks: Chunks) -> tuple[Tensor, Tensor | None]:
     """States that enter each chunk (and leave each span), every span beginning empty.
 
-    k [B,T,G,K], v [B,T,H,V], g None | [B,T,H] | [B,T,H,K]. Returns h [B,H,slots,K,V] (see `Chunks.slots`) and the log
-    decay of each chunk, None | [B,H,chunks] | [B,H,chunks,K].
+    k [B,T,G,K], v [B,T,H,V], g None | [B,T,H] | [B,T,H,K]. Returns h [slots,B,H,K,V] (see `Chunks.slots`) and the log
+    decay of each chunk, None | [N,B,H] | [N,B,H,K].
     """
     batch, _, heads, width = v.shape
-    h = k.new_empty(batch, heads, chunks.slots, k.shape[-1], width)
-    totals = None if g is None else g.new_empty(batch, heads, chunks.count, *g.shape[3:])
+    h = k.new_empty(chunks.slots, batch, heads, k.shape[-1], width)
+    totals = None if g is None else g.new_empty(chunks.count, batch, heads, *g.shape[3:])
     for block in chunks:
         k_NCK = block.load(k, heads)
         decays = None
         if g is not None and totals is not None:
             g_NC = block.load(g, heads)
             k_NCK = k_NCK * _over_tokens(running_sum(g_NC, "after"))
-            decays = g_NC.sum(1).unflatten(0, (batch, heads, block.count))
-            totals[:, :, block.chunks] = decays
-            decays = _over_state(decays, 5)
-        added = (k_NCK.mT @ block.load(v, heads)).unflatten(0, (batch, heads, block.count))
+            totals[block.chunks] = g_NC.sum(1).view_as(totals[block.chunks])
+            decays = _over_state(totals[block.chunks], 5)
+        added = (k_NCK.mT @ block.load(v, heads)).unflatten(0, (block.count, batch, heads))
         if block.slot == 0 or block.slot - 1 in chunks.leaving:
-            h[:, :, block.slot] = 0
+            h[block.slot] = 0
         for n in range(block.count):
-            here, after = h[:, :, block.slot + n], h[:, :, block.slot + n + 1]
+            here, after = h[block.slot + n], h[block.slot + n + 1]
             if decays is None:
-                torch.add(added[:, :, n], here, out=after)
+                torch.add(added[n], here, out=after)
             else:
-                torch.addcmul(added[:, :, n], decays[:, :, n], here, out=after)
+                torch.addcmul(added[n], decays[n], here, out=after)
     return h, totals
 
 
@@ -85,20 +84,25 @@ def states_backward(
     grads: tuple[Tensor, Tensor, Tensor | None],
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients dk, dv, dg: adds to those of `intra_backward` (in place) what comes through the states, from the
-    gradients of the entering states dh [B,H,slots,K,V], of the states that leave the spans d_leaving [s,B,H,K,V] and of
-    the chunks' log decays."""
-    batch, _, heads, _ = v.shape
+    gradients of the entering states dh [slots,B,H,K,V], of the states that leave the spans d_leaving [s,B,H,K,V] and of the
+    chunks' log decays."""
+    heads = v.shape[2]
     dk, dv, dg = grads
-    d_after = torch.zeros_like(h[:, :, 0])
+    d_before = torch.zeros_like(h[0])  # gradient of the state before the block that comes next
     for block in reversed(chunks):
         if block.slot + block.count in chunks.leaving:
-            d_after = torch.zeros_like(d_after) if d_leaving is None else d_leaving[block.span]
-        decays = None if totals is None else _over_state(totals[:, :, block.chunks], 5)
-        d_added = h.new_empty(batch, heads, block.count, *h.shape[3:])
+            d_before = torch.zeros_like(d_before) if d_leaving is None else d_leaving[block.span]
+        decays = None if totals is None else _over_state(totals[block.chunks], 5)
+        d_added = h.new_empty(block.count, *h.shape[1:])
+        d_added[-1] = d_before
+        d_before = torch.empty_like(d_before)
         for n in reversed(range(block.count)):
-            d_added[:, :, n] = d_after
-            d_enter = d_after if decays is None else d_after * decays[:, :, n]
-            d_after = d_enter if dh is None else d_enter + dh[:, :, block.slot + n]
+            before = d_added[n - 1] if n else d_before
+            d_enter = torch.zeros_like(before) if dh is None else dh[block.slot + n]
+            if decays is None:
+                torch.add(d_enter, d_added[n], out=before)
+            else:
+                torch.addcmul(d_enter, decays[n], d_added[n], out=before)
         flat = d_added.flatten(0, 2)
         k_NCK, v_NCV = block.load(k, heads), block.load(v, heads)
         dk_NCK = v_NCV @ flat.mT
@@ -107,10 +111,10 @@ def states_backward(
             factor = _over_tokens(after)
             dk_NCK.mul_(factor)
             d_after_sum = _decay_gradient(dk_NCK * k_NCK, after)
-            d_total = (d_added * h[:, :, block.states]).sum(-1)
-            d_total = _decay_gradient(d_total * decays.squeeze(-1), totals[:, :, block.chunks])
+            d_total = (d_added * h[block.states]).sum(-1)
+            d_total = _decay_gradient(d_total * decays.squeeze(-1), totals)
             if d_totals is not None:
-                d_total = d_total + d_totals[:, :, block.chunks]
+                d_total = d_total + d_totals[block.chunks]
             block.add(dg, running_sum(d_after_sum, "before") + d_total.flatten(0, 2).unsqueeze(1))
             k_NCK = k_NCK * factor
         block.add(dk, dk_NCK)
@@ -165,7 +169,7 @@ def intra_backward(
 def _weights(
     block: Block, q: Tensor, k: Tensor, g: Tensor | None, scale: float, heads: int
 ) -> tuple[Tensor, _ScalarScores | _VectorScores]:
-    """Weight of token s in the output of token t, [(B H N), C, C], zero for s > t; and how it was made."""
+    """Weight of token s in the output of token t, [(N B H), C, C], zero for s > t; and how it was made."""
     q_NCK, k_NCK = block.load(q, heads) * scale, block.load(k, heads)
     if g is not None and g.ndim == 4:
         vector = _VectorScores(q_NCK, k_NCK, block.load(g, heads))
@@ -179,7 +183,7 @@ class _ScalarScores:
 
     def __init__(self, q: Tensor, k: Tensor, g: Tensor | None) -> None:
         self.q, self.k, self.g = q, k, g
-        self.decay = None if g is None else between(g).exp_()
+        self.decay = None if g is None else between(g).clamp_(max=0.0).exp_()
 
     def weights(self) -> Tensor:
         weights = self.q @ self.k.mT
@@ -250,18 +254,19 @@ class _VectorScores:
 def _before_chunks(totals: Tensor, chunks: Chunks) -> Tensor:
     """D: log decay from the start of its span to the start of each chunk, shaped like `totals`."""
     before = torch.zeros_like(totals)
-    for span in range(len(chunks.bounds) - 1):
+    for span in range(len(chunks.leaving)):
         here = chunks.of_span(span)
-        before[:, :, here.start + 1 : here.stop] = totals[:, :, here.start : here.stop - 1].cumsum(2)
+        before[here.start + 1 : here.stop] = totals[here.start : here.stop - 1].cumsum(0)
     return before
 
 
 def _entering(block: Block, h: Tensor, before: Tensor | None, S_in: Tensor | None) -> Tensor:
-    """h_c + exp(D_c) S_in for the chunks of a block, [(B H N), K, V]."""
-    states = h[:, :, block.states]
-    if S_in is not None:
-        carried = S_in[block.span].unsqueeze(2)
-        states = states + carried if before is None else states + _over_state(before[:, :, block.chunks], 5) * carried
+    """h_c + exp(D_c) S_in for the chunks of a block, [(N B H), K, V]."""
+    states = h[block.states]
+    if S_in is not None and before is not None:
+        states = torch.addcmul(states, _over_state(before[block.chunks], 5), S_in[block.span])
+    elif S_in is not None:
+        states = states + S_in[block.span]
     return states.flatten(0, 2)
 
 
@@ -275,7 +280,7 @@ def inter_forward(
     scale: float,
     chunks: Chunks,
 ) -> Tensor:
-    """Add to o_intra, in place, what the entering states contribute. S_in [spans,B,H,K,V], or None where none enters."""
+    """Add to o_intra, in place, what the entering states contribute. S_in [s,B,H,K,V], or None where none enters."""
     heads = o_intra.shape[2]
     before = None if totals is None or S_in is None else _before_chunks(totals, chunks)
     for block in chunks:
@@ -297,31 +302,29 @@ def inter_backward(
     chunks: Chunks,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """What other ranks wait for: dh, d_totals and dS_in of `inter_forward`. Those of q and g are `intra_backward`'s."""
-    batch, _, heads, _ = do.shape
+    heads = do.shape[2]
     before = None if totals is None or S_in is None else _before_chunks(totals, chunks)
     dh = torch.empty_like(h)
     dS_in = None if S_in is None else torch.zeros_like(S_in)
     d_before = None if before is None else torch.empty_like(before)
-    for slot in chunks.leaving:
-        dh[:, :, slot] = 0
+    dh[list(chunks.leaving)] = 0
     for block in chunks:
         q_NCK = block.load(q, heads) * scale
         if g is not None:
             q_NCK.mul_(_over_tokens(running_sum(block.load(g, heads), "through")))
-        d_states = (q_NCK.mT @ block.load(do, heads)).unflatten(0, (batch, heads, block.count))
-        dh[:, :, block.states] = d_states
+        d_states = dh[block.states]
+        torch.bmm(q_NCK.mT, block.load(do, heads), out=d_states.flatten(0, 2))
         if S_in is not None and dS_in is not None:
             if before is None or d_before is None:
-                dS_in[block.span] += d_states.sum(2)
+                dS_in[block.span] += d_states.sum(0)
             else:
-                d_carried = d_states.mul_(_over_state(before[:, :, block.chunks], 5))
-                dS_in[block.span] += d_carried.sum(2)
-                d_factor = (d_carried * S_in[block.span].unsqueeze(2)).sum(-1)
-                d_before[:, :, block.chunks] = _decay_gradient(d_factor, before)
+                d_carried = d_states * _over_state(before[block.chunks], 5)
+                dS_in[block.span] += d_carried.sum(0)
+                d_before[block.chunks] = _decay_gradient((d_carried * S_in[block.span]).sum(-1), before)
     d_totals = None if d_before is None else torch.zeros_like(d_before)
     if d_before is not None and d_totals is not None:
-        for span in range(len(chunks.bounds) - 1):
+        for span in range(len(chunks.leaving)):
             here = chunks.of_span(span)
-            later = d_before[:, :, here.start + 1 : here.stop].flip(2).cumsum(2).flip(2)
-            d_totals[:, :, here.start : here.stop - 1] = later
+            later = d_before[here.start + 1 : here.stop].flip(0).cumsum(0).flip(0)
+            d_totals[here.start : here.stop - 1] = later
     return dh, d_totals, dS_in
