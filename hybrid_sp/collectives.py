@@ -77,7 +77,7 @@ _open_ledgers: list[Ledger] = []
 
 @contextmanager
 def ledger() -> Iterator[Ledger]:
-    """Count the collectives of this rank: `with ledger() as book: ...`, then `book.calls`, `book.bytes`, `book.rows`."""
+    """Count this rank's collectives: `with ledger() as book: ...`, then `book.calls`, `book.bytes`, `book.rows`."""
     book = Ledger()
     _open_ledgers.append(book)
     try:

@@ -84,8 +84,8 @@ def states_backward(
     grads: tuple[Tensor, Tensor, Tensor | None],
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients dk, dv, dg: adds to those of `intra_backward` (in place) what comes through the states, from the
-    gradients of the entering states dh [slots,B,H,K,V], of the states that leave the spans d_leaving [s,B,H,K,V] and of the
-    chunks' log decays."""
+    gradients of the entering states dh [slots,B,H,K,V], of the states that leave the spans d_leaving [s,B,H,K,V] and
+    of the chunks' log decays."""
     heads = v.shape[2]
     dk, dv, dg = grads
     d_before = torch.zeros_like(h[0])  # gradient of the state before the block that comes next

@@ -165,7 +165,9 @@ def report(
     first = min(failures, key=lambda rank: failures[rank][0]) if failures else None
     if first is not None:
         lines = [f"rank {first} of {world} failed first in {name}: {failures[first][1]}", failures[first][2]]
-    lines += [f"rank {rank} failed later: {failures[rank][1]}" for rank in sorted(failures) if rank != first]
+    later = {rank: failures[rank][1] for rank in sorted(failures) if rank != first}
+    for line in dict.fromkeys(later.values()):
+        lines.append(f"rank {', '.join(str(r) for r in later if later[r] == line)} failed later: {line}")
     lines += [f"rank {rank} finished" for rank in sorted(results) if rank not in failures]
     for worker in late:
         lines += [f"rank {worker.rank} was still at (innermost last):", worker.stack()]

@@ -1,0 +1,45 @@
+# Every target sets itself up: a virtual environment in this checkout, made again when pyproject.toml or constraints.txt change.
+PYTHON ?= python3
+RECIPE ?= recipes/quickstart.yaml
+NPROC  ?= 2
+ARGS   ?=
+
+BIN   := .venv/bin
+READY := .venv/.installed
+CORES := $(shell getconf _NPROCESSORS_ONLN)
+OMP_NUM_THREADS ?= $(shell echo $$(( $(CORES) > $(NPROC) ? $(CORES) / $(NPROC) : 1 )))
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+train: $(READY) ## train RECIPE (recipes/quickstart.yaml) on NPROC (2) processes, with ARGS="model.ratio=1/8 train.steps=20"
+	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node $(NPROC) \
+		-m recipes.train $(RECIPE) $(ARGS)
+
+test: $(READY) ## the whole test suite; ARGS="tests/layers -x" for a part of it
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(READY) ## format, lint and types, changing nothing
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+mutants: $(READY) ## break the source in every committed way and see a named test fail
+	$(BIN)/python tests/mutants/run.py $(ARGS)
+
+bench: $(READY) ## the speed tables of the README; ARGS=linear for one of them
+	$(BIN)/python -m recipes.bench $(ARGS)
+
+clean: ## remove the virtual environment and all caches; run folders stay
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache hybrid_sp.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.11 ...")'
+	@echo "Installing into .venv (minutes on a fresh machine) ..."
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0 setuptools
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	@touch $(READY)
+
+.PHONY: help train test check mutants bench clean

@@ -1,0 +1,37 @@
+"""Block: a mixer between tokens and an MLP within each, both behind a norm and beside the residual stream."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from hybrid_sp.layout import Shard
+from layers.cache import LayerCache
+from layers.cost import Cost
+from layers.mlp import SwiGLU
+from layers.registry import Mixer, MixerSpec, Place
+
+
+class Block(nn.Module):
+    """x + mixer(RMSNorm(x)), then x + SwiGLU(RMSNorm(x)).
+
+    The norms are torch's, which compute in fp32 (fp64 for fp64) and round once to the dtype of their input.
+    """
+
+    def __init__(self, spec: MixerSpec, place: Place, mlp_dim: int) -> None:
+        super().__init__()
+        self.mixer_norm = nn.RMSNorm(place.dim, eps=place.norm_eps)
+        self.mixer: Mixer = spec.build(place)
+        self.mlp_norm = nn.RMSNorm(place.dim, eps=place.norm_eps)
+        self.mlp = SwiGLU(place.dim, mlp_dim)
+
+    def forward(
+        self, x_BTD: Tensor, shard: Shard | None = None, cache: LayerCache | None = None
+    ) -> tuple[Tensor, LayerCache | None]:
+        mixed_BTD, cache = self.mixer(self.mixer_norm(x_BTD), shard, cache)
+        x_BTD = x_BTD + mixed_BTD
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache
+
+    @staticmethod
+    def cost(spec: MixerSpec, place: Place, mlp_dim: int) -> Cost:
+        """The cost of a block built from the same arguments."""
+        return spec.cost(place) + SwiGLU.cost(place.dim, mlp_dim) + Cost(vectors=2 * place.dim)

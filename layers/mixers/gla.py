@@ -1,0 +1,64 @@
+"""Gated linear attention, GLA (arXiv 2312.06635).
+
+    S_t = diag(a_t) S_(t-1) + k_t^T v_t        log a_t = logsigmoid(x_t W_1 W_2 + b) / 16
+    y_t = (RMSNorm(q_t S_t / sqrt(K)) * silu(g_t)) W_o
+
+The norm is per head. W_1 and W_2 meet in 16 channels. Keys have half the channels of the model, values all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from layers.cost import Cost
+from layers.recurrence import Form, RecurrentMixer
+from layers.registry import Place, register
+
+
+@register("gla")
+@dataclass(frozen=True, kw_only=True)
+class GLASpec:
+    letter: ClassVar[str] = "L"
+
+    expand_k: float = 0.5
+    expand_v: float = 1.0
+    gate_rank: int = 16
+    temperature: float = 16.0
+
+    def __post_init__(self) -> None:
+        for option in ("gate_rank", "temperature"):
+            if getattr(self, option) <= 0:
+                raise ValueError(f"{option} of gla is {getattr(self, option)}; it must be greater than 0")
+
+    def form(self, place: Place) -> Form:
+        key, value = place.width(self.expand_k, option="expand_k"), place.width(self.expand_v, option="expand_v")
+        return Form(heads=place.heads, key=key, value=value, gate=F.silu)
+
+    def cost(self, place: Place) -> Cost:
+        form = self.form(place)
+        keys = form.heads * form.key
+        return form.cost(place.dim) + Cost(matrices=self.gate_rank * (place.dim + keys), vectors=keys)
+
+    def build(self, place: Place) -> RecurrentMixer:
+        form = self.form(place)
+        return RecurrentMixer(form, place, GLARule(self, place.dim, form.heads * form.key))
+
+
+class GLARule(nn.Module):
+    def __init__(self, spec: GLASpec, dim: int, keys: int) -> None:
+        super().__init__()
+        self.temperature = spec.temperature
+        self.low_rank = nn.Sequential(nn.Linear(dim, spec.gate_rank, bias=False), nn.Linear(spec.gate_rank, keys))
+
+    def forward(
+        self, x_BTD: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, positions_T: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        gate_BTHK = rearrange(self.low_rank(x_BTD), "b t (h k) -> b t h k", h=q_BTHK.shape[2])
+        wide = torch.promote_types(x_BTD.dtype, torch.float32)
+        return q_BTHK, k_BTHK, F.logsigmoid(gate_BTHK.to(wide)) / self.temperature

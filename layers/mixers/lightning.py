@@ -1,0 +1,48 @@
+"""Lightning attention: the decays of TransNormerLLM (arXiv 2307.14995) in the layer of MiniMax-01 (arXiv 2501.08313).
+
+    S_t = a S_(t-1) + silu(k_t)^T v_t        log a = -(8 h / H) (1 - l / depth) in head h of H in block l, both from 0
+    y_t = (RMSNorm(silu(q_t) S_t / sqrt(K)) * sigmoid(g_t)) W_o
+
+The norm is over all heads together. Head 0 never forgets, and deeper blocks forget more slowly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from layers.cost import Cost
+from layers.recurrence import Form, RecurrentMixer
+from layers.registry import Place, register
+
+
+@register("lightning")
+@dataclass(frozen=True, kw_only=True)
+class LightningSpec:
+    letter: ClassVar[str] = "L"
+
+    def form(self, place: Place) -> Form:
+        width = place.width()
+        return Form(heads=place.heads, key=width, value=width, gate=torch.sigmoid, joint_norm=True)
+
+    def cost(self, place: Place) -> Cost:
+        return self.form(place).cost(place.dim)
+
+    def build(self, place: Place) -> RecurrentMixer:
+        return RecurrentMixer(self.form(place), place, LightningRule(place))
+
+
+class LightningRule(nn.Module):
+    def __init__(self, place: Place) -> None:
+        super().__init__()
+        self.slope = 8 / place.heads * (1 - place.layer / place.depth)
+
+    def forward(
+        self, x_BTD: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, positions_T: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        head_H = torch.arange(q_BTHK.shape[2], device=x_BTD.device, dtype=torch.float64)
+        return F.silu(q_BTHK), F.silu(k_BTHK), -self.slope * head_H

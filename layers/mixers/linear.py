@@ -1,0 +1,64 @@
+"""Basic linear attention (arXiv 2006.16236; without a normaliser arXiv 2502.07563, equations 3-4).
+
+S_t = S_(t-1) + f(k_t)^T v_t        z_t = z_(t-1) + f(k_t)
+y_t = RMSNorm(f(q_t) S_t / sqrt(K)) W_o                   normalize = False; the norm per head, as LASP-2 has it
+y_t = (f(q_t) S_t / (f(q_t) z_t)) W_o                     normalize = True, for an f that is not negative
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from layers.cost import Cost
+from layers.recurrence import Form, RecurrentMixer
+from layers.registry import Place, register, unknown
+
+FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda x: x,
+    "elu+1": lambda x: F.elu(x) + 1,
+    "relu": F.relu,
+    "softmax": lambda x: F.softmax(x, dim=-1),  # over the key dim
+}
+
+
+@register("linear")
+@dataclass(frozen=True, kw_only=True)
+class LinearSpec:
+    letter: ClassVar[str] = "L"
+
+    feature_map: str = "identity"
+    normalize: bool = False
+
+    def __post_init__(self) -> None:
+        if self.feature_map not in FEATURE_MAPS:
+            raise unknown("feature map", self.feature_map, FEATURE_MAPS)
+        if self.normalize and self.feature_map == "identity":
+            raise ValueError(
+                "normalize divides by a sum of features, which must not be negative, and those of feature_map "
+                "'identity' can be; set normalize to false, or feature_map to elu+1, relu or softmax"
+            )
+
+    def form(self, place: Place) -> Form:
+        return Form(heads=place.heads, key=place.width(), value=place.width(), normalize=self.normalize)
+
+    def cost(self, place: Place) -> Cost:
+        return self.form(place).cost(place.dim)
+
+    def build(self, place: Place) -> RecurrentMixer:
+        return RecurrentMixer(self.form(place), place, LinearRule(FEATURE_MAPS[self.feature_map]))
+
+
+class LinearRule(nn.Module):
+    def __init__(self, feature_map: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.feature_map = feature_map
+
+    def forward(
+        self, x_BTD: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, positions_T: Tensor
+    ) -> tuple[Tensor, Tensor, None]:
+        return self.feature_map(q_BTHK), self.feature_map(k_BTHK), None

@@ -1,0 +1,52 @@
+"""Multi-scale retention, the mixer of RetNet (arXiv 2307.08621).
+
+    S_t = a S_(t-1) + R(k_t)^T v_t        a = 1 - 2^(-5-h) in head h, from 0; R turns by the angles of position t
+    y_t = (RMSNorm(R(q_t) S_t / sqrt(K)) * silu(g_t)) W_o
+
+The norm is per head. Values are twice as wide as keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from layers.cost import Cost
+from layers.recurrence import Form, RecurrentMixer
+from layers.registry import Place, register
+from layers.rotary import rotate
+
+
+@register("retention")
+@dataclass(frozen=True, kw_only=True)
+class RetentionSpec:
+    letter: ClassVar[str] = "L"
+
+    expand_v: float = 2.0
+
+    def form(self, place: Place) -> Form:
+        value = place.width(self.expand_v, option="expand_v")
+        return Form(heads=place.heads, key=place.width(even=True), value=value, gate=F.silu)
+
+    def cost(self, place: Place) -> Cost:
+        return self.form(place).cost(place.dim)
+
+    def build(self, place: Place) -> RecurrentMixer:
+        return RecurrentMixer(self.form(place), place, RetentionRule(place))
+
+
+class RetentionRule(nn.Module):
+    def __init__(self, place: Place) -> None:
+        super().__init__()
+        self.rope_base = place.rope_base
+
+    def forward(
+        self, x_BTD: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, positions_T: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        q_BTHK, k_BTHK = rotate(positions_T, self.rope_base, q_BTHK, k_BTHK)
+        head_H = torch.arange(q_BTHK.shape[2], device=x_BTD.device, dtype=torch.float64)
+        return q_BTHK, k_BTHK, torch.log1p(-torch.exp2(-5 - head_H))

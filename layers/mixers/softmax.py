@@ -1,0 +1,71 @@
+"""Softmax attention with rotary positions (arXiv 2104.09864) and shared key-value heads (GQA, arXiv 2305.13245).
+
+    y_t = (sum over s <= t of softmax_s(R(q_t) . R(k_s) / sqrt(D / H)) v_s) W_o
+
+R turns by the angles of the token's position; query head h reads key-value head h // (H / kv_heads).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+import hybrid_sp as hsp
+from hybrid_sp.layout import Shard
+from layers.cache import LayerCache
+from layers.cost import Cost
+from layers.heads import HeadProjection
+from layers.registry import Place, register
+from layers.rotary import rotate, token_positions
+
+
+@register("softmax")
+@dataclass(frozen=True, kw_only=True)
+class SoftmaxSpec:
+    letter: ClassVar[str] = "N"
+
+    def cost(self, place: Place) -> Cost:
+        queries, keys = place.heads * place.width(even=True), place.kv_heads * place.width()
+        return Cost(
+            matrices=place.dim * (2 * queries + 2 * keys),
+            mixing_per_key=4 * queries,  # q k^T and p v
+            cache=2 * keys,
+        )
+
+    def build(self, place: Place) -> SoftmaxMixer:
+        return SoftmaxMixer(place)
+
+
+class SoftmaxMixer(nn.Module):
+    def __init__(self, place: Place) -> None:
+        super().__init__()
+        width = place.width(even=True)
+        self.rope_base = place.rope_base
+        self.kv_shape = (place.kv_heads, width)
+        self.project = HeadProjection(place.dim, [(place.heads, width), self.kv_shape, self.kv_shape])
+        self.output = nn.Linear(place.heads * width, place.dim, bias=False)
+
+    def init_cache(self, batch: int) -> LayerCache:
+        """No keys and no values yet."""
+        none_BTGK = self.output.weight.new_zeros(batch, 0, *self.kv_shape)
+        return LayerCache(position=0, tensors=(none_BTGK, none_BTGK))
+
+    def forward(
+        self, x_BTD: Tensor, shard: Shard | None = None, cache: LayerCache | None = None
+    ) -> tuple[Tensor, LayerCache | None]:
+        tokens = x_BTD.shape[1]
+        if cache is not None and tokens != 1:
+            raise ValueError(f"got {tokens} tokens and a cache: softmax attention decodes one token at a time")
+        positions_T = token_positions(x_BTD, shard, cache)
+        q_BTHK, k_BTGK, v_BTGK = self.project(x_BTD)
+        q_BTHK, k_BTGK = rotate(positions_T, self.rope_base, q_BTHK, k_BTGK)
+        if cache is not None:
+            k_BTGK, v_BTGK = (torch.cat(pair, dim=1) for pair in zip(cache.tensors, (k_BTGK, v_BTGK), strict=True))
+            cache = cache.extended(tokens, k_BTGK, v_BTGK)
+        # With a cache the only query is the last token, which sees all keys.
+        o_BTHK = hsp.softmax_attention(q_BTHK, k_BTGK, v_BTGK, shard=shard, causal=cache is None)
+        return self.output(rearrange(o_BTHK, "b t h k -> b t (h k)")), cache

@@ -1,0 +1,87 @@
+"""HybridLM: a language model of linear and softmax blocks in any pattern (Linear-Llama3, arXiv 2502.07563)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hybrid_sp.layout import Shard
+from layers.block import Block
+from layers.cache import LayerCache
+from layers.loss import cross_entropy
+from layers.spec import ModelConfig, block_specs, mlp_width
+
+Cache = tuple[LayerCache, ...]  # one per block
+
+
+class HybridLM(nn.Module):
+    """Token embedding, blocks, final RMSNorm and output head, tied to the embedding if the config says so."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        blocks = [Block(spec, place, mlp_width(config)) for spec, place in block_specs(config)]
+        self.blocks: Sequence[Block] = nn.ModuleList(blocks)  # type: ignore[assignment]
+        self.embedding = nn.Embedding(config.vocab, config.dim)
+        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.head = nn.Linear(config.dim, config.vocab, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        self.init_weights(seed=0)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Draws all weights anew; they depend on the config and the seed alone, not on device, dtype, rank or world.
+
+        Matrices are normal with variance 1 / inputs, those that write to the residual stream with 1 / (2 depth) of
+        that, so that its variance does not grow with the depth; the embedding has variance 1 / dim.
+        """
+        generator = torch.Generator("cpu").manual_seed(seed)
+
+        def draw(weight: Tensor, variance: float) -> None:
+            weight.copy_(torch.randn(weight.shape, generator=generator, dtype=torch.float32) * variance**0.5)
+
+        residual = {module for block in self.blocks for module in (block.mixer.output, block.mlp.output)}
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                draw(module.weight, 1 / module.in_features / (2 * self.config.depth if module in residual else 1))
+                if module.bias is not None:
+                    module.bias.zero_()
+            elif isinstance(module, nn.Embedding):
+                draw(module.weight, 1 / module.embedding_dim)
+            elif isinstance(module, nn.RMSNorm):
+                module.weight.fill_(1.0)
+
+    def hidden(self, tokens_BT: Tensor, shard: Shard | None = None) -> Tensor:
+        """What the head reads, [B, T, D]."""
+        x_BTD = self.embedding(tokens_BT)
+        for block in self.blocks:
+            x_BTD, _ = block(x_BTD, shard)
+        return self.norm(x_BTD)
+
+    def forward(self, tokens_BT: Tensor, shard: Shard | None = None) -> Tensor:
+        """Logits [B, T, V] of the token after each of this rank's tokens."""
+        return self.head(self.hidden(tokens_BT, shard))
+
+    def loss(self, tokens_BT: Tensor, labels_BT: Tensor, shard: Shard | None = None) -> tuple[Tensor, Tensor]:
+        """The sum of the cross-entropies in nats over this rank's valid labels (not -100), and how many those are."""
+        return cross_entropy(self.hidden(tokens_BT, shard), self.head.weight, labels_BT)
+
+    def init_cache(self, batch: int) -> Cache:
+        """The cache of `batch` sequences that have no token yet, to decode from with `step`."""
+        return tuple(block.mixer.init_cache(batch) for block in self.blocks)
+
+    def step(self, token_B: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
+        """Logits [B, V] of the token after this one, and the cache that has read it; the cache given stays as it is.
+
+        Equal to the last column of `forward` on all tokens so far. Linear blocks keep a state of constant size,
+        softmax blocks the keys and values of every token.
+        """
+        x_BTD = self.embedding(token_B[:, None])
+        extended = []
+        for block, layer_cache in zip(self.blocks, cache, strict=True):
+            x_BTD, layer_cache = block(x_BTD, cache=layer_cache)
+            extended.append(layer_cache)
+        return self.head(self.norm(x_BTD))[:, 0], tuple(extended)

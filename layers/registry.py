@@ -1,0 +1,113 @@
+"""The registry of mixers: a mixer is known by the name that its spec is registered under."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, ClassVar, Protocol, TypeVar
+
+from torch import Tensor, nn
+
+from hybrid_sp.layout import Shard
+from layers.cache import LayerCache
+from layers.cost import Cost
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where in the model a mixer stands: all that it is told besides its own options."""
+
+    dim: int
+    heads: int
+    kv_heads: int
+    layer: int  # index of the block, from 0
+    depth: int  # number of blocks
+    norm_eps: float
+    rope_base: float
+
+    def width(self, expand: float = 1.0, *, option: str = "expand", even: bool = False) -> int:
+        """Channels per head of `expand * dim` channels, as the mixer's `option` asks; `even` if they are rotated."""
+        channels = self.dim * expand
+        if channels < self.heads or channels % self.heads:
+            raise ValueError(
+                f"dim {self.dim} with {option} {expand:g} is {channels:g} channels, which {self.heads} heads cannot "
+                f"share evenly; change dim or heads (or {option}) so that the channels are a multiple of the heads"
+            )
+        width = int(channels) // self.heads
+        if even and width % 2:
+            raise ValueError(
+                f"dim {self.dim} gives each of {self.heads} heads {width} channels, which rotary embedding cannot "
+                f"pair; change dim or heads so that dim / heads is even"
+            )
+        return width
+
+
+class Mixer(Protocol):
+    """What a block needs of a mixer: an nn.Module that moves information between tokens.
+
+    `output` is the projection that writes to the residual stream. With a cache, the tokens continue the ones it has
+    read, on one device, and the cache returned has read these too.
+    """
+
+    output: nn.Linear
+
+    def __call__(
+        self, x_BTD: Tensor, shard: Shard | None = None, cache: LayerCache | None = None
+    ) -> tuple[Tensor, LayerCache | None]: ...
+
+    def init_cache(self, batch: int) -> LayerCache: ...
+
+
+class MixerSpec(Protocol):
+    """A frozen dataclass of a mixer's options, with its cost beside."""
+
+    letter: ClassVar[str]  # in pattern strings: L linear, N normal (softmax) attention
+
+    def cost(self, place: Place) -> Cost: ...
+
+    def build(self, place: Place) -> Mixer: ...
+
+
+MIXERS: dict[str, type[MixerSpec]] = {}
+
+SpecClass = TypeVar("SpecClass", bound=type)
+
+
+def register(name: str) -> Callable[[SpecClass], SpecClass]:
+    """Class decorator that makes a spec known to recipes as `name`."""
+
+    def add(spec_class: SpecClass) -> SpecClass:
+        assert name not in MIXERS, f"two mixers are called {name!r}"
+        MIXERS[name] = spec_class
+        return spec_class
+
+    return add
+
+
+def unknown(kind: str, name: str, known: Iterable[str], owner: str = "") -> ValueError:
+    """The error for a name that is not among the known ones, with the nearest of them."""
+    names = sorted(known)
+    nearest = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+    return ValueError(f"unknown {kind} {name!r}{owner}; {hint}known: {', '.join(names) or 'none'}")
+
+
+def mixer_spec(name: str, **options: Any) -> MixerSpec:
+    """The spec of the mixer called `name` with these options; ValueError for an unknown name, option or type."""
+    if name not in MIXERS:
+        raise unknown("mixer", name, MIXERS)
+    known = {field.name: field for field in fields(MIXERS[name])}  # type: ignore[arg-type]
+    for option, value in options.items():
+        if option not in known:
+            raise unknown("option", option, known, f" of mixer {name!r}")
+        default = known[option].default
+        assert default is not MISSING, f"option {option!r} of mixer {name!r} has no default"
+        if isinstance(default, float) and type(value) is int:
+            options[option] = float(value)
+        elif type(value) is not type(default):
+            raise ValueError(
+                f"option {option!r} of mixer {name!r} is {value!r}, a {type(value).__name__}; "
+                f"it must be a {type(default).__name__}, such as the default {default!r}"
+            )
+    return MIXERS[name](**options)

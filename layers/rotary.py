@@ -1,0 +1,37 @@
+"""Rotary position embedding (RoPE, arXiv 2104.09864), with channel i paired with channel i + K/2."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hybrid_sp.layout import Shard
+from layers.cache import LayerCache
+
+
+def token_positions(x_BTD: Tensor, shard: Shard | None, cache: LayerCache | None) -> Tensor:
+    """The position [T] of each local token: the shard's, or counted on from the tokens that the cache has read."""
+    if shard is not None and cache is not None:
+        raise ValueError("got both a shard and a cache: decoding runs on one device; leave out the shard")
+    if shard is not None:
+        return shard.positions.to(x_BTD.device)
+    start = 0 if cache is None else cache.position
+    return torch.arange(start, start + x_BTD.shape[1], device=x_BTD.device)
+
+
+def rotate(positions_T: Tensor, base: float, *tensors_BTHK: Tensor) -> list[Tensor]:
+    """Turns each pair of channels i, i + K/2 of every tensor by the angle position * base**(-2i/K).
+
+    K is even. Angles are taken in fp64, as fp32 is off by 0.06 rad a million tokens away; the rotation is done in the
+    dtype of the tensors, at least fp32, and rounded once.
+    """
+    half = tensors_BTHK[0].shape[-1] // 2
+    exponents = torch.arange(half, device=positions_T.device, dtype=torch.float64) / half
+    angles_T1K = torch.outer(positions_T.double(), base**-exponents)[:, None]
+    wide = torch.promote_types(tensors_BTHK[0].dtype, torch.float32)
+    cos, sin = angles_T1K.cos().to(wide), angles_T1K.sin().to(wide)
+    rotated = []
+    for x_BTHK in tensors_BTHK:
+        low, high = x_BTHK.chunk(2, dim=-1)
+        rotated.append(torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1).to(x_BTHK.dtype))
+    return rotated

@@ -1,0 +1,128 @@
+"""ModelConfig, and what follows from it without building the model: the mixer of each block, and the cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import layers.mixers  # noqa: F401 (registers them)
+from layers.block import Block
+from layers.cost import Cost
+from layers.registry import MIXERS, MixerSpec, Place, mixer_spec, unknown
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of a HybridLM. `ratio` or `pattern` says which blocks are linear (L) and which softmax (N)."""
+
+    vocab: int = 256
+    dim: int = 128
+    depth: int = 8
+    heads: int = 4
+    kv_heads: int | None = None  # of softmax attention; None: as many as heads
+    linear: str = "lightning"  # the mixer of the blocks that are L
+    ratio: str = "1/4"  # share of softmax blocks: 1/4 is LLLN, 0 and 1 are the pure models
+    pattern: Any = None  # instead of ratio: letters such as LLLN, or a list of mixer names; repeated to the depth
+    mlp_dim: int | None = None  # None: 8/3 dim, rounded up to a multiple of 32
+    tie_embeddings: bool = False
+    norm_eps: float = 1e-6
+    rope_base: float = 10000.0
+    mixers: dict[str, dict[str, Any]] = field(default_factory=dict)  # options of mixers by name: {gla: {expand_k: 1.0}}
+
+
+def expand_pattern(config: ModelConfig) -> tuple[str, ...]:
+    """The mixer of each block; ValueError if `linear`, `ratio` or `pattern` is not one or does not tile the depth."""
+    linear_names = [name for name, spec in MIXERS.items() if spec.letter == "L"]
+    if config.linear not in linear_names:
+        raise unknown("linear mixer", config.linear, linear_names)
+    if config.depth < 1:
+        raise ValueError(f"depth is {config.depth}; it must be at least 1")
+    if config.pattern is None:
+        source, tile = f"ratio {config.ratio}", _ratio_tile(config)
+    else:
+        source, tile = f"pattern {config.pattern}", _pattern_tile(config)
+    repeats, rest = divmod(config.depth, len(tile))
+    if rest:
+        raise ValueError(
+            f"{source} is a tile of {len(tile)} blocks ({pattern_letters(tile)}), which does not tile a depth of "
+            f"{config.depth}; change it, or set depth to {max(repeats, 1) * len(tile)} or {(repeats + 1) * len(tile)}"
+        )
+    return tile * repeats
+
+
+def _ratio_tile(config: ModelConfig) -> tuple[str, ...]:
+    """Of b blocks a are softmax for a ratio of a/b, spread evenly, the last one among them: 2/5 is LLNLN."""
+    try:
+        ratio = Fraction(str(config.ratio))
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"ratio {config.ratio!r} is not a fraction such as 1/4, 0 or 1") from None
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"ratio {config.ratio} is not a share of blocks; it must be between 0 and 1, such as 1/4")
+    due = [block * ratio.numerator // ratio.denominator for block in range(ratio.denominator + 1)]
+    return tuple("softmax" if after > before else config.linear for before, after in zip(due, due[1:], strict=False))
+
+
+def _pattern_tile(config: ModelConfig) -> tuple[str, ...]:
+    if not config.pattern:
+        raise ValueError("pattern is empty; give letters such as LLLN or a list of mixer names, or leave it out")
+    if not isinstance(config.pattern, (str, Sequence)):
+        raise ValueError(f"pattern {config.pattern!r} is neither letters such as LLLN nor a list of mixer names")
+    if not isinstance(config.pattern, str):
+        for name in config.pattern:
+            if not isinstance(name, str) or name not in MIXERS:
+                raise unknown("mixer in pattern", str(name), MIXERS)
+        return tuple(config.pattern)
+    if set(config.pattern) - set("LN"):
+        raise ValueError(
+            f"pattern {config.pattern!r} has letters other than L (linear) and N (softmax); mixers are named in a "
+            f"list, such as [{config.pattern if config.pattern in MIXERS else 'gla'}, softmax]"
+        )
+    return tuple({"L": config.linear, "N": "softmax"}[letter] for letter in config.pattern)
+
+
+def pattern_letters(names: Iterable[str]) -> str:
+    """One letter per block, L for a linear mixer and N for softmax attention: LLLNLLLN."""
+    return "".join(MIXERS[name].letter for name in names)
+
+
+def block_specs(config: ModelConfig) -> list[tuple[MixerSpec, Place]]:
+    """What each block is built from; ValueError for every config that no model can be built from."""
+    for name in ("vocab", "dim", "heads", "kv_heads", "mlp_dim"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    for name in ("norm_eps", "rope_base"):
+        if getattr(config, name) <= 0:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be greater than 0")
+    kv_heads = config.heads if config.kv_heads is None else config.kv_heads
+    if config.heads % kv_heads:
+        raise ValueError(f"heads {config.heads} is not a multiple of kv_heads {kv_heads}; change one of them")
+    specs = {name: mixer_spec(name, **options) for name, options in config.mixers.items()}
+    blocks = []
+    for layer, name in enumerate(expand_pattern(config)):
+        place = Place(
+            dim=config.dim,
+            heads=config.heads,
+            kv_heads=kv_heads,
+            layer=layer,
+            depth=config.depth,
+            norm_eps=config.norm_eps,
+            rope_base=config.rope_base,
+        )
+        blocks.append((specs.get(name) or mixer_spec(name), place))
+    return blocks
+
+
+def mlp_width(config: ModelConfig) -> int:
+    """The inner width of SwiGLU: 8/3 dim, so that its three matrices weigh what two of 4 dim would."""
+    return config.mlp_dim or 32 * -(-8 * config.dim // (3 * 32))
+
+
+def model_facts(config: ModelConfig) -> Cost:
+    """The cost of HybridLM(config), by arithmetic; ValueError for every config that HybridLM would refuse."""
+    blocks = [Block.cost(spec, place, mlp_width(config)) for spec, place in block_specs(config)]
+    head = Cost(matrices=config.vocab * config.dim)
+    embedding = Cost(vectors=0 if config.tie_embeddings else config.vocab * config.dim)
+    return sum(blocks, start=embedding + head + Cost(vectors=config.dim))

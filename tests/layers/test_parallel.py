@@ -1,0 +1,139 @@
+"""Mixers and the whole model with the sequence cut over ranks, against one device in float64, on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import hybrid_sp as hsp
+from hybrid_sp import collectives
+from hybrid_sp.layout import LAYOUTS
+from layers.model import HybridLM
+from layers.spec import ModelConfig
+from tests.layers.cases import CASES, Case, tokens
+from tests.support.oracle import assert_close
+from tests.support.ranks import run_ranks
+
+LENGTHS = (11, 137)  # fewer tokens than a chunk, and chunks of uneven spans
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_mixers_agree_with_one_device(ranks: int) -> None:
+    run_ranks(compare_mixers, ranks)
+
+
+def compare_mixers(group: Any) -> None:
+    """Output, input gradient and parameter gradients (summed over ranks) of every mixer, layout and length."""
+    for case in CASES:
+        for length in LENGTHS:
+            want = run_mixer(case, tokens(length), output_gradient(length))
+            for layout in LAYOUTS:
+                sp = hsp.SequenceParallel(group, layout=layout, check=True)
+                shard = sp.shard(length)
+                got = run_mixer(case, shard.take(tokens(length)), shard.take(output_gradient(length)), shard)
+                where = f"{case}, {length} tokens, {layout}, rank {sp.rank} of {sp.size}"
+                for name, tensor in got.items():
+                    if name in ("y", "dx"):
+                        assert_close(f"{where}: {name}", tensor, shard.take(want[name]), 1e-10)
+                    else:
+                        total = collectives.all_reduce(tensor, group, tag="gradients")
+                        assert_close(f"{where}: {name}", total, want[name], 1e-10)
+
+
+def output_gradient(length: int) -> Tensor:
+    return torch.randn(tokens(length).shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+def run_mixer(case: Case, x: Tensor, dy: Tensor, shard: hsp.Shard | None = None) -> dict[str, Tensor]:
+    mixer = case.build()
+    x.requires_grad_()
+    y, _ = mixer(x, shard)
+    y.backward(dy)
+    return {"y": y, "dx": x.grad} | {f"d {name}": weight.grad for name, weight in mixer.named_parameters()}
+
+
+# The whole model: five mixers, AdamW, batches of two sequences.
+
+STEPS, LENGTH, VOCAB = 50, 30, 16
+CONFIG = ModelConfig(
+    vocab=VOCAB,
+    dim=16,
+    depth=5,
+    heads=2,
+    kv_heads=1,
+    mlp_dim=16,
+    pattern=["linear", "lightning", "retention", "gla", "softmax"],
+)
+
+
+def test_model_trains_as_on_one_device() -> None:
+    run_ranks(compare_training, 4, deadline=120.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How four ranks share a batch. `whole` is the group over which losses and gradients are summed."""
+
+    name: str
+    group: Any
+    whole: Any
+    rows: slice
+
+
+def compare_training(world: Any) -> None:
+    """At each step the gradients of every plan at the weights of one device, and the losses of every plan's own run."""
+    mesh = hsp.init_mesh(dp=2, sp=2)
+    pair, dp_rank = mesh["sp"].get_group(), mesh["dp"].get_local_rank()
+    plans = [
+        Plan(name="sp 2", group=pair, whole=pair, rows=slice(0, 2)),
+        Plan(name="sp 4", group=world, whole=world, rows=slice(0, 2)),
+        Plan(name="dp x sp 2 x 2", group=pair, whole=world, rows=slice(dp_rank, dp_rank + 1)),
+    ]
+    alone = Plan(name="one device", group=None, whole=None, rows=slice(0, 2))
+    model, *free = (HybridLM(CONFIG).double() for _ in [alone, *plans])
+    optimizers = [torch.optim.AdamW(one.parameters(), lr=1e-4, betas=(0.9, 0.95)) for one in [model, *free]]
+    for step, batch in enumerate(batches()):
+        loss, gradients = loss_and_gradients(model, alone, "contiguous", *batch)
+        layout = LAYOUTS[step % 2]
+        for plan, own_model in zip(plans, free, strict=True):
+            where = f"step {step}, {plan.name}, {layout}, rank {collectives.rank(world)}"
+            _, taken = loss_and_gradients(model, plan, layout, *batch)
+            for name, gradient in gradients.items():
+                assert_close(f"{where}: gradient of {name}", taken[name], gradient, 1e-9)
+            own_loss, _ = loss_and_gradients(own_model, plan, layout, *batch)
+            assert_close(f"{where}: loss of its own run", own_loss, loss, 1e-9)
+        for name, weight in model.named_parameters():
+            weight.grad = gradients[name]
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+def loss_and_gradients(
+    model: HybridLM, plan: Plan, layout: str, tokens_BL: Tensor, labels_BL: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The mean loss over all valid tokens and its gradients, which are also left in the parameters; on every rank."""
+    shard = hsp.SequenceParallel(plan.group, layout=layout).shard(LENGTH)
+    tokens_BT, labels_BT = (shard.take(x[plan.rows]) for x in (tokens_BL, labels_BL))
+    model.zero_grad()
+    loss, valid = model.loss(tokens_BT, labels_BT, shard)
+    loss.backward()
+    total = hsp.sum_gradients(model.parameters(), plan.whole, int(valid))
+    gradients = {name: weight.grad for name, weight in model.named_parameters()}
+    return collectives.all_reduce(loss.detach(), plan.whole, tag="loss") / total, gradients
+
+
+def batches() -> Iterator[tuple[Tensor, Tensor]]:
+    """Tokens and next-token labels [2, LENGTH]; every fifth batch leaves whole ranks without a valid label."""
+    generator = torch.Generator().manual_seed(4)
+    for step in range(STEPS):
+        text = torch.randint(VOCAB, (2, LENGTH + 1), generator=generator)
+        labels = text[:, 1:].clone()
+        labels[:, -1] = -100
+        if step % 5 == 0:
+            labels[0], labels[1, : LENGTH // 2] = -100, -100
+        yield text[:, :-1], labels

@@ -1,0 +1,133 @@
+"""ModelConfig: the pattern it expands to, every error, and the cost that follows from it."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch.utils.flop_counter import FlopCounterMode
+
+from layers.model import HybridLM
+from layers.spec import ModelConfig, block_specs, expand_pattern, mlp_width, model_facts, pattern_letters
+
+
+@pytest.mark.parametrize(
+    ("options", "letters"),
+    [
+        ({}, "LLLNLLLN"),
+        ({"ratio": "0"}, "LLLLLLLL"),
+        ({"ratio": "1"}, "NNNNNNNN"),
+        ({"ratio": "1/8"}, "LLLLLLLN"),
+        ({"ratio": "1/2"}, "LNLNLNLN"),
+        ({"ratio": "2/4"}, "LNLNLNLN"),
+        ({"ratio": "0.25"}, "LLLNLLLN"),
+        ({"ratio": "3/4"}, "LNNNLNNN"),
+        ({"ratio": "2/5", "depth": 5}, "LLNLN"),
+        ({"pattern": "LLLN"}, "LLLNLLLN"),
+        ({"pattern": "NL", "ratio": "1/3"}, "NLNLNLNL"),
+        ({"pattern": ["gla", "softmax", "linear", "retention"]}, "LNLLLNLL"),
+    ],
+)
+def test_letters_of_the_pattern(options: dict[str, Any], letters: str) -> None:
+    assert pattern_letters(expand_pattern(ModelConfig(**options))) == letters
+
+
+def test_mixers_of_the_pattern() -> None:
+    assert expand_pattern(ModelConfig(linear="gla", ratio="1/2", depth=4)) == ("gla", "softmax") * 2
+    assert expand_pattern(ModelConfig(linear="gla", pattern="LN", depth=4)) == ("gla", "softmax") * 2
+    names = ("gla", "softmax", "linear")
+    assert expand_pattern(ModelConfig(pattern=list(names), depth=6)) == names * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"ratio": "1/3"},
+            "ratio 1/3 is a tile of 3 blocks (LLN), which does not tile a depth of 8; change it",
+        ),
+        ({"ratio": "1/3"}, "set depth to 6 or 9"),
+        ({"ratio": "1/16"}, "set depth to 16"),
+        ({"pattern": "LLN"}, "pattern LLN is a tile of 3 blocks (LLN), which does not tile a depth of 8"),
+        ({"pattern": ["gla"] * 9}, "does not tile a depth of 8"),
+        ({"ratio": "5/4"}, "ratio 5/4 is not a share of blocks; it must be between 0 and 1"),
+        ({"ratio": "-1/4"}, "must be between 0 and 1"),
+        ({"ratio": "1/0"}, "ratio '1/0' is not a fraction such as 1/4, 0 or 1"),
+        ({"ratio": "one"}, "ratio 'one' is not a fraction"),
+        ({"pattern": ""}, "pattern is empty"),
+        ({"pattern": []}, "pattern is empty"),
+        ({"pattern": "LLLM"}, "pattern 'LLLM' has letters other than L (linear) and N (softmax)"),
+        ({"pattern": "gla"}, "mixers are named in a list, such as [gla, softmax]"),
+        ({"pattern": ["gla", "N"]}, "unknown mixer in pattern 'N'; known: gla,"),
+        ({"pattern": ["glaa"]}, "unknown mixer in pattern 'glaa'; did you mean 'gla'?"),
+        ({"pattern": [["gla"]]}, "unknown mixer in pattern"),
+        ({"pattern": 3}, "pattern 3 is neither letters"),
+        ({"linear": "lightening"}, "unknown linear mixer 'lightening'; did you mean 'lightning'?"),
+        ({"linear": "softmax"}, "unknown linear mixer 'softmax'; known: gla, lightning, linear, retention"),
+        ({"depth": 0}, "depth is 0; it must be at least 1"),
+        ({"dim": 0}, "dim is 0; it must be at least 1"),
+        ({"heads": 0}, "heads is 0"),
+        ({"kv_heads": 0}, "kv_heads is 0"),
+        ({"mlp_dim": 0}, "mlp_dim is 0"),
+        ({"vocab": -1}, "vocab is -1"),
+        ({"norm_eps": 0.0}, "norm_eps is 0.0; it must be greater than 0"),
+        ({"rope_base": -1.0}, "rope_base is -1.0; it must be greater than 0"),
+        ({"kv_heads": 3}, "heads 4 is not a multiple of kv_heads 3; change one of them"),
+        ({"dim": 130}, "dim 130 with expand 1 is 130 channels, which 4 heads cannot share evenly"),
+        ({"dim": 36}, "gives each of 4 heads 9 channels, which rotary embedding cannot pair"),
+        ({"mixers": {"glaa": {}}}, "unknown mixer 'glaa'; did you mean 'gla'?"),
+        ({"mixers": {"gla": {"expand": 1.0}}}, "unknown option 'expand' of mixer 'gla'"),
+        ({"mixers": {"gla": {"expand_k": 0.3}}, "linear": "gla"}, "dim 128 with expand_k 0.3 is 38.4 channels"),
+    ],
+)
+def test_errors_say_what_to_change(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        model_facts(ModelConfig(**options))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        HybridLM(ModelConfig(**options))
+
+
+def test_options_reach_the_blocks() -> None:
+    config = ModelConfig(pattern=["gla", "softmax"], depth=4, kv_heads=2, mixers={"gla": {"expand_k": 1.0}})
+    specs, places = zip(*block_specs(config), strict=True)
+    assert [getattr(spec, "expand_k", None) for spec in specs] == [1.0, None] * 2
+    assert [(place.layer, place.depth, place.kv_heads) for place in places] == [(layer, 4, 2) for layer in range(4)]
+    assert ModelConfig().kv_heads is None and block_specs(ModelConfig())[0][1].kv_heads == 4
+
+
+def test_mlp_width() -> None:
+    assert mlp_width(ModelConfig(dim=128)) == 352  # 8/3 of 128 is 341.3
+    assert mlp_width(ModelConfig(dim=96)) == 256
+    assert mlp_width(ModelConfig(dim=128, mlp_dim=100)) == 100
+
+
+def test_config_is_a_structured_omegaconf_config() -> None:
+    schema = OmegaConf.structured(ModelConfig)
+    recipe = OmegaConf.create("{ratio: 0, kv_heads: 2, pattern: [gla, softmax], mixers: {gla: {expand_k: 1}}}")
+    config = OmegaConf.to_object(OmegaConf.merge(schema, recipe))
+    want = ModelConfig(ratio="0", kv_heads=2, pattern=["gla", "softmax"], mixers={"gla": {"expand_k": 1}})
+    assert config == want
+    assert OmegaConf.to_object(schema) == ModelConfig()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_facts_of_the_model_are_what_is_counted(tied: bool) -> None:
+    names = ["linear", "lightning", "retention", "gla", "softmax"]
+    config = ModelConfig(vocab=50, dim=24, depth=5, heads=4, kv_heads=2, pattern=names, tie_embeddings=tied)
+    model, facts = HybridLM(config), model_facts(config)
+    assert facts.parameters == sum(weight.numel() for weight in model.parameters())
+
+    cache = model.init_cache(2)
+    for _ in range(9):
+        _, cache = model.step(torch.zeros(2, dtype=torch.long), cache)
+    held = sum(tensor.nbytes for layer in cache for tensor in layer.tensors)
+    assert facts.state_bytes(batch=2, length=9) == held
+
+    # What the blocks' own test leaves: the MLPs and the head, counted on a model whose mixers are only their facts.
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.head(torch.stack([block.mlp(torch.zeros(1, 9, 24)) for block in model.blocks]).sum(0))
+    mixers = sum(spec.cost(place).flops_per_token(9) for spec, place in block_specs(config))
+    assert facts.flops_per_token(9) * 9 == counter.get_total_flops() + mixers * 9
