@@ -252,7 +252,7 @@ class _Intra(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(q, k, v, g, h, totals)
         ctx.carry, ctx.scale, ctx.chunks = carry, scale, chunks
-        return kernel.intra_forward(q, k, v, g, scale, chunks)
+        return kernel.intra_forward(q, k, v, g, chunks)
 
     @staticmethod
     @once_differentiable

@@ -126,6 +126,7 @@ def _triangle(size: int, kind: str, dtype: torch.dtype, device: torch.device) ->
         "before": ones.tril(-1),
         "from": ones.triu(),
         "after": ones.triu(1),
+        "mask": torch.zeros_like(ones).masked_fill_(ones.triu(1).bool(), float("-inf")),
     }[kind]
 
 
@@ -138,7 +139,7 @@ def running_sum(x: Tensor, kind: str) -> Tensor:
 
 
 def between(g_NC: Tensor) -> Tensor:
-    """sums[n, t, s] = g[n, s+1] + ... + g[n, t] for s < t; above the diagonal positive, and to be masked there.
+    """sums[n, t, s] = g[n, s+1] + ... + g[n, t] for s <= t, and -inf for s > t.
 
     Running sums are kept in two parts, together as exact as fp64, so that their differences are exact in the dtype of g
     also beside a decay of -1e4.
@@ -146,4 +147,5 @@ def between(g_NC: Tensor) -> Tensor:
     exact = g_NC.double().cumsum(1)
     high = exact.to(g_NC.dtype)
     low = (exact - high).to(g_NC.dtype)
-    return (high[:, :, None] - high[:, None, :]).add_(low[:, :, None]).sub_(low[:, None, :])
+    sums = (high[:, :, None] - high[:, None, :]).add_(low[:, :, None]).sub_(low[:, None, :])
+    return sums.add_(_triangle(g_NC.shape[1], "mask", g_NC.dtype, g_NC.device))

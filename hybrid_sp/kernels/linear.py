@@ -7,8 +7,8 @@ the sum after t to the chunk's end, D_c the sum of g over the span's chunks befo
 span:
 
     states   h_(c+1) = exp(g summed over c) h_c + sum over t in c of (exp(R_t) k_t) v_t^T
-    intra    o_t  = scale * sum over s <= t of (q_t . exp(g_(s+1) + ... + g_t) k_s) v_s            (s, t in one chunk)
-    inter    o_t += scale * (exp(P_t) q_t) (h_c + exp(D_c) S_in)
+    intra    o_t = sum over s <= t of (q_t . exp(g_(s+1) + ... + g_t) k_s) v_s                     (s, t in one chunk)
+    inter    o_t = scale * (o_t + (exp(P_t) q_t) (h_c + exp(D_c) S_in))
 
 Each phase is a pair of plain functions, `x_forward` and `x_backward`, that work through blocks of chunks with bounded
 temporaries. Decays g are natural logs, None | [B,T,H] | [B,T,H,K], finite and at most 0. Only sums of g over runs of
@@ -122,13 +122,12 @@ def states_backward(
     return dk, dv, dg
 
 
-def intra_forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float, chunks: Chunks) -> Tensor:
-    """The part of o [B,T,H,V] that comes from tokens of the same chunk."""
+def intra_forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, chunks: Chunks) -> Tensor:
+    """The part of o [B,T,H,V] that comes from tokens of the same chunk, not yet scaled."""
     heads = v.shape[2]
     o = torch.empty_like(v)
     for block in chunks:
-        weights, _ = _weights(block, q, k, g, scale, heads)
-        block.store(o, weights @ block.load(v, heads))
+        block.store(o, _scores(block, q, k, g, heads).weights() @ block.load(v, heads))
     return o
 
 
@@ -150,53 +149,49 @@ def intra_backward(
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     dg = None if g is None else torch.empty_like(g)
     for block in chunks:
-        do_NCV = block.load(do, heads)
-        weights, scores = _weights(block, q, k, g, scale, heads)
+        do_NCV = block.load(do, heads) * scale
+        scores = _scores(block, q, k, g, heads)
+        weights = scores.weights()
         block.store(dv, weights.mT @ do_NCV)
-        d_weights = (do_NCV @ block.load(v, heads).mT).tril_()
-        dq_NCK, dk_NCK, dg_NC = scores.backward(d_weights, weights)
+        dq_NCK, dk_NCK, dg_NC = scores.backward(do_NCV @ block.load(v, heads).mT, weights)
         dq_read = do_NCV @ _entering(block, h, before, S_in).mT
-        if g is not None and dg is not None and dg_NC is not None:
-            through = running_sum(block.load(g, heads), "through")
+        if scores.g is not None and dg is not None and dg_NC is not None:
+            through = running_sum(scores.g, "through")
             dq_read.mul_(_over_tokens(through))
             dg_NC += running_sum(_decay_gradient(dq_read * scores.q, through), "from")
             block.store(dg, dg_NC)
-        block.store(dq, dq_NCK.add_(dq_read).mul_(scale))
+        block.store(dq, dq_NCK.add_(dq_read))
         block.store(dk, dk_NCK)
     return dq, dk, dv, dg
 
 
-def _weights(
-    block: Block, q: Tensor, k: Tensor, g: Tensor | None, scale: float, heads: int
-) -> tuple[Tensor, _ScalarScores | _VectorScores]:
-    """Weight of token s in the output of token t, [(N B H), C, C], zero for s > t; and how it was made."""
-    q_NCK, k_NCK = block.load(q, heads) * scale, block.load(k, heads)
-    if g is not None and g.ndim == 4:
-        vector = _VectorScores(q_NCK, k_NCK, block.load(g, heads))
-        return vector.weights(), vector
-    scalar = _ScalarScores(q_NCK, k_NCK, None if g is None else block.load(g, heads))
-    return scalar.weights(), scalar
+def _scores(block: Block, q: Tensor, k: Tensor, g: Tensor | None, heads: int) -> _ScalarScores | _VectorScores:
+    """How much token t reads of token s of the same chunk, for a block."""
+    kind = _VectorScores if g is not None and g.ndim == 4 else _ScalarScores
+    return kind(block.load(q, heads), block.load(k, heads), None if g is None else block.load(g, heads))
 
 
 class _ScalarScores:
-    """Weights under no decay or one decay per head: (q k^T) * exp(sums of g between s and t)."""
+    """Weights under no decay or one decay per head: (q k^T) * exp(sums of g between s and t), 0 for s > t."""
 
     def __init__(self, q: Tensor, k: Tensor, g: Tensor | None) -> None:
         self.q, self.k, self.g = q, k, g
-        self.decay = None if g is None else between(g).clamp_(max=0.0).exp_()
+        self.decay = None if g is None else between(g).exp_()
 
     def weights(self) -> Tensor:
+        """[N, C, C] of N chunks."""
         weights = self.q @ self.k.mT
-        if self.decay is not None:
-            weights.mul_(self.decay)
-        return weights.tril_()
+        return weights.tril_() if self.decay is None else weights.mul_(self.decay)
 
     def backward(self, d_weights: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """dq, dk, dg; writes over d_weights."""
         dg = None
-        if self.decay is not None:
+        if self.decay is None:
+            d_weights.tril_()
+        else:
             moved = (d_weights * weights).tril_(-1)
             dg = running_sum(moved.sum(2) - moved.sum(1), "from")
-            d_weights = d_weights.mul_(self.decay)
+            d_weights.mul_(self.decay)
         return d_weights @ self.k, d_weights.mT @ self.q, dg
 
 
@@ -206,8 +201,9 @@ class _VectorScores:
     exp(sum over (s, m]) * exp(sum over (m, t]) with both exponents at most 0, and the rectangle is one matrix product.
     Sums are built upwards from single tokens. The diagonal has no decay."""
 
-    def __init__(self, q: Tensor, k: Tensor, g: Tensor) -> None:
-        self.q, self.k = q, k
+    def __init__(self, q: Tensor, k: Tensor, g: Tensor | None) -> None:
+        assert g is not None
+        self.q, self.k, self.g = q, k, g
         self.levels: list[tuple[int, Tensor, Tensor]] = []  # half length, decay of the right half's q, of the left's k
         through, after = g.clone(), torch.zeros_like(g)
         half = 1
@@ -270,6 +266,12 @@ def _entering(block: Block, h: Tensor, before: Tensor | None, S_in: Tensor | Non
     return states.flatten(0, 2)
 
 
+def _reading(block: Block, q: Tensor, g: Tensor | None, heads: int) -> Tensor:
+    """exp(P_t) q_t of a block."""
+    q_NCK = block.load(q, heads)
+    return q_NCK if g is None else q_NCK * _over_tokens(running_sum(block.load(g, heads), "through"))
+
+
 def inter_forward(
     o_intra: Tensor,
     q: Tensor,
@@ -280,14 +282,14 @@ def inter_forward(
     scale: float,
     chunks: Chunks,
 ) -> Tensor:
-    """Add to o_intra, in place, what the entering states contribute. S_in [s,B,H,K,V], or None where none enters."""
+    """o from o_intra, in its place: adds what the entering states contribute, and scales. S_in [s,B,H,K,V], or None
+    where no state enters."""
     heads = o_intra.shape[2]
     before = None if totals is None or S_in is None else _before_chunks(totals, chunks)
     for block in chunks:
-        q_NCK = block.load(q, heads) * scale
-        if g is not None:
-            q_NCK.mul_(_over_tokens(running_sum(block.load(g, heads), "through")))
-        block.store(o_intra, torch.baddbmm(block.load(o_intra, heads), q_NCK, _entering(block, h, before, S_in)))
+        q_NCK, entering = _reading(block, q, g, heads), _entering(block, h, before, S_in)
+        o_NCV = torch.baddbmm(block.load(o_intra, heads), q_NCK, entering, beta=scale, alpha=scale)
+        block.store(o_intra, o_NCV)
     return o_intra
 
 
@@ -309,11 +311,9 @@ def inter_backward(
     d_before = None if before is None else torch.empty_like(before)
     dh[list(chunks.leaving)] = 0
     for block in chunks:
-        q_NCK = block.load(q, heads) * scale
-        if g is not None:
-            q_NCK.mul_(_over_tokens(running_sum(block.load(g, heads), "through")))
         d_states = dh[block.states]
-        torch.bmm(q_NCK.mT, block.load(do, heads), out=d_states.flatten(0, 2))
+        flat, q_NCK = d_states.flatten(0, 2), _reading(block, q, g, heads)
+        torch.baddbmm(flat, q_NCK.mT, block.load(do, heads), beta=0, alpha=scale, out=flat)
         if S_in is not None and dS_in is not None:
             if before is None or d_before is None:
                 dS_in[block.span] += d_states.sum(0)
