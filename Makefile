@@ -25,7 +25,7 @@ check: $(READY) ## format, lint and types, changing nothing
 	$(BIN)/mypy
 
 mutants: $(READY) ## break the source in every committed way and see a named test fail
-	$(BIN)/python tests/mutants/run.py $(ARGS)
+	$(BIN)/python -m tests.mutants.run $(ARGS)
 
 bench: $(READY) ## the speed tables of the README; ARGS=linear for one of them
 	$(BIN)/python -m recipes.bench $(ARGS)

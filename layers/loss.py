@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-IGNORED = -100  # the label of a token that has no next token
+from hybrid_sp.layout import NO_LABEL
 
 
 def cross_entropy(x_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, *, chunk: int = 1024) -> tuple[Tensor, Tensor]:
@@ -21,7 +21,7 @@ def cross_entropy(x_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, *, chunk:
     if not torch.is_grad_enabled():
         x_BTD, weight_VD = x_BTD.detach(), weight_VD.detach()
     loss = _ChunkedCrossEntropy.apply(x_BTD.flatten(0, 1), weight_VD, labels_BT.flatten(), chunk)
-    return loss, (labels_BT != IGNORED).sum()
+    return loss, (labels_BT != NO_LABEL).sum()
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -33,7 +33,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         dweight_VD = torch.zeros_like(weight_VD, dtype=wide) if ctx.needs_input_grad[1] else None
         for start in range(0, len(x_ND), chunk):
             rows = slice(start, start + chunk)
-            valid_C1 = (labels_N[rows] != IGNORED)[:, None]
+            valid_C1 = (labels_N[rows] != NO_LABEL)[:, None]
             labels_C1 = labels_N[rows, None].where(valid_C1, 0)
             log_p_CV = (x_ND[rows] @ weight_VD.T).to(wide).log_softmax(dim=-1)
             loss -= log_p_CV.gather(1, labels_C1).where(valid_C1, 0).sum()

@@ -17,7 +17,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 CHUNK = 64  # tokens; a power of two
-BLOCK_ROWS = 4096  # rows (batch x heads x tokens) that one block of chunks may hold
+BLOCK_ROWS = 8192  # rows (batch x heads x tokens) that one block of chunks may hold
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,160 @@
+"""The cost model of one layer: what it receives over the network, what it holds in memory, as closed formulas.
+
+Everything is per rank, for one layer and one pass, and counts received bytes, as the ledger does. P ranks, B sequences,
+L tokens in the sequence, T = ceil(L / P) tokens on a rank, H heads, G key-value heads, K and V head dims, D the head
+dim of softmax layers; n spans on a rank (1 contiguous, 2 zigzag). States and gradients travel as fp32, keys and values
+in the model's dtype of `kv_bytes` per element. Send and receive buffers of the network library are not counted.
+"""
+
+from __future__ import annotations
+
+from math import ceil
+
+STATE_BYTES = 4  # fp32
+TRANSITIONS = ("none", "fixed", "scalar", "vector", "matrix")
+
+
+def transition_elements(kind: str, K: int) -> int:
+    """Numbers per head that a summary carries beside its K x V state, by the form of the decay A_t.
+
+    none, fixed: 0 (every rank knows it); scalar: 1; vector: K; matrix: K * K. Raises ValueError for another kind.
+    """
+    sizes = dict(zip(TRANSITIONS, (0, 0, 1, K, K * K), strict=True))
+    if kind not in sizes:
+        raise ValueError(f"transition is {kind!r}; it must be one of {', '.join(TRANSITIONS)}")
+    return sizes[kind]
+
+
+def span_tokens(L: int, P: int) -> int:
+    """Tokens of the longest rank, T = ceil(L / P). Raises ValueError where a rank would have none."""
+    if not 1 <= P <= L:
+        raise ValueError(f"{P} ranks for a sequence of {L} tokens; take 1 to {L} ranks")
+    return ceil(L / P)
+
+
+# Linear layers: bytes received do not depend on L
+
+
+def linear_all_gather_forward(
+    *, P: int, B: int, H: int, K: int, V: int, transition: str = "none", spans: int = 1, normalize: bool = False
+) -> int:
+    """LASP-2 forward: (P-1) * n * B * H * (K V + a + z) * 4, a the transition, z = K with a normaliser, else 0.
+
+    Source: LASP-2 (arXiv 2502.07563) algorithm 2, with per-head states.
+    """
+    z = K if normalize else 0
+    return (P - 1) * spans * B * H * (K * V + transition_elements(transition, K) + z) * STATE_BYTES
+
+
+def linear_all_gather_backward(
+    *, P: int, B: int, H: int, K: int, V: int, spans: int = 1, normalize: bool = False, final_state: bool = False
+) -> int:
+    """LASP-2 backward: (P-1) * n * B * H * (K V + z) * 4; n + 1 for n where a final state has a gradient.
+
+    The transitions are kept from the forward pass. Source: LASP-2 (arXiv 2502.07563) algorithm 4.
+    """
+    state = K * V + (K if normalize else 0)
+    return (P - 1) * (spans + final_state) * B * H * state * STATE_BYTES
+
+
+def lasp1_ring(*, P: int, B: int, H: int, K: int, V: int) -> int:
+    """LASP-1, forward or backward: B * H * K V * 4 in one hop (0 for P = 1), but after up to P-1 hops in series.
+
+    The state on its way is already decayed, so no transition travels. Source: LASP (arXiv 2404.02882).
+    """
+    return B * H * K * V * STATE_BYTES if P > 1 else 0
+
+
+# Softmax layers: bytes received grow with L
+
+
+def softmax_all_gather_forward(*, P: int, B: int, L: int, G: int, D: int, kv_bytes: int = 2) -> int:
+    """AllGather-KV forward: 2 * (P-1) * B * T * G * D * kv_bytes, keys and values before they are repeated over heads.
+
+    Source: LASP-2 (arXiv 2502.07563) algorithm 7; Llama 3 (arXiv 2407.21783) section 3.3.2.
+    """
+    return 2 * (P - 1) * B * span_tokens(L, P) * G * D * kv_bytes
+
+
+def softmax_all_gather_backward(
+    *, P: int, B: int, L: int, G: int, D: int, kv_bytes: int = 2, keep_kv: bool = True
+) -> int:
+    """AllGather-KV backward: the reduce-scatter of dK and dV, 2 * (P-1) * B * T * G * D * 4, which adds up in fp32.
+
+    With keep_kv=False the keys and values are gathered again: the forward's bytes on top.
+    """
+    reduce_scatter = 2 * (P - 1) * B * span_tokens(L, P) * G * D * STATE_BYTES
+    again = 0 if keep_kv else softmax_all_gather_forward(P=P, B=B, L=L, G=G, D=D, kv_bytes=kv_bytes)
+    return reduce_scatter + again
+
+
+def ring_attention_forward(*, P: int, B: int, L: int, G: int, D: int, kv_bytes: int = 2) -> int:
+    """Ring attention forward: 2 * (P-1) * B * T * G * D * kv_bytes, as AllGather-KV, but in P-1 steps in series.
+
+    Source: Ring Attention (arXiv 2310.01889).
+    """
+    return softmax_all_gather_forward(P=P, B=B, L=L, G=G, D=D, kv_bytes=kv_bytes)
+
+
+def ring_attention_backward(*, P: int, B: int, L: int, G: int, D: int, kv_bytes: int = 2) -> int:
+    """Ring attention backward: K and V go round again, (P-1) hops, and fp32 dK and dV with them, P hops to come home.
+
+    2 * B * T * G * D * ((P-1) * kv_bytes + P * 4), and 0 for P = 1. Source: Ring Attention (arXiv 2310.01889).
+    """
+    hops = (P - 1) * kv_bytes + P * STATE_BYTES
+    return 2 * B * span_tokens(L, P) * G * D * hops if P > 1 else 0
+
+
+def ulysses(*, P: int, B: int, L: int, H: int, G: int, D: int, element_bytes: int = 2) -> int:
+    """Ulysses, forward or backward: all-to-all of q, k, v and o, (P-1)/P * B * T * (2 H + 2 G) * D * element_bytes.
+
+    Raises ValueError unless P divides H and G (heads are what it cuts). Source: DeepSpeed-Ulysses (arXiv 2309.14509).
+    """
+    if H % P or G % P:
+        raise ValueError(f"Ulysses cuts heads: {P} ranks must divide {H} and {G} key-value heads; take fewer")
+    return (P - 1) * B * span_tokens(L, P) * (2 * H + 2 * G) * D * element_bytes // P
+
+
+def break_even_tokens(
+    *, H: int, K: int, V: int, G: int, D: int, transition: str = "none", spans: int = 1, kv_bytes: int = 2
+) -> float:
+    """Tokens per rank T above which a linear layer's forward gather is smaller than a softmax layer's.
+
+    n * H * (K V + a) * 4 = 2 * T * G * D * kv_bytes, solved for T. Neither P nor B matters; the sequence is L = P T.
+    """
+    state = spans * H * (K * V + transition_elements(transition, K)) * STATE_BYTES
+    return state / (2 * G * D * kv_bytes)
+
+
+# Gradients
+
+
+def gradient_all_reduce(*, P: int, parameters: int) -> int:
+    """The sum of all gradients over P ranks, once a step: 2 (P-1) / P * parameters * 4, by ring or halving."""
+    return 2 * (P - 1) * parameters * STATE_BYTES // P
+
+
+# Memory
+
+
+def linear_gather_memory(
+    *, P: int, B: int, H: int, K: int, V: int, transition: str = "none", spans: int = 1, normalize: bool = False
+) -> int:
+    """Bytes of one gathered buffer of summaries: P * n * B * H * (K V + a + z) * 4. Does not depend on L."""
+    z = K if normalize else 0
+    return P * spans * B * H * (K * V + transition_elements(transition, K) + z) * STATE_BYTES
+
+
+def softmax_gather_memory(*, P: int, B: int, L: int, G: int, D: int, kv_bytes: int = 2) -> int:
+    """Bytes of the gathered keys and values, kept for backward by default: 2 * B * P T * G * D * kv_bytes."""
+    return 2 * B * P * span_tokens(L, P) * G * D * kv_bytes
+
+
+def decode_state(*, B: int, H: int, K: int, V: int) -> int:
+    """Bytes that a linear layer keeps while decoding: B * H * K V * 4, at any length."""
+    return B * H * K * V * STATE_BYTES
+
+
+def decode_kv(*, B: int, L: int, G: int, D: int, kv_bytes: int = 2) -> int:
+    """Bytes that a softmax layer keeps while decoding after L tokens: 2 * B * L * G * D * kv_bytes."""
+    return 2 * B * L * G * D * kv_bytes

@@ -1,0 +1,254 @@
+"""Run folders, read into plain frozen records. The one place that knows the files of a run and of a sweep.
+
+A run folder holds `recipe.yaml`, `provenance.json`, `diff.patch`, `metrics.jsonl` and, once the run has ended,
+`summary.json`; a sweep folder holds run folders and `sweep.json`, its plan. What cannot be used is a `Fault` with its
+reason, never left out in silence.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from recipes.sweep import PLAN
+
+RUN_FILES = ("recipe.yaml", "provenance.json", "metrics.jsonl", "summary.json", "train.log")
+FREE_KEYS = ("name", "out", "wandb", "model.linear", "model.ratio", "model.pattern", "model.mixers", "train.seed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainPoint:
+    """One training step: loss in nats per token, tokens read so far over all ranks, bytes that rank 0 received."""
+
+    step: int
+    tokens: int
+    loss: float
+    tokens_per_second: float
+    received_bytes: int
+    exposed_ms: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationPoint:
+    """One validation: loss in nats per byte and in bits per byte."""
+
+    step: int
+    tokens: int
+    loss: float
+    bits_per_byte: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A finished run.
+
+    `softmax` is the share of softmax blocks; `linear` names the linear mixers, None if there are none; `modified` says
+    whether its code differed from the commit in the provenance.
+    """
+
+    name: str
+    recipe: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+    modified: bool
+    pattern: str
+    linear: str | None
+    softmax: Fraction
+    seed: int
+    steps: int
+    tokens: int
+    seconds: float
+    parameters: int
+    loss: float
+    bits_per_byte: float
+    unigram_bits_per_byte: float
+    train: tuple[TrainPoint, ...]
+    validation: tuple[ValidationPoint, ...]
+
+    @property
+    def below_unigram(self) -> float:
+        """How far the loss is below the entropy of single bytes: 1 - bits_per_byte / unigram_bits_per_byte."""
+        return 1 - self.bits_per_byte / self.unigram_bits_per_byte
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """A run that the report cannot use, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folder:
+    """A sweep's folder: its finished runs, its faults, and its plan (None if the runs were started by hand)."""
+
+    path: Path
+    runs: tuple[Run, ...]
+    faults: tuple[Fault, ...]
+    plan: Mapping[str, Any] | None
+
+
+def read_folder(path: str | Path) -> Folder:
+    """Read every run of a sweep folder. Raises ValueError if there is no such folder or it holds no finished run."""
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a folder; give the folder of a sweep, such as runs/hybrid_ratio")
+    plan = json.loads((path / PLAN).read_text()) if (path / PLAN).is_file() else None
+    planned = [cell["name"] for cell in plan["cells"]] if plan else []
+    present = sorted(child.name for child in path.iterdir() if any((child / file).is_file() for file in RUN_FILES))
+    runs, faults = [], []
+    for name in dict.fromkeys([*planned, *present]):
+        try:
+            if name not in present:
+                raise ValueError("missing: the sweep names it, and it was never started")
+            if planned and name not in planned:
+                raise ValueError(
+                    "not of this sweep: sweep.json does not name it; delete the folder or run the sweep again"
+                )
+            runs.append(read_run(path / name))
+        except ValueError as error:
+            faults.append(Fault(name=name, reason=str(error)))
+    if not runs:
+        found = "; ".join(f"{fault.name}: {fault.reason}" for fault in faults) or "no run folders at all"
+        raise ValueError(f"{path} holds no finished run ({found}); run a sweep first: python -m recipes.sweep FILE")
+    return Folder(path=path, runs=tuple(runs), faults=tuple(faults), plan=plan)
+
+
+def read_run(folder: Path) -> Run:
+    """Read one finished run. Raises ValueError that says what is missing, half-written or contradictory."""
+    train, validation = _read_metrics(folder / "metrics.jsonl")
+    if not (folder / "summary.json").is_file():
+        last = max((point.step for point in train), default=0)
+        raise ValueError(f"unfinished: there is no summary.json, and the last step in metrics.jsonl is {last}")
+    summary = _read_json(folder / "summary.json")
+    if summary.get("status") != "finished":
+        raise ValueError(
+            f"{summary.get('status')}: summary.json says so after {summary.get('steps')} steps; see train.log"
+        )
+    recipe = (
+        OmegaConf.to_container(OmegaConf.load(folder / "recipe.yaml")) if (folder / "recipe.yaml").is_file() else None
+    )
+    if not isinstance(recipe, dict):
+        raise ValueError("half-written: recipe.yaml is missing or empty")
+    provenance = _read_json(folder / "provenance.json")
+    missing = [key for key in ("commit", "versions", "dp", "sp", "corpus", "machine") if key not in provenance]
+    if missing:
+        raise ValueError(f"half-written: provenance.json lacks {', '.join(missing)}")
+    try:
+        letters = str(summary["pattern"])
+        run = Run(
+            name=folder.name,
+            recipe={str(key): value for key, value in recipe.items()},
+            provenance=provenance,
+            modified=_is_modified(folder, provenance),
+            pattern=letters,
+            linear=_linear_kind(recipe["model"], letters),
+            softmax=Fraction(letters.count("N"), len(letters)),
+            seed=int(recipe["train"]["seed"]),
+            steps=int(summary["steps"]),
+            tokens=int(summary["tokens"]),
+            seconds=float(summary["seconds"]),
+            parameters=int(summary["parameters"]),
+            loss=float(summary["validation_loss"]),
+            bits_per_byte=float(summary["bits_per_byte"]),
+            unigram_bits_per_byte=float(summary["unigram_bits_per_byte"]),
+            train=train,
+            validation=validation,
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"half-written: recipe.yaml or summary.json lacks {error}") from None
+    _check(run)
+    return run
+
+
+def _check(run: Run) -> None:
+    if not run.train or not run.validation:
+        raise ValueError("half-written: metrics.jsonl holds no training step or no validation")
+    if not math.isclose(run.loss / math.log(2), run.bits_per_byte, rel_tol=1e-6):
+        raise ValueError(f"contradiction: {run.loss} nats per byte is not {run.bits_per_byte} bits per byte")
+    last = run.validation[-1].bits_per_byte
+    if not math.isclose(last, run.bits_per_byte, rel_tol=1e-6):
+        raise ValueError(
+            f"contradiction: summary.json says {run.bits_per_byte} bits per byte, metrics.jsonl ends with {last}"
+        )
+
+
+def _linear_kind(model: Mapping[str, Any], letters: str) -> str | None:
+    if "L" not in letters:
+        return None
+    if isinstance(model["pattern"], str) or model["pattern"] is None:
+        return str(model["linear"])
+    return "+".join(
+        dict.fromkeys(name for name, letter in zip(model["pattern"], letters, strict=False) if letter == "L")
+    )
+
+
+def _is_modified(folder: Path, provenance: Mapping[str, Any]) -> bool:
+    patch = folder / "diff.patch"
+    new_code = [name for name in provenance.get("untracked", []) if name.endswith((".py", ".yaml"))]
+    return bool(new_code) or (patch.is_file() and patch.stat().st_size > 0)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = json.loads(file.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"half-written: {file.name} cannot be read ({error})") from None
+    return record
+
+
+def _read_metrics(file: Path) -> tuple[tuple[TrainPoint, ...], tuple[ValidationPoint, ...]]:
+    """The points of metrics.jsonl by step. After a resume a step may stand there twice: the later line is the run's."""
+    if not file.is_file():
+        raise ValueError("half-written: there is no metrics.jsonl")
+    lines = file.read_text().splitlines()
+    train: dict[int, TrainPoint] = {}
+    validation: dict[int, ValidationPoint] = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            step, tokens, loss = int(row["step"]), int(row["tokens"]), float(row["loss"])
+            if row["kind"] == "train":
+                train[step] = TrainPoint(
+                    step=step,
+                    tokens=tokens,
+                    loss=loss,
+                    tokens_per_second=float(row["tokens_per_second"]),
+                    received_bytes=int(row["comm/bytes"]),
+                    exposed_ms=float(row["comm/exposed_ms"]),
+                )
+            elif row["kind"] == "validation":
+                bits = float(row["bits_per_byte"])
+                validation[step] = ValidationPoint(step=step, tokens=tokens, loss=loss, bits_per_byte=bits)
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"half-written: line {number} of metrics.jsonl cannot be read ({error})") from None
+    return tuple(train[step] for step in sorted(train)), tuple(validation[step] for step in sorted(validation))
+
+
+# What several runs share
+
+
+def differing_keys(runs: Sequence[Run]) -> list[str]:
+    """Recipe keys whose values differ between runs, other than the kind and share of mixers and the seed."""
+    flat = [dict(_flatten(run.recipe)) for run in runs]
+    keys = sorted({key for one in flat for key in one})
+    return [key for key in keys if not _is_free(key) and any(one.get(key) != flat[0].get(key) for one in flat)]
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
+
+
+def _flatten(record: Mapping[Any, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,199 @@
+"""Tables: runs grouped into the points of an experiment, and rows of text as Markdown, CSV and HTML."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from html import escape
+
+from analysis.runs import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """All seeds of one model: `linear` is the kind of its linear blocks (None: none), `softmax` the others' share.
+
+    bits_per_byte and loss (nats per byte) are means over seeds, low and high the lowest and highest bits per byte.
+    """
+
+    linear: str | None
+    softmax: Fraction
+    runs: tuple[Run, ...]
+
+    @property
+    def bits_per_byte(self) -> float:
+        return sum(run.bits_per_byte for run in self.runs) / len(self.runs)
+
+    @property
+    def loss(self) -> float:
+        return sum(run.loss for run in self.runs) / len(self.runs)
+
+    @property
+    def low(self) -> float:
+        return min(run.bits_per_byte for run in self.runs)
+
+    @property
+    def high(self) -> float:
+        return max(run.bits_per_byte for run in self.runs)
+
+    @property
+    def below_unigram(self) -> float:
+        return sum(run.below_unigram for run in self.runs) / len(self.runs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A header and rows of text. Columns of numbers are named in `numbers`, to be set flush right."""
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    numbers: frozenset[str] = frozenset()
+
+
+def points(runs: Sequence[Run]) -> list[Point]:
+    """Group runs by kind of linear mixer and share of softmax blocks, sorted by both; pure softmax comes last.
+
+    Raises ValueError if two runs of one point have the same seed: then something else differs, which a mean would hide.
+    """
+    groups: dict[tuple[str | None, Fraction], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run.linear, run.softmax), []).append(run)
+    for members in groups.values():
+        seeds = [run.seed for run in members]
+        if len(set(seeds)) < len(seeds):
+            names = ", ".join(run.name for run in members)
+            raise ValueError(
+                f"runs {names} have the same mixers and one seed {seeds}; report them from separate folders"
+            )
+    keys = sorted(groups, key=lambda key: (key[0] is None, key[0] or "", key[1]))
+    return [
+        Point(linear=linear, softmax=share, runs=tuple(sorted(groups[linear, share], key=lambda run: run.seed)))
+        for linear, share in keys
+    ]
+
+
+def kinds(found: Sequence[Point]) -> list[str]:
+    """The kinds of linear mixers among the points, in order."""
+    return list(dict.fromkeys(point.linear for point in found if point.linear is not None))
+
+
+def loss_table(found: Sequence[Point]) -> Table:
+    """One row per point: loss in nats and bits per byte, margin to the unigram entropy, seeds and their spread."""
+    rows = [
+        (
+            str(point.softmax),
+            point.linear or "none (all softmax)",
+            point.runs[0].pattern,
+            f"{point.loss:.4f}",
+            f"{point.bits_per_byte:.4f}",
+            f"{100 * point.below_unigram:.1f} %",
+            str(len(point.runs)),
+            f"{point.low:.4f} to {point.high:.4f}" if len(point.runs) > 1 else "",
+            f"{point.runs[0].parameters:,}",
+            f"{sum(run.seconds for run in point.runs) / len(point.runs):.0f}",
+        )
+        for point in found
+    ]
+    header = (
+        "softmax share",
+        "linear blocks",
+        "pattern",
+        "loss (nats/byte)",
+        "loss (bits/byte)",
+        "below unigram",
+        "seeds",
+        "lowest to highest (bits/byte)",
+        "parameters",
+        "seconds per run",
+    )
+    return Table(header=header, rows=tuple(rows), numbers=frozenset({*header} - {"linear blocks", "pattern"}))
+
+
+def ratio_table(found: Sequence[Point]) -> Table:
+    """Bits per byte with one row per kind of linear mixer and one column per share of softmax blocks."""
+    shares = sorted({point.softmax for point in found})
+    value = {(point.linear, point.softmax): f"{point.bits_per_byte:.3f}" for point in found}
+    header = ("bits per byte at softmax share", *map(str, shares))
+    rows = [
+        (kind, *(value.get((kind, share)) or value.get((None, share), "not run") for share in shares))
+        for kind in kinds(found)
+    ]
+    return Table(header=header, rows=tuple(rows), numbers=frozenset(map(str, shares)))
+
+
+def run_table(runs: Sequence[Run]) -> Table:
+    """One row per run, with raw numbers and the commit."""
+    rows = [
+        (
+            run.name,
+            run.linear or "",
+            str(run.softmax),
+            run.pattern,
+            str(run.seed),
+            str(run.steps),
+            str(run.tokens),
+            repr(run.loss),
+            repr(run.bits_per_byte),
+            repr(run.unigram_bits_per_byte),
+            repr(run.below_unigram),
+            str(run.parameters),
+            repr(run.seconds),
+            str(run.provenance.get("commit", "")),
+        )
+        for run in runs
+    ]
+    header = (
+        "run",
+        "linear",
+        "softmax_share",
+        "pattern",
+        "seed",
+        "steps",
+        "tokens",
+        "loss_nats_per_byte",
+        "bits_per_byte",
+        "unigram_bits_per_byte",
+        "below_unigram",
+        "parameters",
+        "seconds",
+        "commit",
+    )
+    return Table(header=header, rows=tuple(rows))
+
+
+def as_markdown(table: Table) -> str:
+    """The table as GitHub Markdown, padded so that it reads as plain text too."""
+    widths = [max(len(row[i]) for row in (table.header, *table.rows)) for i in range(len(table.header))]
+    right = [name in table.numbers for name in table.header]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [
+            cell.rjust(width) if r else cell.ljust(width) for cell, width, r in zip(row, widths, right, strict=True)
+        ]
+        return f"| {' | '.join(cells)} |"
+
+    rule = [("-" * (width - 1) + ":") if r else "-" * width for width, r in zip(widths, right, strict=True)]
+    return "\n".join([line(table.header), line(rule), *map(line, table.rows)]) + "\n"
+
+
+def as_csv(table: Table) -> str:
+    """The table as CSV with a header line."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(table.header)
+    writer.writerows(table.rows)
+    return text.getvalue()
+
+
+def as_html(table: Table) -> str:
+    """The table as an HTML element; every cell is escaped."""
+    marks = [' class="number"' if name in table.numbers else "" for name in table.header]
+    head = "".join(f"<th{mark}>{escape(cell)}</th>" for cell, mark in zip(table.header, marks, strict=True))
+    rows = "\n".join(
+        "<tr>" + "".join(f"<td{mark}>{escape(cell)}</td>" for cell, mark in zip(row, marks, strict=True)) + "</tr>"
+        for row in table.rows
+    )
+    return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table>"

@@ -1,0 +1,214 @@
+"""Checkpoints that are whole or not there, written by torch.distributed.checkpoint.
+
+A save goes: shards into a temporary folder, a manifest with the SHA-256 of every file, rename to ``step-00000100``,
+the pointer ``latest``, removal of the oldest. A process may die between any two of these; what a reader takes is the
+newest folder whose manifest holds. (torch.distributed.checkpoint alone loads a flipped bit without a word.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+from hybrid_sp import collectives
+
+MANIFEST = "manifest.json"
+Result = TypeVar("Result")
+State = dict[str, dict[str, torch.Tensor]]  # section -> name -> tensor; the tensors are read into in place
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """The newest sound checkpoint of a folder, if any, and what was wrong with newer ones."""
+
+    path: Path | None
+    complaints: list[str]
+
+
+def save(folder: Path, step: int, state: State, keep: int, group: collectives.Group) -> Path:
+    """Writes ``folder/step-...`` from all ranks of ``group`` and keeps the newest ``keep`` checkpoints.
+
+    Every rank calls it with its own state: what stands under one name must be equal on all ranks, so what differs
+    (random states) needs a name that says the rank. If any rank fails, every rank raises, RuntimeError for a shard that
+    cannot be written; the checkpoints before are untouched.
+    """
+    final, temporary = folder / f"step-{step:08d}", folder / f".saving-step-{step:08d}"
+    on_first_rank(lambda: _make_empty(temporary), group)
+    try:
+        dcp.save(state, storage_writer=dcp.FileSystemWriter(temporary), process_group=group)
+    except CheckpointException as error:  # a BaseException, raised on every rank
+        raise RuntimeError(f"checkpoint of step {step} was not written: {error}") from error
+    on_first_rank(lambda: _complete(temporary, final, keep), group)
+    return final
+
+
+def find(folder: Path, group: collectives.Group) -> Found:
+    """The newest checkpoint that passes its manifest, the same on every rank.
+
+    Leftovers of saves that died are removed; folders that fail are renamed to ``corrupt-step-...`` and named.
+    """
+    return on_first_rank(lambda: _find(folder), group)
+
+
+def load(path: Path, state: State, group: collectives.Group) -> None:
+    """Reads a checkpoint into the tensors of ``state``; random states that it lacks (it had fewer ranks) stay.
+
+    Raises RuntimeError on every rank if a name is missing or a shape differs.
+    """
+    stored = on_first_rank(lambda: set(dcp.FileSystemReader(path).read_metadata().state_dict_metadata), group)
+    random = {name: value for name, value in state.get("rng", {}).items() if f"rng.{name}" in stored}
+    try:
+        dcp.load({**state, "rng": random}, storage_reader=dcp.FileSystemReader(path), process_group=group)
+    except CheckpointException as error:
+        raise RuntimeError(f"checkpoint {path} does not fit this run: {error}") from error
+
+
+def load_weights(folder: Path, weights: dict[str, torch.Tensor]) -> Path:
+    """Reads the model of the newest sound checkpoint into ``weights``, in one process; the folder stays as it is."""
+    for path in _newest_first(folder):
+        if _fault(path) is None:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it should be here
+                dcp.load({"model": weights}, storage_reader=dcp.FileSystemReader(path), no_dist=True)
+            return path
+    raise FileNotFoundError(f"{folder} holds no sound checkpoint; train the run first")
+
+
+def random_state(rank: int) -> dict[str, torch.Tensor]:
+    """This rank's random states under names of its own."""
+    state = {f"cpu-{rank}": torch.get_rng_state()}
+    return state | ({f"cuda-{rank}": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {})
+
+
+def set_random_state(state: dict[str, torch.Tensor]) -> None:
+    """Restores what `random_state` returned."""
+    for name, value in state.items():
+        (torch.cuda.set_rng_state if name.startswith("cuda") else torch.set_rng_state)(value)
+
+
+def on_first_rank(action: Callable[[], Result], group: collectives.Group) -> Result:
+    """Runs ``action`` on the group's first rank and returns its result, or raises its exception, on every rank."""
+    result: Any = None
+    failure: Exception | None = None
+    if collectives.rank(group) == 0:
+        try:
+            result = action()
+        except Exception as error:
+            failure = error
+    result, failure = collectives.gather_objects((result, failure), group)[0]
+    if failure is not None:
+        raise failure
+    return result
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _complete(temporary: Path, final: Path, keep: int) -> None:
+    _write_manifest(temporary)
+    os.rename(temporary, final)
+    _sync(final.parent)
+    _point(final.parent / "latest", final.name)
+    for path in _newest_first(final.parent)[keep:]:
+        doomed = path.with_name(f".removing-{path.name}")  # so that no half of a checkpoint has a checkpoint's name
+        os.rename(path, doomed)
+        shutil.rmtree(doomed)
+
+
+def _write_manifest(folder: Path) -> None:
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": _hash(path)} for path in sorted(folder.iterdir())}
+    content = {"files": files, "sha256": _hash_of(files)}
+    _write_synced(folder / MANIFEST, json.dumps(content, indent=1))
+    _sync(folder)
+
+
+def _point(pointer: Path, name: str) -> None:
+    temporary = pointer.with_name(".latest")
+    _write_synced(temporary, name + "\n")
+    os.replace(temporary, pointer)
+    _sync(pointer.parent)
+
+
+def _find(folder: Path) -> Found:
+    for leftover in (*folder.glob(".saving-*"), *folder.glob(".removing-*")):
+        shutil.rmtree(leftover)
+    complaints: list[str] = []
+    for path in _newest_first(folder):
+        fault = _fault(path)
+        if fault is None:
+            _point(folder / "latest", path.name)  # a save may have died before this, or what it named be corrupt
+            return Found(path=path, complaints=complaints)
+        aside = path.with_name(f"corrupt-{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(path, aside)
+        complaints.append(f"checkpoint {path.name} is CORRUPT ({fault}); moved to {aside} and not used")
+    return Found(path=None, complaints=complaints)
+
+
+def _fault(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        content = json.loads((path / MANIFEST).read_text())
+        files = content["files"]
+        if content["sha256"] != _hash_of(files):
+            return f"{MANIFEST} was changed"
+        if missing := files.keys() - {file.name for file in path.iterdir()}:
+            return f"missing files: {', '.join(sorted(missing))}"
+        for name, facts in files.items():
+            if _hash(path / name) != facts["sha256"]:
+                return f"{name} does not have the SHA-256 of its manifest"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read: {error!r}"
+    return None
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-????????"), key=_step, reverse=True)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return _digest(iter(lambda: file.read(1 << 20), b""))
+
+
+def _hash_of(files: dict[str, Any]) -> str:
+    return _digest([json.dumps(files, sort_keys=True).encode()])
+
+
+def _digest(blocks: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for block in blocks:
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,111 @@
+"""Text as bytes: the corpus, its split into training and held-out files, and the windows of every step.
+
+The window of a sequence depends on (seed, step, index of the sequence in the step) alone, never on how many ranks share
+the work; the step is therefore the whole position in the data, and a resumed run goes on exactly.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import math
+import sysconfig
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from recipes.config import DataConfig, RecipeError
+
+# Left out of the standard library: not part of it, or not installed everywhere.
+SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+HELD_OUT = 20  # one file in so many is for validation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """Two runs of bytes (uint8, one dim), from different files."""
+
+    train: torch.Tensor
+    validation: torch.Tensor
+    files: int
+    fingerprint: str  # SHA-256 over both
+    unigram_bits: float  # entropy of the validation bytes by their own frequencies, in bits per byte
+
+
+def read_corpus(config: DataConfig) -> Corpus:
+    """Reads the corpus that ``config`` names.
+
+    The files are ordered by the hash of their names; the first twentieth, at least one, is held out for validation.
+    Raises RecipeError if there are fewer than two files, or too few bytes for one sequence.
+    """
+    files = _standard_library() if config.files is None else _matches(config.files)
+    by_hash = sorted(files, key=lambda name: (hashlib.sha256(name.encode()).digest(), name))
+    held_out = set(by_hash[: max(1, len(by_hash) // HELD_OUT)])
+    parts = [[name for name in sorted(files) if (name in held_out) == held] for held in (False, True)]
+    train, validation = (b"".join(files[name].read_bytes() for name in part) for part in parts)
+    for split, content in (("training", train), ("validation", validation)):
+        if len(content) < config.length:
+            raise RecipeError(
+                f"data.length={config.length} is longer than the {len(content)} bytes of the {split} files; "
+                "lower it, or name more text with data.files"
+            )
+    digest = hashlib.sha256(hashlib.sha256(train).digest() + hashlib.sha256(validation).digest()).hexdigest()
+    held = torch.frombuffer(bytearray(validation), dtype=torch.uint8)
+    return Corpus(
+        train=torch.frombuffer(bytearray(train), dtype=torch.uint8),
+        validation=held,
+        files=len(files),
+        fingerprint=digest,
+        unigram_bits=unigram_bits(held),
+    )
+
+
+def unigram_bits(content: torch.Tensor) -> float:
+    """H = -sum_b p_b log2 p_b over the byte values b of uint8 ``content``, in bits per byte."""
+    counts = torch.bincount(content.long(), minlength=256).double()
+    p = counts[counts > 0] / counts.sum()
+    return float(-(p * p.log2()).sum())
+
+
+def training_windows(corpus: Corpus, length: int, seed: int, step: int, indices: Iterable[int]) -> torch.Tensor:
+    """Tokens of some sequences of a step, LongTensor [len(indices), length].
+
+    ``indices`` count the sequences of the whole step, over all ranks and accumulation.
+    """
+    room = len(corpus.train) - length + 1
+    starts = (hashlib.blake2b(f"{seed}/{step}/{i}".encode(), digest_size=8).digest() for i in indices)
+    return _windows(corpus.train, length, (int.from_bytes(start, "big") % room for start in starts))
+
+
+def validation_windows(corpus: Corpus, length: int, sequences: int, indices: Iterable[int]) -> torch.Tensor:
+    """Tokens of some of ``sequences`` windows spread evenly over the held-out bytes, [len(indices), length]."""
+    last = len(corpus.validation) - length
+    return _windows(corpus.validation, length, (i * last // max(1, sequences - 1) for i in indices))
+
+
+def nats_to_bits(nats: float) -> float:
+    """Bits per byte of a loss in nats per byte."""
+    return nats / math.log(2)
+
+
+def _windows(content: torch.Tensor, length: int, starts: Iterable[int]) -> torch.Tensor:
+    return torch.stack([content[start : start + length] for start in starts]).long()
+
+
+def _standard_library() -> dict[str, Path]:
+    root = Path(sysconfig.get_path("stdlib"))
+    files = (path for path in root.rglob("*.py") if path.is_file())
+    names = {path.relative_to(root): path for path in files}
+    return {name.as_posix(): path for name, path in names.items() if not SKIPPED_FOLDERS.intersection(name.parts)}
+
+
+def _matches(pattern: str) -> dict[str, Path]:
+    names = sorted(name for name in glob.glob(pattern, recursive=True) if Path(name).is_file())
+    if len(names) < 2:
+        raise RecipeError(
+            f"data.files={pattern!r} matches {len(names)} files, but at least two are needed (one is held out for "
+            "validation); give a glob such as 'texts/**/*.txt', relative to the working folder, or null"
+        )
+    return {name: Path(name) for name in names}

@@ -1,0 +1,88 @@
+"""AdamW on master copies of the weights, its learning rate by step, and clipping over the whole mesh."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from recipes.config import OptimConfig
+
+MASTERS = (torch.float32, torch.float64)  # dtypes that are their own master copy
+
+
+def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
+    """The learning rate of a step (1-based) of ``steps``.
+
+    Warm-up w: lr * step / w for step <= w. Then constant, or
+    min_lr + (lr - min_lr) (1 + cos(pi (step - w) / (steps - w))) / 2, which is min_lr at the last step.
+    """
+    if step <= config.warmup:
+        return config.lr * step / config.warmup
+    if config.schedule == "constant":
+        return config.lr
+    done = (step - config.warmup) / (steps - config.warmup)
+    return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * done)) / 2
+
+
+class Optimizer:
+    """AdamW (Loshchilov and Hutter 2019, algorithm 2); weight decay on matrices alone.
+
+    `masters` are the model's own parameters, or float32 copies where those are narrower: gradients are accumulated,
+    summed over ranks and clipped on them, and `step` writes the result back.
+    """
+
+    def __init__(self, model: nn.Module, config: OptimConfig) -> None:
+        self.config = config
+        self.parameters = dict(model.named_parameters())
+        self.masters = {
+            name: p if p.dtype in MASTERS else nn.Parameter(p.detach().float()) for name, p in self.parameters.items()
+        }
+        decayed = [p for p in self.masters.values() if p.ndim >= 2]
+        plain = [p for p in self.masters.values() if p.ndim < 2]
+        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas)
+        for (
+            p
+        ) in self.masters.values():  # made now and not at the first step, so that a checkpoint can be read into them
+            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            self.adamw.state[p] = {"step": torch.tensor(0.0), **moments}
+
+    def collect(self) -> None:
+        """Adds the model's gradients to the masters'; call it after every backward pass."""
+        for name, p in self.parameters.items():
+            master = self.masters[name]
+            if master is not p and p.grad is not None:
+                master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
+                p.grad = None
+
+    def clip(self) -> torch.Tensor:
+        """Scales the masters' gradients to a global norm of at most ``clip`` and returns the norm before.
+
+        They must be summed over ranks already: then they are equal on all, and so is the norm.
+        """
+        limit = float("inf") if self.config.clip is None else self.config.clip
+        return nn.utils.clip_grad_norm_(self.masters.values(), limit)
+
+    def step(self, lr: float) -> None:
+        """One AdamW step with learning rate ``lr``; gradients are dropped."""
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        self.publish()
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Writes the masters back into the model."""
+        for name, p in self.parameters.items():
+            if self.masters[name] is not p:
+                p.copy_(self.masters[name])
+
+    def state(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Weights and moments by parameter name, sharing memory with this optimiser: reading into them restores it."""
+        moments = {
+            f"{name}.{key}": value for name, p in self.masters.items() for key, value in self.adamw.state[p].items()
+        }
+        return {"model": {name: p.detach() for name, p in self.masters.items()}, "optimizer": moments}

@@ -1,0 +1,437 @@
+"""A sweep: one base recipe, axes of values, one run for each cell. `python -m recipes.sweep FILE [key=value ...]`.
+
+A sweep file holds the fields of `Sweep`. Every cell of the product of the axes is a run in `<out>/<sweep>/<cell>/`,
+trained by a process (or a torchrun of `nproc` ranks) of its own, with its output in `train.log` there. Cells that
+resolve to the same experiment run once. A finished run is skipped, a broken one is started again and resumes from its
+checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import IO, Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from layers.spec import expand_pattern
+from recipes import config
+
+PLAN = "sweep.json"
+LOG = "train.log"
+PROMPT = "$ python "  # begins the line of the log that holds the command of an attempt
+TAIL = 15  # lines of a failed run's log that are shown at the end
+SEED = "train.seed"
+RECORDING = ("name", "out", "wandb.")  # keys that say where a run is recorded, not what it computes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seeds:
+    """Extra seeds for one cell: `cell` gives a value for each axis (or for enough of them), `values` the seeds."""
+
+    cell: dict[str, Any] = field(default_factory=dict)
+    values: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """A sweep file. `set` holds recipe keys for every run, `axes` a list of values per recipe key."""
+
+    name: str
+    base: str
+    set: dict[str, Any] = field(default_factory=dict)
+    axes: dict[str, list[Any]] = field(default_factory=dict)
+    seeds: Seeds = field(default_factory=Seeds)
+    nproc: int = 1  # ranks of one run
+    parallel: int = 1  # runs at a time
+
+
+KEYS = tuple(one.name for one in fields(Sweep))
+OWN_KEYS = ("name", "nproc", "parallel")  # what key=value may set on the sweep itself; other keys go to every run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One run: what it is called, the overrides of the base recipe, and the places on the axes that it stands for."""
+
+    name: str
+    overrides: tuple[str, ...]
+    covers: tuple[dict[str, Any], ...]
+    recipe: config.Recipe
+
+    @property
+    def folder(self) -> Path:
+        return config.run_folder(self.recipe)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How one run ended: `state` is finished, skipped or failed; `note` is its result, or why it failed."""
+
+    cell: Cell
+    state: str
+    seconds: float
+    note: str
+
+
+# The plan: from a sweep file to cells
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
+    """Read a sweep file and apply `key=value` overrides (`name`, `nproc`, `parallel`, or any recipe key for every run).
+
+    Raises ValueError for a missing file, an unknown key, a wrong type, or an override of a key that is an axis.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(
+            f"sweep file {path} does not exist; give the path of a YAML file such as recipes/ablations/*.yaml"
+        )
+    try:
+        layers = [OmegaConf.load(path), *(OmegaConf.create(_override(text)) for text in overrides)]
+        sweep = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Sweep), *layers))
+    except OmegaConfBaseException as error:
+        message = str(error).splitlines()[0]
+        raise ValueError(f"sweep file {path}: {message}; a sweep has the keys {', '.join(KEYS)}") from None
+    assert isinstance(sweep, Sweep)
+    _check(sweep, path)
+    return sweep
+
+
+def _override(text: str) -> dict[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ValueError(f"argument {text!r} is not of the form key=value, such as train.steps=20")
+    typed = OmegaConf.to_container(OmegaConf.create(f"value: {value}"))["value"]  # type: ignore[call-overload,index]
+    return {key: typed} if key in OWN_KEYS else {"set": {key: typed}}
+
+
+def _check(sweep: Sweep, path: Path) -> None:
+    if not sweep.axes or not all(sweep.axes.values()):
+        raise ValueError(
+            f"sweep file {path}: axes must hold at least one key with at least one value, got {sweep.axes}"
+        )
+    both = sorted(set(sweep.axes) & set(sweep.set))
+    if both:
+        raise ValueError(
+            f"sweep file {path}: {', '.join(both)} is an axis and also set for every run; keep one of them"
+        )
+    for key in ("nproc", "parallel"):
+        if getattr(sweep, key) < 1:
+            raise ValueError(f"sweep file {path}: {key} is {getattr(sweep, key)}; it must be at least 1")
+
+
+def plan(sweep: Sweep, path: str | Path) -> list[Cell]:
+    """Expand the axes into cells, in the order of the file, with cells that are the same experiment merged into one.
+
+    Two places on the axes are one experiment if their block patterns are equal and so is the rest of their recipes:
+    with no linear block in the pattern, for example, the kind of linear block does not matter. Every recipe is resolved
+    and validated here, before anything runs. Raises ValueError, naming the cell, where a recipe is not valid.
+    """
+    base = base_recipe(sweep, path)
+    product = [dict(zip(sweep.axes, values, strict=True)) for values in itertools.product(*sweep.axes.values())]
+    places = product + [place | {SEED: seed} for seed in sweep.seeds.values for place in [_seeded(sweep, product)]]
+    groups: dict[str, list[dict[str, Any]]] = {}
+    recipes: dict[str, config.Recipe] = {}
+    for place in places:
+        recipe = _resolve(base, sweep, place)
+        groups.setdefault(_experiment(recipe), []).append(place)
+        recipes.setdefault(_experiment(recipe), recipe)
+    names = ["_".join(_name(_shared(members))) or "all" for members in groups.values()]
+    if len(set(names)) < len(names):
+        names = ["_".join(_name(members[0])) for members in groups.values()]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"two cells would share a folder name: {sorted(names)}; give axis values that differ in letters or digits"
+        )
+    return [
+        Cell(
+            name=name,
+            overrides=_overrides(sweep, members[0], name),
+            covers=tuple(members),
+            recipe=replace(recipe, name=f"{sweep.name}/{name}"),
+        )
+        for name, members, recipe in zip(names, groups.values(), recipes.values(), strict=True)
+    ]
+
+
+def base_recipe(sweep: Sweep, path: str | Path) -> Path:
+    """The path of the base recipe, which a sweep file names relative to itself, as seen from the working directory."""
+    return Path(os.path.relpath(Path(path).parent / sweep.base))
+
+
+def _seeded(sweep: Sweep, product: list[dict[str, Any]]) -> dict[str, Any]:
+    wanted = {key: _text(value) for key, value in sweep.seeds.cell.items()}
+    found = [
+        place for place in product if wanted.items() <= {key: _text(value) for key, value in place.items()}.items()
+    ]
+    if len(found) != 1:
+        raise ValueError(
+            f"seeds.cell {wanted} names {len(found)} cells; give it one value for each of {list(sweep.axes)}"
+        )
+    return found[0]
+
+
+def _shared(members: list[dict[str, Any]]) -> dict[str, Any]:
+    return {key: value for key, value in members[0].items() if all(m.get(key) == value for m in members)}
+
+
+def _name(place: Mapping[str, Any]) -> list[str]:
+    short = [key.rpartition(".")[2] for key in place]
+    keys = [key.replace(".", "-") if short.count(last) > 1 else last for key, last in zip(place, short, strict=True)]
+    return [
+        "".join(c if c.isalnum() else "-" for c in f"{key}-{_text(value)}")
+        for key, value in zip(keys, place.values(), strict=True)
+    ]
+
+
+def _text(value: Any) -> str:
+    """A value as it is written behind `key=`: plain for words and numbers, JSON (which YAML reads) for the rest."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _overrides(sweep: Sweep, place: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    values = sweep.set | dict(place) | {"name": f"{sweep.name}/{name}"}
+    return tuple(f"{key}={_text(value)}" for key, value in values.items())
+
+
+def _resolve(base: Path, sweep: Sweep, place: Mapping[str, Any]) -> config.Recipe:
+    name = "_".join(_name(place))
+    try:
+        recipe = config.load(base, list(_overrides(sweep, place, name)))
+        config.validate(recipe, sweep.nproc)
+    except ValueError as error:
+        raise ValueError(f"cell {name} of sweep {sweep.name}: {error}") from None
+    return recipe
+
+
+def _experiment(recipe: config.Recipe) -> str:
+    """What a recipe computes, as a string to compare: the model by its pattern and by the options of mixers in it."""
+    pattern, values = list(expand_pattern(recipe.model)), _recipe_values(recipe)
+    mixers = {kind: options for kind, options in recipe.model.mixers.items() if kind in pattern}
+    model = {"model.linear": None, "model.ratio": None, "model.pattern": pattern, "model.mixers": mixers}
+    return json.dumps(values | model, sort_keys=True, default=str)
+
+
+def _recipe_values(recipe: config.Recipe) -> dict[str, Any]:
+    return {key: value for key, value in config.flat(recipe).items() if not key.startswith(RECORDING)}
+
+
+# The runs
+
+
+def is_finished(cell: Cell) -> bool:
+    """Whether the run's summary says finished; ValueError if the folder holds a run of another recipe."""
+    recipe_file, summary = cell.folder / "recipe.yaml", cell.folder / "summary.json"
+    if not recipe_file.is_file():
+        return False
+    changed = []
+    if recipe_file.read_text() != config.dump(cell.recipe):
+        old, new = _recipe_values(config.load_resolved(recipe_file)), _recipe_values(cell.recipe)
+        changed = [f"{key} was {old.get(key)}, now {new.get(key)}" for key in new if old.get(key) != new.get(key)]
+    if changed:
+        raise ValueError(
+            f"{cell.folder} holds a run of another recipe ({'; '.join(changed)}); "
+            "delete that folder to run it again, or give the sweep a new name with name=..."
+        )
+    return summary.is_file() and json.loads(summary.read_text()).get("status") == "finished"
+
+
+def command(sweep: Sweep, path: str | Path, cell: Cell, module: str = "recipes.train") -> list[str]:
+    """The command line that trains a cell: plain Python for one rank, torchrun's own module for more."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={sweep.nproc}"]
+    launcher = torchrun if sweep.nproc > 1 else []
+    return [sys.executable, *launcher, "-m", module, str(base_recipe(sweep, path)), *cell.overrides]
+
+
+def run(
+    sweep: Sweep, path: str | Path, cells: Sequence[Cell], shown: str, module: str = "recipes.train"
+) -> list[Outcome]:
+    """Train every cell that is not finished, `sweep.parallel` at a time; return how each ended, in order of `cells`.
+
+    shown: the command line that is recorded in the sweep's folder. A failed run does not stop the others. An interrupt
+    ends the runs in flight before it is passed on.
+    """
+    folder = cells[0].folder.parent
+    with locked(folder) as lock:
+        done = {cell.name: is_finished(cell) for cell in cells}  # raises before the first run starts
+        _write_plan(folder, sweep, path, cells, shown)
+        outcomes: dict[str, Outcome] = {}
+        waiting = list(cells)
+        live: dict[subprocess.Popen[bytes], tuple[Cell, float]] = {}
+
+        def say(cell: Cell, text: str) -> None:
+            print(f"[{cells.index(cell) + 1}/{len(cells)}] {cell.name}: {text}", flush=True)
+
+        try:
+            while waiting or live:
+                while waiting and len(live) < sweep.parallel:
+                    cell = waiting.pop(0)
+                    if done[cell.name]:
+                        outcomes[cell.name] = Outcome(cell=cell, state="skipped", seconds=0.0, note=_result(cell))
+                        say(cell, f"finished before: {outcomes[cell.name].note}")
+                    else:
+                        say(cell, f"running, output in {cell.folder / LOG}")
+                        live[start(command(sweep, path, cell, module), cell, lock)] = (cell, time.monotonic())
+                for process in [p for p in live if p.poll() is not None]:
+                    cell, began = live.pop(process)
+                    outcome = _ended(cell, process.returncode, time.monotonic() - began)
+                    outcomes[cell.name] = outcome
+                    say(cell, f"{outcome.state} after {outcome.seconds:.0f} s: {outcome.note}")
+                time.sleep(0.05)
+        finally:
+            _end(list(live))
+    return [outcomes[cell.name] for cell in cells]
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[IO[str]]:
+    """Hold the folder's lock. Runs inherit it, so a run that outlives a killed sweep keeps the next sweep out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "sweep.lock", "a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            holder = lock.read().strip() or "unknown"
+            raise ValueError(
+                f"another sweep works in {folder} (process {holder}, or a run that it left behind); "
+                "wait for it to end, or give this sweep a new name with name=..."
+            ) from None
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        yield lock
+
+
+def _write_plan(folder: Path, sweep: Sweep, path: str | Path, cells: Sequence[Cell], shown: str) -> None:
+    rows = [{"name": cell.name, "covers": list(cell.covers)} for cell in cells]
+    record = {"name": sweep.name, "file": Path(path).as_posix(), "command": shown, "nproc": sweep.nproc, "cells": rows}
+    (folder / PLAN).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def start(argv: list[str], cell: Cell, lock: IO[str]) -> subprocess.Popen[bytes]:
+    """Start a run's process, its output appended to the run's log, the sweep's lock held as long as it lives."""
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    with open(cell.folder / LOG, "ab") as log:
+        log.write(f"{PROMPT}{' '.join(argv[1:])}\n".encode())
+        log.flush()
+        environment = {"OMP_NUM_THREADS": "1", "COLUMNS": "140"} | os.environ
+        return subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            pass_fds=[lock.fileno()],
+            start_new_session=True,  # an interrupt reaches the sweep alone, which then ends its runs in order
+        )
+
+
+def _ended(cell: Cell, code: int, seconds: float) -> Outcome:
+    if code != 0:
+        return Outcome(cell=cell, state="failed", seconds=seconds, note=f"exit code {code}")
+    if not is_finished(cell):
+        return Outcome(
+            cell=cell, state="failed", seconds=seconds, note="exit code 0, but summary.json does not say finished"
+        )
+    return Outcome(cell=cell, state="finished", seconds=seconds, note=_result(cell))
+
+
+def _result(cell: Cell) -> str:
+    summary = json.loads((cell.folder / "summary.json").read_text())
+    return f"{summary['bits_per_byte']:.3f} bits per byte, {100 * summary['below_unigram']:.1f} % below unigram"
+
+
+def _end(processes: list[subprocess.Popen[bytes]], grace: float = 40.0) -> None:
+    for process in processes:
+        process.terminate()  # torchrun passes it on to its ranks
+    deadline = time.monotonic() + grace
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+# The program
+
+
+def _show_plan(sweep: Sweep, path: str | Path, cells: Sequence[Cell]) -> None:
+    ranks = f"{sweep.nproc} rank{'s' if sweep.nproc > 1 else ''}"
+    where = cells[0].folder.parent
+    print(f"sweep {sweep.name}: {len(cells)} runs in {where}, {sweep.parallel} at a time, {ranks} each")
+    for cell in cells:
+        resumes = "resume" if (cell.folder / "checkpoints").is_dir() else "run"
+        also = "" if len(cell.covers) == 1 else f" (stands for {len(cell.covers)} cells)"
+        print(f"  {cell.name}: {'skip, finished' if is_finished(cell) else resumes}{also}")
+    print(f"first command: python {' '.join(command(sweep, path, cells[0])[1:])}")
+
+
+def report(outcomes: Sequence[Outcome], seconds: float) -> int:
+    """Print the end of every failed run's log and a count; returns the exit code, 1 if a run failed."""
+    failed = [outcome for outcome in outcomes if outcome.state == "failed"]
+    for outcome in failed:
+        log = outcome.cell.folder / LOG
+        print(f"\n{outcome.cell.name} failed ({outcome.note}); the end of {log}:")
+        print(*(f"  | {line}" for line in _tail(log)), sep="\n")
+    states = [outcome.state for outcome in outcomes]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in ("finished", "skipped", "failed"))
+    print(f"\n{len(outcomes)} runs in {seconds:.0f} s: {counts}")
+    print(f"next: python -m analysis.report {outcomes[0].cell.folder.parent}")
+    return 1 if failed else 0
+
+
+def _tail(log: Path) -> list[str]:
+    """The end of what the last attempt said, without torchrun's own report of it."""
+    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+    begin = max((i for i, line in enumerate(lines) if line.startswith(PROMPT)), default=0)
+    said = list(itertools.takewhile(lambda line: "torch/distributed/elastic/" not in line, lines[begin:]))
+    return said[-TAIL:]
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code: 0 all finished, 1 some failed, 2 not started, 130 interrupted."""
+    parser = argparse.ArgumentParser(prog="python -m recipes.sweep", description="Train every cell of a sweep file.")
+    parser.add_argument("file", help="a sweep file, such as recipes/ablations/hybrid_ratio.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="name, nproc, parallel, or a recipe key")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and run nothing")
+    words = list(sys.argv[1:] if argv is None else argv)
+    arguments = parser.parse_intermixed_args(words)
+    signal.signal(signal.SIGTERM, _interrupt)
+    started = time.monotonic()
+    try:
+        sweep = load(arguments.file, arguments.overrides)
+        cells = plan(sweep, arguments.file)
+        if arguments.dry_run:
+            _show_plan(sweep, arguments.file, cells)
+            return 0
+        shown = " ".join(["python -m recipes.sweep", *words])
+        return report(run(sweep, arguments.file, cells, shown), time.monotonic() - started)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: the runs in flight were ended; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

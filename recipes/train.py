@@ -1,0 +1,328 @@
+"""Training: ``python -m recipes.train RECIPE [key=value ...]``, plain or under torchrun.
+
+One loop for every recipe. Rank (d, s) of the mesh dp x sp takes the sequences of replica d, and of each the tokens of
+shard s. It sums its token losses; gradients and token counts are summed over all ranks and accumulation before the one
+division (hybrid_sp.sum_gradients).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+import hybrid_sp as hsp
+from hybrid_sp import collectives
+from hybrid_sp.mesh import DeviceMesh, whole_group
+from layers.model import HybridLM
+from layers.spec import expand_pattern, pattern_letters
+from recipes import checkpoint, config, data, generate, optim, record
+from recipes.config import Recipe, RecipeError
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+PATIENCE = 30.0  # seconds that other ranks leave to the first one to say what is wrong with the recipe
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot go on: raised on every rank at the same step, reported by the first."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command; returns its exit code: 0 finished or stopped by a signal, 1 failed, 2 not a recipe to be run."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        usage = "usage: python -m recipes.train RECIPE.yaml [key=value ...]   (or torchrun ... -m recipes.train ...)"
+        print(usage, file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else 2
+    try:
+        train(config.load(arguments[0], arguments[1:]))
+    except RecipeError as error:
+        if not record.first_process():
+            time.sleep(PATIENCE)  # torchrun ends this process as soon as the first rank has given its exit code
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except TrainingStopped:
+        return 1
+    return 0
+
+
+def train(recipe: Recipe) -> dict[str, Any]:
+    """Trains a recipe on this process, or on all that torchrun started, and returns what ``summary.json`` holds.
+
+    Raises RecipeError before any process group exists if the recipe cannot be run, and TrainingStopped on every rank if
+    the loss or the gradient is not finite or if the ranks' parameters differ.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    config.validate(recipe, world)
+    device = _device(recipe)
+    corpus = data.read_corpus(recipe.data)
+    folder = config.run_folder(recipe)
+    record.refuse_other_run(folder, recipe, corpus.fingerprint)
+    if (summary := record.finished(folder, recipe)) is not None:
+        return summary
+    if recipe.train.threads is not None:
+        torch.set_num_threads(recipe.train.threads)
+    dp, sp = config.mesh_shape(recipe, world)
+    mesh = hsp.init_mesh(dp=dp, sp=sp, device=device, timeout=timedelta(seconds=recipe.parallel.timeout))
+    group = whole_group(mesh)
+    if len(set(collectives.gather_objects(corpus.fingerprint, group))) > 1:
+        raise RecipeError("data.files: processes read different text; give every machine the same files and Python")
+    facts = {"dp": dp, "sp": sp, "world": world, "layout": config.layout(recipe), "device": device}
+    about = {"fingerprint": corpus.fingerprint, "files": corpus.files, "bytes": len(corpus.train)}
+    records = record.Record(folder, recipe)
+    checkpoint.on_first_rank(lambda: records.prepare({**facts, "corpus": about}), group)
+    run = Run(recipe, corpus, records, mesh, group, device)
+    run.say_what_runs()
+    try:
+        stopped = run.loop()
+        sample = None if stopped else run.sample()
+        run.record.finish("stopped" if stopped else "finished", run.facts(), sample)
+    except Exception as error:
+        run.record.finish("failed", {**run.facts(), "error": str(error)})
+        if isinstance(error, TrainingStopped):
+            collectives.barrier(group)  # all ranks are here: none may end before the first has said why
+        raise
+    collectives.barrier(group)
+    return record.read_summary(folder)
+
+
+class Run:
+    """A training run on this rank: its model, its optimiser and where it is."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        corpus: data.Corpus,
+        records: record.Record,
+        mesh: DeviceMesh,
+        group: collectives.Group,
+        device: str,
+    ) -> None:
+        """Starts anew, or after the newest sound checkpoint of the run folder."""
+        self.recipe, self.corpus, self.record, self.group, self.device = recipe, corpus, records, group, device
+        self.rank = collectives.rank(group)
+        self.replica, self.replicas = mesh.get_local_rank("dp"), mesh["dp"].size()
+        self.sequence_parallel = config.sequence_parallel(recipe, mesh["sp"].get_group())
+        self.model = HybridLM(recipe.model)
+        self.model.init_weights(recipe.train.seed)
+        self.model.to(device=device, dtype=DTYPES[recipe.train.dtype])
+        torch.manual_seed(recipe.train.seed * 1_000_003 + self.rank)  # each rank draws its own numbers, if any
+        self.optimizer = optim.Optimizer(self.model, recipe.optim)
+        self.progress = {"step": torch.tensor(0), "seconds": torch.tensor(0.0, dtype=torch.float64)}
+        self.checkpoints = config.run_folder(recipe) / "checkpoints"
+        self.found = checkpoint.find(self.checkpoints, group)
+        if self.found.path is not None:
+            state = self.state()
+            checkpoint.load(self.found.path, state, group)
+            checkpoint.set_random_state(state["rng"])
+            self.optimizer.publish()
+        checkpoint.on_first_rank(lambda: records.begin(self.step), group)
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps done."""
+        return int(self.progress["step"])
+
+    def say_what_runs(self) -> None:
+        recipe, train, corpus = self.recipe, self.recipe.train, self.corpus
+        world, sp = collectives.size(self.group), self.sequence_parallel
+        self.record.say(
+            f"run        {config.run_folder(recipe)}\n"
+            f"model      {pattern_letters(expand_pattern(recipe.model))} ({', '.join(expand_pattern(recipe.model))}), "
+            f"{self.parameters:,} parameters, {train.dtype}\n"
+            f"mesh       {world} process{'es' * (world > 1)} on {self.device}: dp {self.replicas} x sp {sp.size}, "
+            f"{sp.layout} layout, {torch.get_num_threads()} CPU threads each\n"
+            f"data       {len(corpus.train):,} bytes to train on and {len(corpus.validation):,} held out, of "
+            f"{corpus.files} files; byte-unigram entropy {corpus.unigram_bits:.3f} bits/byte\n"
+            f"training   {train.steps} steps of {train.batch} x {recipe.data.length} = "
+            f"{train.batch * recipe.data.length:,} tokens"
+        )
+        for complaint in self.found.complaints:
+            self.record.say(f"WARNING    {complaint}")
+        if self.step:
+            self.record.say(f"resuming   after step {self.step}, from {self.found.path}")
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+    def facts(self) -> dict[str, Any]:
+        """What the summary says besides what can be read in the metrics."""
+        return {
+            "steps": self.step,
+            "seconds": round(float(self.progress["seconds"]), 2),
+            "parameters": self.parameters,
+            "pattern": pattern_letters(expand_pattern(self.recipe.model)),
+        }
+
+    def state(self) -> checkpoint.State:
+        """All that a resumed run needs, in tensors that share memory with the run (random states are copies)."""
+        return {**self.optimizer.state(), "progress": self.progress, "rng": checkpoint.random_state(self.rank)}
+
+    def loop(self) -> bool:
+        """Trains to the last step, or to the end of the step in which a signal asked any rank to stop: then True."""
+        train, saving = self.recipe.train, self.recipe.checkpoint
+        stop = False
+        with _stop_signals() as asked:
+            while self.step < train.steps and not stop:
+                begin = time.perf_counter()
+                stop = self.train_step(self.step + 1, bool(asked))
+                last = self.step == train.steps
+                validate = last or self.step % train.validate_every == 0
+                save = last or stop or self.step % saving.every == 0
+                if validate or save:
+                    self.compare_parameters()
+                if validate:
+                    self.validate()
+                self.progress["seconds"] += time.perf_counter() - begin
+                if save:
+                    checkpoint.save(self.checkpoints, self.step, self.state(), saving.keep, self.group)
+        return stop and self.step < train.steps
+
+    def train_step(self, step: int, stop: bool) -> bool:
+        """One optimiser step over all ranks and accumulation; returns whether any rank was asked to stop."""
+        recipe, train = self.recipe, self.recipe.train
+        lr = optim.learning_rate(recipe.optim, step, train.steps)
+        begin = time.perf_counter()
+        with hsp.ledger() as book:
+            mine = torch.zeros(2, dtype=torch.float64, device=self.device)  # summed loss, and whether to stop
+            valid = torch.zeros((), dtype=torch.int64, device=self.device)
+            for indices in self.shares(train.batch // train.accumulation, train.accumulation):
+                tokens_BL = data.training_windows(self.corpus, recipe.data.length, train.seed, step, indices)
+                loss, count = self.loss(tokens_BL)
+                loss.backward()
+                self.optimizer.collect()
+                mine[0] += loss.detach()
+                valid += count
+            total = hsp.sum_gradients(self.optimizer.masters.values(), self.group, int(valid))
+            norm = float(self.optimizer.clip())
+            mine[1] = stop
+            loss_sum, stops = collectives.all_reduce(mine, self.group, tag="loss").tolist()
+        loss_mean = loss_sum / total
+        if not (math.isfinite(loss_mean) and math.isfinite(norm)):  # both are equal on all ranks
+            raise TrainingStopped(
+                f"step {step}: loss {loss_mean}, gradient norm {norm}: not finite. Stopped on all ranks; the step was "
+                "not taken and nothing was saved. Lower optim.lr or raise optim.warmup under a new name"
+            )
+        self.optimizer.step(lr)
+        self.progress["step"].fill_(step)
+        seconds = time.perf_counter() - begin
+        step_tokens = train.batch * recipe.data.length
+        self.record.train(
+            {
+                "step": step,
+                "loss": loss_mean,
+                "grad_norm": norm,
+                "lr": lr,
+                "tokens": step * step_tokens,
+                "tokens_per_second": round(step_tokens / seconds, 1),
+                "comm/exposed_ms": round(1e3 * book.blocked_seconds, 3),
+                "comm/calls": book.calls,
+                "comm/bytes": book.bytes,
+            }
+        )
+        return stops > 0
+
+    def shares(self, sequences: int, parts: int = 1) -> Iterator[range]:
+        """This replica's share of each of ``parts`` runs of ``sequences``, as indices that do not depend on dp."""
+        share = sequences // self.replicas
+        for part in range(parts):
+            start = part * sequences + self.replica * share
+            yield range(start, start + share)
+
+    def loss(self, tokens_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Summed loss, in nats, and number of the valid tokens of this rank's shard."""
+        tokens_BL = tokens_BL.to(self.device)
+        shard = self.sequence_parallel.shard(tokens_BL.shape[1])
+        return self.model.loss(shard.take(tokens_BL, dim=1), shard.labels(tokens_BL), shard)
+
+    @torch.no_grad()
+    def validate(self) -> None:
+        """Mean loss per predicted byte over the held-out windows, summed over all ranks before the one division."""
+        train, length = self.recipe.train, self.recipe.data.length
+        (share,) = self.shares(train.validation_sequences)
+        at_once = train.batch // (self.replicas * train.accumulation)  # what fits in training
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for start in range(0, len(share), at_once):
+            indices = share[start : start + at_once]
+            tokens_BL = data.validation_windows(self.corpus, length, train.validation_sequences, indices)
+            sums += torch.stack([part.double() for part in self.loss(tokens_BL)])
+        loss_sum, valid = collectives.all_reduce(sums, self.group, tag="loss").tolist()
+        self.record.validation(
+            {
+                "step": self.step,
+                "tokens": self.step * train.batch * length,
+                "loss": loss_sum / valid,
+                "bits_per_byte": data.nats_to_bits(loss_sum / valid),
+                "unigram_bits_per_byte": self.corpus.unigram_bits,
+            }
+        )
+
+    def compare_parameters(self) -> None:
+        """Raises TrainingStopped on every rank if any parameter is not the same, bit by bit, on all."""
+        every = collectives.gather_objects({name: _digest(p) for name, p in self.optimizer.masters.items()}, self.group)
+        for name in self.optimizer.masters:
+            ranks: dict[str, list[int]] = {}
+            for rank, digests in enumerate(every):
+                ranks.setdefault(digests[name], []).append(rank)
+            if len(ranks) > 1:
+                held = "; ".join(f"ranks {who} hold {digest}" for digest, who in ranks.items())
+                raise TrainingStopped(
+                    f"step {self.step}: parameter {name} differs between ranks: {held}. Stopped on all ranks; nothing "
+                    "was saved, and the last checkpoint was sound"
+                )
+
+    def sample(self) -> str | None:
+        """Text that the trained model writes, on the first rank."""
+        length = self.recipe.train.sample
+        if length == 0:
+            return None
+        return checkpoint.on_first_rank(
+            lambda: generate.generate(self.model, generate.PROMPT, length, seed=self.recipe.train.seed), self.group
+        )
+
+
+def _digest(parameter: torch.Tensor) -> str:
+    content = parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(content.data).hexdigest()[:16]
+
+
+def _device(recipe: Recipe) -> str:
+    """The device that ``train.device`` stands for on this machine."""
+    chosen, processes = recipe.train.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    enough = torch.cuda.is_available() and torch.cuda.device_count() >= processes
+    if chosen == "cuda" and not enough:
+        raise RecipeError(
+            f"train.device=cuda needs one GPU for each of the {processes} processes of this machine, but torch sees "
+            f"{torch.cuda.device_count()}; set train.device=cpu or start fewer processes"
+        )
+    return "cuda" if enough and chosen != "cpu" else "cpu"
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT in a list instead of dying; the same signal a second time acts as usual."""
+    asked: list[int] = []
+
+    def ask(number: int, frame: object) -> None:
+        asked.append(number)
+        signal.signal(number, before[signal.Signals(number)])
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,58 @@
+"""The benchmark program on tiny sizes: what it measures, writes and claims."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from recipes.bench import Claim, main
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_linear_runs_without_the_packages_of_recipes(tmp_path: Path) -> None:
+    """In a process of its own: it needs omegaconf and wandb as little as the engine does."""
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys(["omegaconf", "wandb", "matplotlib", "rich"]))
+from recipes.bench import main
+main(["linear", "--quick", "--out", {str(tmp_path)!r}])
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    report = (tmp_path / "linear" / "report.md").read_text()
+    assert report in run.stdout
+    results = json.loads((tmp_path / "linear" / "results.json").read_text())
+    assert {"command", "commit", "versions", "machine", "unit", "rows", "claims"} <= results.keys()
+    measured = {(row["contender"], row["length"]) for row in results["rows"]}
+    assert {("torch causal SDPA", 128), ("fla-core naive_chunk_simple_gla", 128)} <= measured
+    assert {length for _, length in measured} == {128, 256} and len(measured) == 10
+    assert all(len(row["values"]) == 2 and min(row["values"]) > 0 for row in results["rows"])
+    assert len(results["claims"]) == 3 and report.count("| at ") == 3
+
+
+def test_model_compares_two_ranks_with_one_process(tmp_path: Path) -> None:
+    main(["model", "--quick", "--out", str(tmp_path)])
+    results = json.loads((tmp_path / "model" / "results.json").read_text())
+    sp, one = (row["values"] for row in results["rows"])
+    assert len(sp) == len(one) == 1
+    assert results["claims"][0]["measured"] == pytest.approx(sp[0] / one[0])
+    for folder in ("sp2-one-thread-each-0", "one-process-two-threads-0"):
+        provenance = json.loads((tmp_path / "model" / folder / "provenance.json").read_text())
+        assert provenance["sp"] == (2 if folder.startswith("sp2") else 1)
+
+
+def test_a_claim_says_whether_it_holds() -> None:
+    assert Claim(what="faster", measured=3.6, at_least=3.5).line() == "| faster | 3.60 | at least 3.5 | yes |"
+    assert Claim(what="faster", measured=3.4, at_least=3.5).line().endswith("NO |")
+    assert Claim(what="growth", measured=1.3, at_most=1.2).line().endswith("NO |")
+
+
+def test_unknown_benchmarks_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["linaer"])
+    assert "unknown benchmark linaer; known: linear, model" in capsys.readouterr().err

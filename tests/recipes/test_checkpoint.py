@@ -1,0 +1,179 @@
+"""Checkpoints are whole or not there: kill -9 anywhere, then resume, gives the same losses, bit by bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from recipes import checkpoint, config
+from recipes.record import read_metrics
+from tests.recipes.conftest import Train
+from tests.recipes.program import run_program
+
+LOSSES = ("kind", "step", "loss", "grad_norm", "lr", "tokens")
+
+
+def losses(folder: Path) -> list[dict[str, Any]]:
+    return [{key: line.get(key) for key in LOSSES} for line in read_metrics(folder / "metrics.jsonl")]
+
+
+def saved_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Everything in the newest checkpoint of a run, also the ranks' random states."""
+    path = folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text().strip()
+    metadata = checkpoint.dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(item.size, dtype=item.properties.dtype) for name, item in metadata.items()}
+    checkpoint.dcp.load(tensors, storage_reader=checkpoint.dcp.FileSystemReader(path), no_dist=True)
+    return tensors
+
+
+def assert_same_run(folder: Path, want: Path) -> None:
+    assert losses(folder) == losses(want)
+    got_tensors, want_tensors = saved_tensors(folder), saved_tensors(want)
+    assert got_tensors.keys() == want_tensors.keys()
+    for name in got_tensors.keys() - {"progress.seconds"}:
+        assert torch.equal(got_tensors[name], want_tensors[name]), name
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of eight steps on two ranks that nothing disturbed."""
+    out = tmp_path_factory.mktemp("uninterrupted")
+    done = run_program(str(tiny), f"out={out}", "name=run", ranks=2)
+    assert done.ok, done
+    return out / "run"
+
+
+def test_a_checkpoint_holds_everything(uninterrupted: Path) -> None:
+    names = saved_tensors(uninterrupted).keys()
+    weights = [name.removeprefix("model.") for name in names if name.startswith("model.")]
+    assert "blocks.1.mixer.output.weight" in weights
+    assert {f"optimizer.{name}.{part}" for name in weights for part in ("exp_avg", "exp_avg_sq", "step")} < names
+    assert {"progress.step", "rng.cpu-0", "rng.cpu-1"} < names
+    states = saved_tensors(uninterrupted)
+    assert not torch.equal(states["rng.cpu-0"], states["rng.cpu-1"])
+
+
+def test_the_newest_are_kept_and_latest_names_the_last(uninterrupted: Path) -> None:
+    names = sorted(path.name for path in (uninterrupted / "checkpoints").iterdir())
+    assert names == ["latest", "step-00000006", "step-00000008"]
+    assert (uninterrupted / "checkpoints" / "latest").read_text() == "step-00000008\n"
+
+
+# A fault, the rank that it strikes (the first one completes a save), and where in a run of its own it strikes.
+KILLS = [
+    ("killed before the first byte", 1, 2),
+    ("killed inside a shard file", 1, 2),
+    ("killed before the manifest", 0, 2),
+    ("killed before the rename", 0, 2),
+    ("killed before latest", 0, 2),
+    ("killed in a step", 1, 4),
+]
+
+
+@pytest.mark.parametrize(("fault", "rank", "nth"), KILLS)
+def test_killed_twice_and_resumed(
+    fault: str, rank: int, nth: int, train: Train, uninterrupted: Path, tmp_path: Path
+) -> None:
+    """Two runs die, at the second save (or fourth step) each makes; the third ends as if nothing had been."""
+    for attempt in range(2):
+        died = train(ranks=2, fault=fault, rank=rank, nth=nth)
+        assert died.codes[rank] == -9 and died.codes[1 - rank] != 0, died
+        assert ("resuming" in died.texts[0]) == (attempt == 1), died
+    done = train(ranks=2)
+    assert done.ok, done
+    assert f"resuming   after step {6 if fault == 'killed before latest' else 4}," in done.texts[0], done
+    assert "CORRUPT" not in done.texts[0]
+    assert_same_run(tmp_path / "run", uninterrupted)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "finished"
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+
+
+@pytest.fixture
+def half_run(train: Train, uninterrupted: Path, tmp_path: Path) -> Path:
+    """A copy of the uninterrupted run as if it had died after its last checkpoint."""
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("damaged", ["__0_0.distcp", "__1_0.distcp", ".metadata", "manifest.json"])
+def test_a_flipped_byte_is_found_and_the_checkpoint_before_taken(
+    damaged: str, train: Train, half_run: Path, uninterrupted: Path
+) -> None:
+    path = half_run / "checkpoints" / "step-00000008" / damaged
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    done = train(ranks=2)
+    assert done.ok, done
+    assert "checkpoint step-00000008 is CORRUPT" in done.texts[0] and damaged in done.texts[0], done
+    assert "resuming   after step 6" in done.texts[0], done
+    assert_same_run(half_run, uninterrupted)
+    assert (half_run / "checkpoints" / "corrupt-step-00000008").exists()
+
+
+def test_a_missing_file_is_found(half_run: Path) -> None:
+    (half_run / "checkpoints" / "step-00000008" / "__1_0.distcp").unlink()
+    found = checkpoint.find(half_run / "checkpoints", None)
+    assert (
+        found.path == half_run / "checkpoints" / "step-00000006"
+        and "missing files: __1_0.distcp" in found.complaints[0]
+    )
+
+
+def test_without_a_sound_checkpoint_training_starts_anew(train: Train, half_run: Path, uninterrupted: Path) -> None:
+    for path in half_run.glob("checkpoints/step-*"):
+        (path / "manifest.json").unlink()
+    done = train(ranks=2)
+    assert done.ok and done.texts[0].count("CORRUPT") == 2 and "resuming" not in done.texts[0], done
+    assert_same_run(half_run, uninterrupted)
+
+
+def test_resuming_at_another_sp_size_goes_on_from_the_same_weights(
+    train: Train, half_run: Path, uninterrupted: Path
+) -> None:
+    shutil.rmtree(half_run / "checkpoints" / "step-00000008")
+    done = train(ranks=1)
+    assert done.ok and "resuming   after step 6" in done.texts[0] and "sp 1" in done.texts[0], done
+    for got, want in zip(losses(half_run), losses(uninterrupted), strict=True):
+        assert got["loss"] == pytest.approx(want["loss"], rel=0 if got["step"] <= 6 else 1e-5), got
+
+
+def test_a_full_disk_stops_every_rank_and_spares_the_checkpoint_before(
+    train: Train, uninterrupted: Path, tmp_path: Path
+) -> None:
+    first = train("train.steps=8", ranks=2, fault="killed in a step", rank=1, nth=3)
+    assert first.codes[1] == -9, first
+    full = train(ranks=2, fault="disk is full", rank=1)
+    assert full.codes == [1, 1] and all("No space left on device" in text for text in full.texts), full
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "failed"
+    assert train(ranks=2).ok
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+def test_a_failure_on_the_first_rank_reaches_its_caller() -> None:
+    def fail() -> None:
+        raise OSError("read-only folder")
+
+    with pytest.raises(OSError, match="read-only folder"):
+        checkpoint.on_first_rank(fail, None)
+
+
+def test_no_checkpoint_to_generate_from(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no sound checkpoint"):
+        checkpoint.load_weights(tmp_path, {})
+
+
+def test_weights_of_a_run_load_in_one_process(uninterrupted: Path) -> None:
+    from layers.model import HybridLM
+
+    model = HybridLM(config.load_resolved(uninterrupted / "recipe.yaml").model)
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    assert checkpoint.load_weights(uninterrupted / "checkpoints", weights).name == "step-00000008"
+    saved = saved_tensors(uninterrupted)
+    assert all(torch.equal(p, saved[f"model.{name}"]) for name, p in model.named_parameters())

@@ -1,0 +1,90 @@
+"""The corpus and its windows: the same on every mesh, held-out files apart, errors that say what to change."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from recipes import data
+from recipes.config import DataConfig, RecipeError
+from tests.recipes.conftest import write_texts
+
+
+@pytest.fixture(scope="module")
+def pattern(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_texts(tmp_path_factory.mktemp("data") / "texts")
+
+
+@pytest.fixture(scope="module")
+def corpus(pattern: str) -> data.Corpus:
+    return data.read_corpus(DataConfig(files=pattern, length=32))
+
+
+def test_the_split_is_by_file(pattern: str, corpus: data.Corpus) -> None:
+    texts = [path.read_bytes() for path in sorted(Path(pattern).parent.iterdir())]
+    held_out = bytes(corpus.validation.tolist())
+    assert held_out in texts
+    assert bytes(corpus.train.tolist()) == b"".join(text for text in texts if text != held_out)
+
+
+def test_reading_again_gives_the_same_and_other_text_does_not(
+    pattern: str, corpus: data.Corpus, tmp_path: Path
+) -> None:
+    assert data.read_corpus(DataConfig(files=pattern, length=8)).fingerprint == corpus.fingerprint
+    other = write_texts(tmp_path / "texts", seed=1)
+    assert data.read_corpus(DataConfig(files=other, length=8)).fingerprint != corpus.fingerprint
+
+
+def test_the_standard_library_is_a_corpus() -> None:
+    corpus = data.read_corpus(DataConfig())
+    assert corpus.files > 300 and len(corpus.train) > 5_000_000
+    assert 0.01 < len(corpus.validation) / len(corpus.train) < 0.2
+    assert 3.5 < corpus.unigram_bits < 5.0
+
+
+def test_unigram_entropy() -> None:
+    assert data.unigram_bits(torch.arange(256, dtype=torch.uint8)) == pytest.approx(8.0)
+    assert data.unigram_bits(torch.tensor([1, 1, 2, 2], dtype=torch.uint8)) == pytest.approx(1.0)
+    assert data.unigram_bits(torch.tensor([7, 7], dtype=torch.uint8)) == 0.0
+
+
+def test_a_window_depends_on_seed_step_and_index_alone(corpus: data.Corpus) -> None:
+    whole = data.training_windows(corpus, 32, 0, 5, range(8))
+    assert whole.shape == (8, 32) and whole.dtype == torch.int64
+    parts = [data.training_windows(corpus, 32, 0, 5, range(start, start + 2)) for start in (0, 2, 4, 6)]
+    assert torch.equal(torch.cat(parts), whole)
+    assert not torch.equal(data.training_windows(corpus, 32, 0, 6, range(8)), whole)
+    assert not torch.equal(data.training_windows(corpus, 32, 1, 5, range(8)), whole)
+
+
+def test_windows_are_pieces_of_the_text_and_reach_all_of_it(corpus: data.Corpus) -> None:
+    text = bytes(corpus.train.tolist())
+    windows = data.training_windows(corpus, 32, 0, 1, range(400))
+    starts = [text.index(bytes(window)) for window in windows.tolist()]
+    quarter = Counter(4 * start // len(text) for start in starts)
+    assert len(quarter) == 4 and min(quarter.values()) > 50
+
+
+def test_validation_windows_span_the_held_out_text(corpus: data.Corpus) -> None:
+    windows = data.validation_windows(corpus, 32, 4, range(4))
+    assert torch.equal(windows[0], corpus.validation[:32].long())
+    assert torch.equal(windows[-1], corpus.validation[-32:].long())
+    assert torch.equal(data.validation_windows(corpus, 32, 4, range(2, 4)), windows[2:])
+
+
+def test_a_text_of_one_window(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_bytes(b"x" * 32)
+    corpus = data.read_corpus(DataConfig(files=str(tmp_path / "*.txt"), length=32))
+    assert data.training_windows(corpus, 32, 0, 1, range(3)).shape == (3, 32)
+    assert data.validation_windows(corpus, 32, 1, range(1)).shape == (1, 32)
+
+
+def test_errors_name_the_key(tmp_path: Path, pattern: str) -> None:
+    with pytest.raises(RecipeError, match=r"data\.files='.*nothing.*' matches 0 files, but at least two are needed"):
+        data.read_corpus(DataConfig(files=str(tmp_path / "nothing*"), length=8))
+    with pytest.raises(RecipeError, match=r"data\.length=100000 is longer than the \d+ bytes of the training files"):
+        data.read_corpus(DataConfig(files=pattern, length=100_000))

@@ -1,0 +1,318 @@
+"""The sweep: cells and their merging, skipping, resuming, failures, the lock, and what an interrupt leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+import pytest
+
+from recipes import config, sweep
+from recipes.sweep import Cell, Sweep
+
+ROOT = Path(__file__).parents[2]
+BASE = "model: {dim: 16, depth: 4, heads: 2}\ntrain: {steps: 2}\nwandb: {mode: disabled}\n"
+AXES = "axes:\n  model.ratio: [1/2, 1]\n  model.linear: [lightning, gla]\n"
+
+# A trainer that reads from plan.json what to do for each run name, and notes in starts.txt that it was started.
+TRAINER = """
+import json, os, sys, time
+from pathlib import Path
+name = next(word for word in sys.argv if word.startswith("name=")).removeprefix("name=")
+todo = json.loads(Path("plan.json").read_text())[name]
+folder = Path(todo["folder"])
+with open("starts.txt", "a") as file:
+    file.write(f"{name} {os.getpid()}\\n")
+(folder / "recipe.yaml").write_text(todo["recipe"])
+began = time.time()
+do = todo["do"]
+if do == "crash":
+    print("the disk is full")
+    print("E0101 00:00:00 1 torch/distributed/elastic/multiprocessing/api.py:1] failed (exitcode: 1)")
+    sys.exit("ChildFailedError")
+if do == "hang":
+    time.sleep(60)
+if do == "slow":
+    time.sleep(0.4)
+if do != "stop":
+    result = {"status": "finished", "bits_per_byte": 2.5, "below_unigram": 0.4, "span": [began, time.time()]}
+    (folder / "summary.json").write_text(json.dumps(result))
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a base recipe, a sweep file and the trainer."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "base.yaml").write_text(BASE)
+    (tmp_path / "stand_in.py").write_text(TRAINER)
+    write(tmp_path, AXES)
+    return tmp_path
+
+
+def write(place: Path, text: str) -> Path:
+    (place / "trial.yaml").write_text(f"name: trial\nbase: base.yaml\n{text}")
+    return place / "trial.yaml"
+
+
+def planned(place: Path, *overrides: str) -> tuple[Sweep, list[Cell]]:
+    loaded = sweep.load(place / "trial.yaml", overrides)
+    return loaded, sweep.plan(loaded, place / "trial.yaml")
+
+
+def train(place: Path, *overrides: str, **do: str) -> list[sweep.Outcome]:
+    """Run the sweep with the stand-in trainer; `do` says what a cell does instead of finishing at once."""
+    loaded, cells = planned(place, *overrides)
+    todo = {
+        cell.recipe.name: {
+            "folder": str(cell.folder),
+            "recipe": config.dump(cell.recipe),
+            "do": do.get(cell.name.replace("-", "_"), do.get("every", "finish")),
+        }
+        for cell in cells
+    }
+    (place / "plan.json").write_text(json.dumps(todo))
+    return sweep.run(loaded, place / "trial.yaml", cells, "the command", module="stand_in")
+
+
+def starts(place: Path) -> list[str]:
+    file = place / "starts.txt"
+    return [line.split()[0].removeprefix("trial/") for line in file.read_text().splitlines()] if file.exists() else []
+
+
+NAMES = ["ratio-1-2_linear-lightning", "ratio-1-2_linear-gla", "ratio-1"]
+
+
+# The plan
+
+
+def test_the_hybrid_ratio_ablation_is_eleven_runs_in_one_wandb_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    file = Path("recipes/ablations/hybrid_ratio.yaml")
+    loaded = sweep.load(file)
+    cells = sweep.plan(loaded, file)
+    names = [cell.name for cell in cells]
+    assert len(names) == len(set(names)) == 11
+    assert "ratio-1" in names
+    seeds = {cell.recipe.train.seed for cell in cells if cell.name.startswith("ratio-1-4_linear-gla")}
+    assert len(seeds) == 3
+    assert {cell.recipe.name.split("/")[0] for cell in cells} == {"hybrid_ratio"}
+    bytes_read = {cell.recipe.train.steps * cell.recipe.train.batch * cell.recipe.data.length for cell in cells}
+    assert len(bytes_read) == 1
+
+
+def test_cells_without_a_linear_block_are_one_run(place: Path) -> None:
+    _, cells = planned(place)
+    assert [cell.name for cell in cells] == NAMES
+    assert cells[-1].covers == tuple({"model.ratio": 1, "model.linear": kind} for kind in ("lightning", "gla"))
+    assert cells[-1].folder == Path("runs/trial/ratio-1")
+
+
+def test_cells_are_merged_by_what_they_resolve_to(place: Path) -> None:
+    write(place, "axes:\n  model.ratio: [1/2, 2/4]\n  model.pattern: [null, LN, [lightning, softmax]]\n")
+    assert [cell.name for cell in planned(place)[1]] == ["all"]
+    write(place, "axes:\n  model.linear: [lightning, gla]\n  model.mixers: [{}, {gla: {expand_k: 1.0}}]\n")
+    shapes = [len(cell.covers) for cell in planned(place)[1]]
+    assert shapes == [2, 1, 1], "an option of gla does not matter where there is no gla"
+
+
+def test_cells_that_differ_in_the_rest_of_the_recipe_stay_apart(place: Path) -> None:
+    write(place, "axes:\n  model.linear: [lightning, gla]\n  optim.lr: [1e-3, 2e-3]\nset: {model.ratio: 1}\n")
+    _, cells = planned(place)
+    assert [cell.name for cell in cells] == ["lr-0-001", "lr-0-002"]
+    assert [cell.recipe.optim.lr for cell in cells] == [1e-3, 2e-3]
+
+
+def test_extra_seeds_belong_to_one_cell(place: Path) -> None:
+    write(place, AXES + "seeds:\n  cell: {model.ratio: 1/2, model.linear: gla}\n  values: [0, 5]\n")
+    _, cells = planned(place)
+    assert [cell.name for cell in cells] == [*NAMES, "ratio-1-2_linear-gla_seed-5"], "seed 0 is the cell itself"
+    assert cells[-1].recipe.train.seed == 5
+    assert cells[-1].recipe.model == cells[1].recipe.model
+
+
+def test_overrides_reach_every_run(place: Path) -> None:
+    write(place, AXES + "set: {train.steps: 7}\n")
+    loaded, cells = planned(place, "train.steps=9", "name=other", "parallel=2", "optim.betas=[0.8, 0.9]")
+    assert loaded.parallel == 2
+    assert {cell.recipe.train.steps for cell in cells} == {9}
+    assert {tuple(cell.recipe.optim.betas) for cell in cells} == {(0.8, 0.9)}
+    assert cells[0].folder == Path("runs/other/ratio-1-2_linear-lightning")
+
+
+@pytest.mark.parametrize(
+    ("text", "override", "message"),
+    [
+        (AXES, "train.steps", "key=value"),
+        (AXES, "train.stepps=3", r"cell ratio-1-2_linear-lightning .*train\.stepps.*train\.steps"),
+        (AXES, "model.ratio=1/4", "model.ratio is an axis"),
+        (AXES, "nproc=two", "nproc|Integer"),
+        (AXES, "parallel=0", "parallel is 0; it must be at least 1"),
+        (AXES + "axis: {}", "nproc=1", "Did you mean"),
+        ("nproc: 2\n", "nproc=1", "axes must hold at least one key"),
+        ("axes: {model.ratio: [1/3]}\n", "nproc=1", "cell ratio-1-3 .*does not tile"),
+        ("axes: {model.ratio: [1/2]}\n", "data.length=3", "cell ratio-1-2 .*data.length=3"),
+        (AXES + "seeds: {cell: {model.ratio: 1/2}, values: [1]}\n", "nproc=1", "names 2 cells"),
+        (AXES + "seeds: {cell: {model.ratio: 1/8}, values: [1]}\n", "nproc=1", "names 0 cells"),
+    ],
+)
+def test_a_faulty_sweep_says_what_to_change(place: Path, text: str, override: str, message: str) -> None:
+    write(place, text)
+    words = ["nproc=2", override]
+    with pytest.raises(ValueError, match=message):
+        planned(place, *words)
+    assert not (place / "runs").exists()
+
+
+def test_a_missing_file_and_a_missing_base(place: Path) -> None:
+    with pytest.raises(ValueError, match=r"nowhere\.yaml does not exist"):
+        sweep.load("nowhere.yaml")
+    (place / "base.yaml").unlink()
+    with pytest.raises(ValueError, match="base.yaml"):
+        planned(place)
+
+
+def test_one_rank_is_plain_and_more_are_torchrun(place: Path) -> None:
+    loaded, cells = planned(place)
+    argv = sweep.command(loaded, place / "trial.yaml", cells[0])
+    assert argv[1:4] == ["-m", "recipes.train", "base.yaml"]
+    loaded, cells = planned(place, "nproc=2")
+    argv = sweep.command(loaded, place / "trial.yaml", cells[0])
+    assert argv[2] == "torch.distributed.run"
+    assert argv[argv.index("--nproc-per-node=2") :][:4] == ["--nproc-per-node=2", "-m", "recipes.train", "base.yaml"]
+    assert config.load("base.yaml", argv[argv.index("base.yaml") + 1 :]) == cells[0].recipe
+
+
+# The runs
+
+
+def test_finished_runs_are_skipped(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert [outcome.state for outcome in train(place)] == ["finished"] * 3
+    assert starts(place) == NAMES
+    assert "[3/3] ratio-1: finished after" in capsys.readouterr().out
+    assert [outcome.state for outcome in train(place)] == ["skipped"] * 3
+    assert len(starts(place)) == 3
+    assert "2.500 bits per byte, 40.0 % below" in capsys.readouterr().out
+    record = json.loads((place / "runs/trial/sweep.json").read_text())
+    assert [cell["name"] for cell in record["cells"]] == NAMES
+    assert record["command"] == "the command"
+
+
+def test_runs_that_failed_or_stopped_are_started_again(place: Path) -> None:
+    outcomes = train(place, ratio_1_2_linear_gla="crash", ratio_1="stop")
+    assert [outcome.state for outcome in outcomes] == ["finished", "failed", "failed"]
+    assert "exit code 1" in outcomes[1].note
+    assert "summary.json does not say finished" in outcomes[2].note
+    assert [outcome.state for outcome in train(place)] == ["skipped", "finished", "finished"]
+    assert starts(place) == [*NAMES, NAMES[1], NAMES[2]]
+    assert (place / "runs/trial/ratio-1-2_linear-gla/train.log").read_text().count("$ python") == 2
+
+
+def test_a_changed_recipe_is_an_error_before_anything_runs(place: Path) -> None:
+    train(place, every="stop")
+    train(place, ratio_1="stop")
+    before = starts(place)
+    with pytest.raises(ValueError, match=r"another recipe \(train.steps was 2, now 3\); delete that folder .*name="):
+        train(place, "train.steps=3")
+    assert starts(place) == before
+    assert [outcome.state for outcome in train(place, "wandb.mode=offline")].count("skipped") == 2
+    assert [outcome.state for outcome in train(place, "train.steps=3", "name=longer")] == ["finished"] * 3
+
+
+def test_failures_end_the_report_with_the_tail_of_their_log(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(place, ratio_1="stop")
+    (place / "runs/trial/ratio-1/train.log").write_text("$ python once\nan older failure\n")
+    code = sweep.report(train(place, ratio_1="crash"), seconds=1.0)
+    out = capsys.readouterr().out
+    assert code == 1
+    assert "ratio-1 failed (exit code 1)" in out
+    assert "  | the disk is full\n" in out
+    assert "an older failure" not in out, "only the last attempt is shown"
+    assert "torch/distributed" not in out and "ChildFailedError" not in out
+    assert "0 finished, 2 skipped, 1 failed" in out
+    assert sweep.report(train(place), seconds=1.0) == 0
+
+
+def test_dry_run_prints_and_writes_nothing(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep.main([str(place / "trial.yaml"), "--dry-run", "train.steps=3"]) == 0
+    out = capsys.readouterr().out
+    assert "3 runs in runs/trial, 1 at a time, 1 rank each" in out
+    assert all(name in out for name in NAMES)
+    assert not (place / "runs").exists()
+    assert sweep.main(["nowhere.yaml"]) == 2
+    assert "nowhere.yaml does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_as_many_runs_at_a_time_as_asked(place: Path, parallel: int) -> None:
+    write(place, "axes: {model.ratio: [0, 1/2, 1]}\n")
+    train(place, f"parallel={parallel}", every="slow")
+    spans = [json.loads(file.read_text())["span"] for file in sorted((place / "runs/trial").glob("*/summary.json"))]
+    at_once = max(sum(a <= begin < b for a, b in spans) for begin, _ in spans)
+    assert at_once == parallel
+
+
+# Two sweeps, and the end of one
+
+
+def test_two_sweeps_cannot_share_a_folder(place: Path) -> None:
+    with sweep.locked(place / "runs/trial"):
+        with pytest.raises(ValueError, match=rf"another sweep works in .*process {os.getpid()}.*name="):
+            train(place)
+        assert starts(place) == []
+        assert len(train(place, "name=other")) == 3
+    assert len(train(place)) == 3
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def test_an_interrupt_ends_the_run_in_flight(place: Path) -> None:
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if starts(place):
+            raise KeyboardInterrupt
+
+    old = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(place, every="hang")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+    pid = int((place / "starts.txt").read_text().split()[1])
+    assert not alive(pid)
+    assert [outcome.state for outcome in train(place)] == ["finished"] * 3
+
+
+def test_a_run_that_outlives_its_sweep_keeps_the_folder_locked(place: Path) -> None:
+    folder = place / "runs/trial"
+    loaded, cells = planned(place)
+    with sweep.locked(folder) as lock:
+        orphan = sweep.start([sys.executable, "-c", "import time; time.sleep(60)"], cells[0], lock)
+    try:
+        with pytest.raises(ValueError, match="a run that it left behind"):
+            train(place)
+    finally:
+        orphan.kill()
+        orphan.wait()
+    assert len(train(place)) == 3
