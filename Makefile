@@ -27,6 +27,10 @@ check: $(READY) ## format, lint and types, changing nothing
 mutants: $(READY) ## break the source in every committed way and see a named test fail
 	$(BIN)/python -m tests.mutants.run $(ARGS)
 
+ablation: $(READY) ## loss against the share of softmax blocks: 11 runs on 2 processes each, and their report
+	OMP_NUM_THREADS=1 $(BIN)/python -m recipes.sweep recipes/ablations/hybrid_ratio.yaml $(ARGS)
+	$(BIN)/python -m analysis.report runs/hybrid_ratio --out analysis/results/hybrid_ratio
+
 bench: $(READY) ## the speed tables of the README; ARGS=linear for one of them
 	$(BIN)/python -m recipes.bench $(ARGS)
 
@@ -42,4 +46,4 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	@touch $(READY)
 
-.PHONY: help train test check mutants bench clean
+.PHONY: help train test check mutants ablation bench clean

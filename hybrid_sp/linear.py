@@ -117,7 +117,7 @@ def _causal(
         h, leaving, totals = _States.apply(carry, k, v, g, chunks)
         exchanged = shard.span_count > 1 or initial is not None or final  # else nobody reads a summary
         if exchanged:
-            exchange = EXCHANGES[shard.sp.linear](shard, fixed, final)
+            exchange = EXCHANGES[shard.sp.linear].causal(shard, fixed, final)
             token = start(call, exchange, leaving, _span_decays(totals, chunks))
         o_intra = _Intra.apply(carry, q, k, v, g, h, totals, scale, chunks)
         if exchanged:
@@ -130,12 +130,10 @@ def _bidirectional(q: Tensor, k: Tensor, v: Tensor, scale: float, shard: Shard) 
     """LASP-2, algorithms 1 and 3: every query reads the sum over all spans, and nothing hides the gather."""
     heads = v.shape[2]
     q, k = (x.repeat_interleave(heads // x.shape[2], 2) for x in (q, k))
-    lengths = [end - begin for begin, end in shard.spans]
-    pairs = zip(k.split(lengths, 1), v.split(lengths, 1), strict=True)
-    summaries = torch.stack([torch.einsum("bthk,bthv->bhkv", *pair) for pair in pairs])
-    exchange = EXCHANGES[shard.sp.linear](shard, None, True)
+    exchange = EXCHANGES[shard.sp.linear].bidirectional(shard)
     with Call(shard, "linear") as call:
-        _, total = finish(call, exchange, start(call, exchange, summaries, None), None)
+        token = start(call, exchange, torch.einsum("bthk,bthv->bhkv", k, v), None)
+        total, _ = finish(call, exchange, token, None)
     return torch.einsum("bthk,bhkv->bthv", q * scale, total)
 
 

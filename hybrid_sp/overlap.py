@@ -28,8 +28,12 @@ from .layout import Shard
 
 
 class Exchange(Protocol):
-    """A strategy. Inputs of `launch` and of `arrive_backward`'s result correspond; so do outputs and gradients of
-    `arrive` and `launch_backward`. `arrive` returns (outputs..., what backward needs beside the first output)."""
+    """What `start` and `finish` do with the summaries of one call of an operator.
+
+    `launch` sends them; `arrive` makes of what is received the entering states, the final state, and the transitions
+    that backward needs beside the entering states. `launch_backward` sends the gradients of the first two, and
+    `arrive_backward` makes of what is received the gradients of what `launch` sent.
+    """
 
     def launch(self, header: Header, state: Tensor, transition: Tensor | None) -> Pending: ...
 

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
-from .all_gather import AllGather
+from typing import NamedTuple
+
+from .all_gather import AllGather, AllGatherSum
+
+
+class Strategy(NamedTuple):
+    """The exchange of a causal operator, and that of one without a mask."""
+
+    causal: type[AllGather]
+    bidirectional: type[AllGatherSum]
+
 
 EXCHANGES = {
-    "all_gather": AllGather,
+    "all_gather": Strategy(AllGather, AllGatherSum),
 }

@@ -1,7 +1,8 @@
 """LASP-2: one all-gather of the spans' summaries forward, one of their gradients backward (arXiv 2502.07563).
 
 Every rank receives what every span does to the state, and folds it. The sizes do not depend on the sequence: per rank
-(P-1) * spans * B*H*(K*V + transition) numbers forward, (P-1) * B*H*K*V * (spans + 1 with a final state) backward.
+(P-1) * spans * B*H*(K*V + transition) numbers forward, (P-1) * B*H*K*V * (spans + 1 with a final state) backward;
+without a mask (P-1) * B*H*K*V both ways.
 """
 
 from __future__ import annotations
@@ -71,3 +72,31 @@ class AllGather:
     def initial_backward(self, transitions: Tensor | None, d_entering: Tensor, d_final: Tensor) -> Tensor:
         """This rank's part of the gradient of the initial state. Nothing is communicated."""
         return fold_initial(transitions, self.shard.own, list(d_entering), d_final if self.final else None)
+
+
+class AllGatherSum:
+    """LASP-2 without a mask: every query reads the sum of all ranks' summaries, whatever the order of the spans."""
+
+    def __init__(self, shard: Shard) -> None:
+        self.shard = shard
+
+    def launch(self, header: Header, state: Tensor, transition: Tensor | None) -> Pending:
+        """Send the sum [B,H,K,V] over this rank's tokens; receive that over all tokens."""
+        return collectives.start_all_gather(state, self.shard.sp.group, header).then(lambda state_P: state_P.sum(0))
+
+    def arrive(self, total: Tensor, initial: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The state that every query reads. There is no final state."""
+        return total, total.new_empty(0), None
+
+    def launch_backward(self, header: Header, d_total: Tensor, d_final: Tensor) -> Pending:
+        """Send this rank's gradient of the sum; receive all ranks'."""
+        return self.launch(header, d_total, None)
+
+    def arrive_backward(
+        self, d_state: Tensor, entering: Tensor, transitions: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The gradient of every rank's summary."""
+        return d_state, None
+
+    def initial_backward(self, transitions: Tensor | None, d_entering: Tensor, d_final: Tensor) -> Tensor:
+        raise AssertionError("without a mask there is no initial state")

@@ -57,6 +57,21 @@ def test_a_final_state_and_a_normaliser_add_what_they_must() -> None:
     assert normalised == [{"forward": [2 * each * (K * V + K + 1)], "backward": [2 * each * (K * V + K)]}] * 3
 
 
+def bidirectional_counts(group: Any) -> Counts:
+    shard = hsp.SequenceParallel(group, layout="zigzag").shard(40)
+    q, v = (torch.randn(B, shard.tokens, H, dim, requires_grad=True) for dim in (K, V))
+    with hsp.ledger() as book:
+        out = hsp.linear_attention(q, q, v, shard=shard, causal=False)
+        assert isinstance(out, torch.Tensor)
+        out.sum().backward()
+    return {d: [row.bytes for row in book.select(direction=d)] for d in ("forward", "backward")}
+
+
+def test_without_a_mask_one_state_per_rank_travels_each_way() -> None:
+    each = 2 * B * H * K * V * 4
+    assert run_ranks(bidirectional_counts, 3) == [{"forward": [each], "backward": [each]}] * 3
+
+
 def softmax_counts(group: Any, layout: str, length: int, dtype: torch.dtype) -> list[tuple[str, str, str, int]]:
     shard = hsp.SequenceParallel(group, layout=layout).shard(length)
     q = torch.randn(B, shard.tokens, H, K, dtype=dtype, requires_grad=True)
