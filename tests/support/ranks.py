@@ -83,12 +83,12 @@ class Worker:
         self.process.send_signal(signal.SIGUSR1)
         time.sleep(0.3)
         blocks = Path(self.stack_file.name).read_text().split("\n\n")
-        called = [block.splitlines() for block in blocks if "in call_function" in block]
-        if not called:
+        serving = [block.splitlines() for block in blocks if block.count(" in serve\n")]
+        if not serving:
             return "    (no Python stack to be had)"
-        frames = [line for line in called[0] if line.lstrip().startswith("File")]
-        entry = next(i for i, line in enumerate(frames) if line.endswith("in call_function"))
-        return "\n".join("  " + line for line in reversed(frames[:entry])) or "    (before or after the function)"
+        frames = [line for line in serving[0] if line.lstrip().startswith("File")]
+        outermost = next(i for i, line in enumerate(frames) if line.endswith(" in serve"))
+        return "\n".join("  " + line for line in reversed(frames[:outermost]))
 
     def end(self) -> None:
         self.process.kill()
@@ -218,20 +218,20 @@ def serve(pipe: Connection, stack_path: str) -> None:
             except EOFError:
                 return
             data = pipe.recv_bytes()
-            os.environ.clear()
-            os.environ.update(environment)
-            torch.set_num_threads(1)
-            torch.set_default_dtype(torch.float32)
-            torch.use_deterministic_algorithms(True)
-            torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
-            torch.manual_seed(0)
             try:
+                os.environ.clear()
+                os.environ.update(environment)
+                torch.set_num_threads(1)
+                torch.set_default_dtype(torch.float32)
+                torch.use_deterministic_algorithms(True)
+                torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+                torch.manual_seed(0)
                 fn = load_function(*source)
                 args, kwargs = unpacked(data)
                 # Shorter than the deadline, so that a rank waiting for another says so itself.
                 timeout = timedelta(seconds=0.6 * deadline)
                 torch.distributed.init_process_group("gloo", store, timeout, world, rank)
-                result = call_function(fn, args, kwargs)
+                result = fn(torch.distributed.group.WORLD, *args, **kwargs)
                 pipe.send(("returned", time.monotonic(), packed(result)))
                 torch.distributed.barrier()  # a group that is destroyed while a peer still works fails the peer
                 torch.distributed.destroy_process_group()
@@ -239,13 +239,6 @@ def serve(pipe: Connection, stack_path: str) -> None:
             except BaseException as error:
                 line = traceback.format_exception_only(error)[-1].strip()
                 pipe.send(("failed", time.monotonic(), line, traceback.format_exc()))
-
-
-def call_function(fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """A frame to know the function's own frames by, in a dumped stack."""
-    import torch
-
-    return fn(torch.distributed.group.WORLD, *args, **kwargs)
 
 
 def load_function(module_name: str, path: str, qualname: str) -> Callable[..., Any]:
