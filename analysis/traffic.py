@@ -12,10 +12,9 @@ from omegaconf import OmegaConf
 from analysis import cost
 from analysis.runs import Run
 from analysis.tables import Point, Table
+from layers.recurrence import Form
 from layers.spec import ModelConfig, block_specs, expand_pattern
 
-# The form of each linear mixer's decay. A mixer that is not listed here is named in the report and not modelled.
-TRANSITION = {"linear": "none", "lightning": "fixed", "retention": "fixed", "gla": "vector"}
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 LONG = 65_536  # a second length, for comparison
 
@@ -71,9 +70,9 @@ def _layers(run: Run) -> list[tuple[str, dict[str, Any]]]:
         sizes: dict[str, Any] = {}
         if name == "softmax":
             sizes = {"G": place.kv_heads, "D": place.width()}
-        elif name in TRANSITION:
-            form = spec.form(place)  # type: ignore[attr-defined]
+        elif isinstance(form := getattr(spec, "form", lambda _: None)(place), Form):
             sizes = {"H": form.heads, "K": form.key, "V": form.value, "normalize": form.normalize}
+            sizes["transition"] = form.decay
         layers.append((name, sizes))
     return layers
 
@@ -84,12 +83,11 @@ def _volume(name: str, sizes: dict[str, Any], cut: Setting) -> Volume | None:
         return Volume(
             forward=cost.softmax_all_gather_forward(**shape), backward=cost.softmax_all_gather_backward(**shape)
         )
-    if name in TRANSITION:
+    if "transition" in sizes:
         shape = {"P": cut.P, "B": cut.B, "spans": cut.spans, **sizes}
-        return Volume(
-            forward=cost.linear_all_gather_forward(transition=TRANSITION[name], **shape),
-            backward=cost.linear_all_gather_backward(**shape),
-        )
+        forward = cost.linear_all_gather_forward(**shape)
+        del shape["transition"]  # it is not sent back
+        return Volume(forward=forward, backward=cost.linear_all_gather_backward(**shape))
     return None
 
 
@@ -125,7 +123,7 @@ def _layer_table(points: Sequence[Point]) -> tuple[str, Table]:
             rows.append((name, "ring of states, LASP-1", *4 * (f"{cost.lasp1_ring(**state):,}",)))
             if "softmax" in kinds:
                 tokens = cost.break_even_tokens(
-                    transition=TRANSITION[name],
+                    transition=sizes["transition"],
                     spans=cut.spans,
                     kv_bytes=cut.kv_bytes,
                     **{key: sizes[key] for key in "HKV"},

@@ -31,6 +31,7 @@ class Form:
     heads: int
     key: int
     value: int
+    decay: str = "none"  # of the state: none, fixed (per head), scalar (per head and token) or vector (over K as well)
     gate: Callable[[Tensor], Tensor] | None = None  # the activation of the output gate
     normalize: bool = False
     joint_norm: bool = False

@@ -38,7 +38,7 @@ class GLASpec:
 
     def form(self, place: Place) -> Form:
         key, value = place.width(self.expand_k, option="expand_k"), place.width(self.expand_v, option="expand_v")
-        return Form(heads=place.heads, key=key, value=value, gate=F.silu)
+        return Form(heads=place.heads, key=key, value=value, decay="vector", gate=F.silu)
 
     def cost(self, place: Place) -> Cost:
         form = self.form(place)

@@ -27,7 +27,7 @@ class LightningSpec:
 
     def form(self, place: Place) -> Form:
         width = place.width()
-        return Form(heads=place.heads, key=width, value=width, gate=torch.sigmoid, joint_norm=True)
+        return Form(heads=place.heads, key=width, value=width, decay="fixed", gate=torch.sigmoid, joint_norm=True)
 
     def cost(self, place: Place) -> Cost:
         return self.form(place).cost(place.dim)

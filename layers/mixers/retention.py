@@ -30,7 +30,7 @@ class RetentionSpec:
 
     def form(self, place: Place) -> Form:
         value = place.width(self.expand_v, option="expand_v")
-        return Form(heads=place.heads, key=place.width(even=True), value=value, gate=F.silu)
+        return Form(heads=place.heads, key=place.width(even=True), value=value, decay="fixed", gate=F.silu)
 
     def cost(self, place: Place) -> Cost:
         return self.form(place).cost(place.dim)

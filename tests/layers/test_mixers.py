@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import hybrid_sp as hsp
+from layers.recurrence import RecurrentMixer
 from layers.registry import MIXERS, mixer_spec
 from tests.layers.cases import CASES, PLACE, Case, tokens
 from tests.support.oracle import assert_close, relative
@@ -34,6 +35,16 @@ def test_output_and_gradients_are_those_of_the_formula(case: Case) -> None:
     assert_close("dx", x.grad, x_formula.grad, 1e-10)
     for name, weight in mixer.named_parameters():
         assert_close(f"d {name}", weight.grad, weights[name].grad, 1e-10)
+
+
+def test_forms_say_how_the_state_decays() -> None:
+    dims = {"none": None, "fixed": 1, "scalar": 3, "vector": 4}
+    for case in CASES:
+        mixer = case.build()
+        if isinstance(mixer, RecurrentMixer):
+            q, k, *_ = mixer.project(tokens(5))
+            log_decay = mixer.rule(tokens(5), q, k, torch.arange(5))[2]
+            assert (None if log_decay is None else log_decay.ndim) == dims[mixer.form.decay], case
 
 
 @every_case
