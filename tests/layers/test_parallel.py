@@ -12,6 +12,7 @@ from torch import Tensor
 
 import hybrid_sp as hsp
 from hybrid_sp import collectives
+from hybrid_sp.kernels import chunks
 from hybrid_sp.layout import LAYOUTS
 from layers.model import HybridLM
 from layers.spec import ModelConfig
@@ -85,20 +86,30 @@ class Plan:
     rows: slice
 
 
-def compare_training(world: Any) -> None:
-    """At each step the gradients of every plan at the weights of one device, and the losses of every plan's own run."""
+ALONE = Plan(name="one device", group=None, whole=None, rows=slice(0, 2))
+
+
+def plans_of(world: Any) -> list[Plan]:
     mesh = hsp.init_mesh(dp=2, sp=2)
     pair, dp_rank = mesh["sp"].get_group(), mesh["dp"].get_local_rank()
-    plans = [
+    return [
         Plan(name="sp 2", group=pair, whole=pair, rows=slice(0, 2)),
         Plan(name="sp 4", group=world, whole=world, rows=slice(0, 2)),
         Plan(name="dp x sp 2 x 2", group=pair, whole=world, rows=slice(dp_rank, dp_rank + 1)),
     ]
-    alone = Plan(name="one device", group=None, whole=None, rows=slice(0, 2))
-    model, *free = (HybridLM(CONFIG).double() for _ in [alone, *plans])
-    optimizers = [torch.optim.AdamW(one.parameters(), lr=1e-4, betas=(0.9, 0.95)) for one in [model, *free]]
-    for step, batch in enumerate(batches()):
-        loss, gradients = loss_and_gradients(model, alone, "contiguous", *batch)
+
+
+def adamw(model: HybridLM) -> torch.optim.AdamW:
+    return torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95))
+
+
+def compare_training(world: Any) -> None:
+    """At each step the gradients of every plan at the weights of one device, and the losses of every plan's own run."""
+    plans = plans_of(world)
+    model, *free = (HybridLM(CONFIG).double() for _ in [ALONE, *plans])
+    optimizers = [adamw(one) for one in [model, *free]]
+    for step, batch in enumerate(batches(LENGTH)):
+        loss, gradients = loss_and_gradients(model, ALONE, "contiguous", *batch)
         layout = LAYOUTS[step % 2]
         for plan, own_model in zip(plans, free, strict=True):
             where = f"step {step}, {plan.name}, {layout}, rank {collectives.rank(world)}"
@@ -117,7 +128,7 @@ def loss_and_gradients(
     model: HybridLM, plan: Plan, layout: str, tokens_BL: Tensor, labels_BL: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The mean loss over all valid tokens and its gradients, which are also left in the parameters; on every rank."""
-    shard = hsp.SequenceParallel(plan.group, layout=layout).shard(LENGTH)
+    shard = hsp.SequenceParallel(plan.group, layout=layout).shard(tokens_BL.shape[1])
     tokens_BT, labels_BT = (shard.take(x[plan.rows]) for x in (tokens_BL, labels_BL))
     model.zero_grad()
     loss, valid = model.loss(tokens_BT, labels_BT, shard)
@@ -127,13 +138,48 @@ def loss_and_gradients(
     return collectives.all_reduce(loss.detach(), plan.whole, tag="loss") / total, gradients
 
 
-def batches() -> Iterator[tuple[Tensor, Tensor]]:
-    """Tokens and next-token labels [2, LENGTH]; every fifth batch leaves whole ranks without a valid label."""
+def batches(length: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Tokens and next-token labels [2, length]; every fifth batch leaves whole ranks without a valid label."""
     generator = torch.Generator().manual_seed(4)
     for step in range(STEPS):
-        text = torch.randint(VOCAB, (2, LENGTH + 1), generator=generator)
+        text = torch.randint(VOCAB, (2, length + 1), generator=generator)
         labels = text[:, 1:].clone()
         labels[:, -1] = -100
         if step % 5 == 0:
-            labels[0], labels[1, : LENGTH // 2] = -100, -100
+            labels[0], labels[1, : length // 2] = -100, -100
         yield text[:, :-1], labels
+
+
+LONG = 150  # tokens: more than a chunk of 128
+
+
+def test_float32_runs_stay_as_close_as_two_chunk_sizes() -> None:
+    """Free-running training in float32: no plan strays further from one device than three times what another chunk size
+    does there. The last run changes from sp 4 to one device half way, as a resumed run may."""
+    for distances in run_ranks(distances_in_float32, 4, deadline=120.0):
+        allowed = 3 * distances.pop("one device, chunks of 128")
+        print(f"allowed {allowed:.1e}:", ", ".join(f"{name} {value:.1e}" for name, value in distances.items()))
+        assert len(distances) == 4 and all(value <= allowed for value in distances.values()), (allowed, distances)
+
+
+def distances_in_float32(world: Any) -> dict[str, float]:
+    """Root mean square, over the steps, of the distance of each run's losses from those of one device."""
+    plans = plans_of(world)
+    want = losses_in_float32([ALONE] * STEPS)
+    chunks.CHUNK, default = 128, chunks.CHUNK
+    runs = {"one device, chunks of 128": losses_in_float32([ALONE] * STEPS)}
+    chunks.CHUNK = default
+    runs |= {plan.name: losses_in_float32([plan] * STEPS) for plan in plans}
+    runs["sp 4, then one device"] = losses_in_float32([plans[1]] * (STEPS // 2) + [ALONE] * (STEPS - STEPS // 2))
+    return {name: (losses - want).square().mean().sqrt().item() for name, losses in runs.items()}
+
+
+def losses_in_float32(plans: list[Plan]) -> Tensor:
+    """Losses of a run whose step i follows plan i."""
+    model = HybridLM(CONFIG)
+    optimizer = adamw(model)
+    losses = []
+    for plan, batch in zip(plans, batches(LONG), strict=True):
+        losses.append(loss_and_gradients(model, plan, "zigzag", *batch)[0])
+        optimizer.step()
+    return torch.stack(losses).double()
