@@ -242,6 +242,7 @@ def checkpointed(group: Any, layers: list[str], twice: bool) -> tuple[int, int, 
         run(use_reentrant=False, early_stop=False),
         run(use_reentrant=False, context_fn=hsp.checkpoint_contexts, early_stop=False),
         run(use_reentrant=False, context_fn=hsp.checkpoint_contexts),
+        run(use_reentrant=False),
     ]
     for _, grads in runs[1:]:
         for grad, want in zip(grads, runs[0][1], strict=True):
@@ -253,6 +254,26 @@ def checkpointed(group: Any, layers: list[str], twice: bool) -> tuple[int, int, 
 def test_a_recomputed_forward_asks_nobody_again() -> None:
     assert run_ranks(checkpointed, 2, ["linear"] * 3, False) == [(6, 9, 6)] * 2
     assert run_ranks(checkpointed, 2, ["linear", "softmax", "linear"], False) == [(6, 9, 6)] * 2
+
+
+def reentrant(group: Any) -> tuple[int, int]:
+    """Collectives of a linear and a softmax layer under a reentrant checkpoint, and what is left in flight."""
+    shard = hsp.SequenceParallel(group, layout="zigzag", check=True).shard(30)
+
+    def body(*x: Tensor) -> Tensor:
+        return attend("softmax", [attend("linear", list(x), shard), *x[1:]], shard)
+
+    plain, checkpointed = leaves(shard), leaves(shard)
+    body(*plain).sum().backward()
+    with counted() as made, hsp.ledger() as book:
+        checkpoint(body, *checkpointed, use_reentrant=True).sum().backward()
+    for leaf, want in zip(checkpointed, plain, strict=True):
+        assert leaf.grad is not None and want.grad is not None and torch.equal(leaf.grad, want.grad)
+    return book.calls, in_flight(made)
+
+
+def test_a_reentrant_checkpoint_is_right_and_communicates_again() -> None:
+    assert run_ranks(reentrant, 2) == [(6, 0)] * 2
 
 
 def test_records_are_read_by_index_not_used_up() -> None:
@@ -302,3 +323,22 @@ def test_compile_leaves_the_operator_out(kind: str) -> None:
         torch.autograd.grad(out.sum(), x[:3]), torch.autograd.grad(want.sum(), x[:3]), strict=True
     ):
         assert torch.equal(got, expected)
+
+
+def partial_gradients(group: Any, kind: str) -> None:
+    """Each input alone: as the only one that asked for, and as the only one that needs a gradient."""
+    shard = hsp.SequenceParallel(group, layout="zigzag", check=True).shard(30)
+    x = leaves(shard)
+    used = x[:3] if kind == "softmax" else x
+    whole = torch.autograd.grad(attend(kind, x, shard).square().sum(), used)
+    for i, want in enumerate(whole):
+        (asked,) = torch.autograd.grad(attend(kind, x, shard).square().sum(), x[i])
+        alone = [leaf.detach().requires_grad_(i == j) for j, leaf in enumerate(x)]
+        (needed,) = torch.autograd.grad(attend(kind, alone, shard).square().sum(), alone[i])
+        assert torch.equal(asked, want) and torch.equal(needed, want), f"input {i} on rank {collectives.rank(group)}"
+
+
+@pytest.mark.parametrize("kind", ["linear", "softmax"])
+def test_an_input_alone_has_the_gradient_that_it_has_among_all(kind: str) -> None:
+    for world in (1, 2):
+        run_ranks(partial_gradients, world, kind)
