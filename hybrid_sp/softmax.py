@@ -222,9 +222,8 @@ def _local(b: _Block, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 def _ranges(kv: Tensor, b: _Block) -> tuple[Tensor, Tensor]:
     """K and V of the ranges that the block sees beside its own keys, from both [2,B,L,G,D]."""
-    seen = (
-        torch.cat([kv[:, :, start:end] for start, end in b.rest], 2) if len(b.rest) > 1 else kv[:, :, slice(*b.rest[0])]
-    )
+    pieces = [kv[:, :, start:end] for start, end in b.rest]
+    seen = torch.cat(pieces, 2) if len(pieces) > 1 else pieces[0]
     return seen[0], seen[1]
 
 

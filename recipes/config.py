@@ -83,9 +83,7 @@ class WandbConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    name: str = (
-        "run"  # the run's folder under `out`; by default the recipe file's name and what the command line changed
-    )
+    name: str = "run"  # the run's folder under `out`; by default the file's name and what the command line changed
     out: str = "runs"
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

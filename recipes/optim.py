@@ -43,9 +43,8 @@ class Optimizer:
         plain = [p for p in self.masters.values() if p.ndim < 2]
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas)
-        for (
-            p
-        ) in self.masters.values():  # made now and not at the first step, so that a checkpoint can be read into them
+        # The moments are made now and not at the first step, so that a checkpoint can be read into them.
+        for p in self.masters.values():
             moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             self.adamw.state[p] = {"step": torch.tensor(0.0), **moments}
 

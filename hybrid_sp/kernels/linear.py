@@ -208,11 +208,10 @@ class _VectorScores:
         through, after = g.clone(), torch.zeros_like(g)
         half = 1
         while half < g.shape[1]:
-            pairs = (-1, (g.shape[1] // (2 * half), 2, half))
-            right, left = through.unflatten(1, pairs[1])[:, :, 1], after.unflatten(1, pairs[1])[:, :, 0]
+            (total, right), (left, _) = self._halves(through, half), self._halves(after, half)
             self.levels.append((half, right.exp(), left.exp()))
             left += right[:, :, -1:]
-            right += through.unflatten(1, pairs[1])[:, :, 0, -1:]
+            right += total[:, :, -1:]
             half *= 2
 
     @staticmethod
