@@ -8,7 +8,7 @@ have come apart stop with a message instead of exchanging the wrong tensors. `gr
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -144,6 +144,27 @@ def start_reduce_scatter(x_P: Tensor, group: Group, header: Header) -> Pending:
         return work, lambda: out
 
     return _start("reduce_scatter", x_P, group, header, launch, x_P[0], (ranks - 1) * x_P[0].nbytes)
+
+
+def start_all_to_all(x: Tensor, sent: Sequence[int], received: Sequence[int], group: Group, header: Header) -> Pending:
+    """Launch an exchange of rows of x [rows, ...]: the first sent[0] go to rank 0, the next sent[1] to rank 1, ...
+
+    The result holds received[0] rows of rank 0, then received[1] of rank 1, and so on; sent[r] here must be what rank r
+    expects from this rank, and a row's shape is equal on all ranks. Every rank makes this one collective, however
+    little it sends, so it keeps its place among all others: unlike point-to-point messages it needs no process group of
+    its own. The header shows one row, for the numbers of rows differ between ranks. A rank's rows to itself are copied,
+    and not counted as bytes received.
+    """
+    x = x.detach().contiguous()
+    row = x.new_empty(x.shape[1:])
+    assert sum(sent) == len(x) and len(sent) == len(received) == size(group)
+
+    def launch() -> tuple[Any, Callable[[], Tensor]]:
+        out = x.new_empty(sum(received), *row.shape)
+        return dist.all_to_all_single(out, x, list(received), list(sent), group=group, async_op=True), lambda: out
+
+    others = sum(received) - received[rank(group)]
+    return _start("all_to_all", row, group, header, launch, x, others * row.nbytes)
 
 
 def start_all_reduce(x: Tensor, group: Group, header: Header) -> Pending:

@@ -7,7 +7,9 @@ rank holds its spans one after the other, in sequence order.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import zlib
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -32,20 +34,34 @@ def spans_of(rank: int, ranks: int, layout: str) -> tuple[int, ...]:
     return (rank,) if layout == "contiguous" else (rank, 2 * ranks - 1 - rank)
 
 
+def _shortened(values: Sequence[int]) -> str:
+    return str(tuple(values)) if len(values) <= 12 else f"({', '.join(map(str, values[:10]))}, ... {values[-1]})"
+
+
 @dataclass(frozen=True, eq=False)
 class Shard:
     """One rank's part of a sequence. Two shards of one sequence are equal on all ranks but for `sp.rank`.
 
-    sp       how the sequence is cut
-    length   tokens in the whole sequence (L)
-    calls    numbers the operator calls on this shard
+    sp          how the sequence is cut
+    length      tokens in the whole sequence (L)
+    cu_seqlens  bounds of the documents packed into the sequence, 0 ... L; None: it is one document (and may be a batch)
+    calls       numbers the operator calls on this shard
     """
 
     sp: SequenceParallel
     length: int
+    cu_seqlens: tuple[int, ...] | None = None
     calls: Iterator[int] = field(default_factory=itertools.count, repr=False)
 
     def __post_init__(self) -> None:
+        if self.cu_seqlens is not None:
+            ends = (self.cu_seqlens[:1], self.cu_seqlens[-1:])
+            rising = all(a < b for a, b in itertools.pairwise(self.cu_seqlens))
+            if ends != ((0,), (self.length,)) or not rising:
+                raise ValueError(
+                    f"cu_seqlens must rise strictly from 0 to the {self.length} tokens of the sequence, got "
+                    f"{_shortened(self.cu_seqlens)}"
+                )
         if self.length < len(self.bounds) - 1:
             raise ValueError(
                 f"a sequence of {self.length} tokens cannot be cut into {len(self.bounds) - 1} spans "
@@ -86,15 +102,60 @@ class Shard:
         """[(start, end), ...] of this rank's spans, in sequence order."""
         return self.spans_at(self.sp.rank)
 
+    @cached_property
+    def sequence(self) -> str:
+        """The sequence in words, equal on ranks that have been given the same one."""
+        if self.cu_seqlens is None:
+            return f"{self.length} tokens"
+        bounds = zlib.crc32(repr(self.cu_seqlens).encode())
+        return f"{self.length} tokens in {len(self.cu_seqlens) - 1} documents {bounds:08x}"
+
     @property
     def tokens(self) -> int:
         """Tokens on this rank (T)."""
         return sum(end - start for start, end in self.spans)
 
+    @property
+    def span_lengths(self) -> list[int]:
+        """Tokens in each of this rank's spans."""
+        return [end - start for start, end in self.spans]
+
+    @cached_property
+    def boundaries(self) -> tuple[int, ...]:
+        """Tokens of the sequence at which a document begins. Not token 0: an initial state continues the first one."""
+        return () if self.cu_seqlens is None else self.cu_seqlens[1:-1]
+
+    @cached_property
+    def local_boundaries(self) -> tuple[int, ...]:
+        """Tokens of this rank at which a document begins."""
+        local, offset = [], 0
+        for start, end in self.spans:
+            here = slice(bisect_left(self.boundaries, start), bisect_left(self.boundaries, end))
+            local += [offset + token - start for token in self.boundaries[here]]
+            offset += end - start
+        return tuple(local)
+
+    @cached_property
+    def broken(self) -> tuple[int, ...]:
+        """Spans of the sequence in which a document begins: no state passes through them."""
+        return tuple(sorted({bisect_right(self.bounds, token) - 1 for token in self.boundaries}))
+
+    def document_start(self, token: int) -> int:
+        """First token of the document that holds this token of the sequence."""
+        before = bisect_right(self.boundaries, token)
+        return self.boundaries[before - 1] if before else 0
+
+    def document_end(self, token: int) -> int:
+        """The token after the last one of the document that holds this token of the sequence."""
+        before = bisect_right(self.boundaries, token)
+        return self.boundaries[before] if before < len(self.boundaries) else self.length
+
     @cached_property
     def positions(self) -> Tensor:
         """Position of each local token in its document, LongTensor [T]."""
-        return torch.cat([torch.arange(start, end) for start, end in self.spans])
+        first = torch.tensor([0, *self.boundaries])
+        tokens = torch.cat([torch.arange(start, end) for start, end in self.spans])
+        return tokens - first[torch.searchsorted(first, tokens, right=True) - 1]
 
     def take(self, x: Tensor, dim: int = 1) -> Tensor:
         """This rank's tokens of x, whose `dim` is the whole sequence. Its gradient is zero outside them."""
@@ -108,9 +169,10 @@ class Shard:
         return _Gather.apply(self, x_local, dim)
 
     def labels(self, tokens_BL: Tensor) -> Tensor:
-        """Next token of each local token, [B, T]: shifted first, then cut. Where there is none: -100."""
-        last = torch.full_like(tokens_BL[:, :1], NO_LABEL)
-        return self.take(torch.cat([tokens_BL[:, 1:], last], 1), 1)
+        """Next token of each local token in its document, [B, T], -100 where there is none: shifted first, then cut."""
+        labels_BL = tokens_BL.roll(-1, 1)
+        labels_BL[:, [end - 1 for end in (*self.boundaries, self.length)]] = NO_LABEL
+        return self.take(labels_BL, 1)
 
     def require_tokens(self, operator: str, **lengths: int) -> None:
         """Raise ValueError unless every named tensor has this rank's number of tokens."""
@@ -120,6 +182,14 @@ class Shard:
                     f"{operator}: {name} has {length} tokens, rank {self.sp.rank} of {self.sp.size} holds "
                     f"{self.tokens} of {self.length}; cut it with shard.take"
                 )
+
+    def require_batch(self, operator: str, x: Tensor) -> None:
+        """Raise ValueError unless x is one row of tokens, if documents are packed."""
+        if self.cu_seqlens is not None and x.shape[0] != 1:
+            raise ValueError(
+                f"{operator}: packed documents (cu_seqlens) are one row of tokens, but the batch is {x.shape[0]}; lay "
+                "the rows end to end and give their bounds as cu_seqlens"
+            )
 
     # Tensors on the wire have the longest rank's number of tokens, zero after a shorter rank's own.
 

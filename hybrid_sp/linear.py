@@ -7,6 +7,7 @@ The schedule is `_causal` below; the mathematics of a phase is in `kernels/linea
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -47,13 +48,16 @@ def linear_attention(
 
         S_t = diag(a_t) S_(t-1) + k_t v_t^T          o_t = scale * q_t S_t
 
-    normalize=True also keeps z_t = diag(a_t) z_(t-1) + k_t and returns o_t / (scale * q_t z_t + 1e-10), for features
-    that are not negative. causal=False reads the state of the whole sequence at every token; it takes no decay and no
-    states.
+    A bonus u makes a token read the state before it: o_t = scale * q_t (S_(t-1) + diag(u) k_t v_t^T). normalize=True
+    also keeps z_t = diag(a_t) z_(t-1) + k_t and returns o_t / (scale * q_t z_t + 1e-10), for features whose products
+    are not negative. causal=False reads the state of the whole sequence at every token; it takes no decay, no bonus, no
+    states and no documents. Of packed documents (`Shard.cu_seqlens`) each begins with an empty state; the initial state
+    continues the first one.
 
     q, k        [B,T,G,K]; value head h reads key head h // (H // G)
     v           [B,T,H,V], H a multiple of G; q, k and v share a dtype, and o has it
     log_decay   natural logs, finite, at most 0: None | [H] (fixed per head) | [B,T,H] | [B,T,H,K]; any float dtype
+    bonus       [H,K], any float dtype
     scale       None is K**-0.5
     shard       this rank's part of the sequence (`SequenceParallel.shard`), None for one device
     initial_state       state before the first token of the sequence [B,H,K,V], with normalize (S, z [B,H,K]); equal on
@@ -65,17 +69,16 @@ def linear_attention(
     not depend on T. Raises ValueError for shapes and dtypes that do not fit, before any communication.
 
     Sources: LASP-2, arXiv 2502.07563, algorithms 1 to 4; decays as in arXiv 2307.08621 ([H]), 2405.21060 ([B,T,H]),
-    2312.06635 ([B,T,H,K]).
+    2312.06635 ([B,T,H,K]); bonus, arXiv 2404.05892, equation 18.
     """
-    if bonus is not None:
-        raise NotImplementedError("linear_attention(bonus=...) is not built yet")
     shard = shard_of(shard, q)
-    _check(q, k, v, log_decay, shard, causal, initial_state, return_final_state, normalize, backend)
+    _check(q, k, v, log_decay, bonus, shard, causal, initial_state, return_final_state, normalize, backend)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     dtype = compute_dtype(q)
     width = v.shape[-1]
     q_, k_, v_ = q.to(dtype), k.to(dtype), v.to(dtype)
     g = None if log_decay is None else log_decay.to(dtype)
+    u = None if bonus is None else bonus.to(dtype)
     if normalize:
         v_ = torch.cat([v_, v_.new_ones(*v_.shape[:-1], 1)], -1)
     initial = initial_state if isinstance(initial_state, Tensor) else None
@@ -83,7 +86,7 @@ def linear_attention(
         initial = torch.cat([initial_state[0], initial_state[1].unsqueeze(-1)], -1)
 
     if causal:
-        o, final = _causal(q_, k_, v_, g, initial, return_final_state, scale, shard)
+        o, final = _causal(q_, k_, v_, g, u, initial, return_final_state, scale, shard)
     else:
         o, final = _bidirectional(q_, k_, v_, scale, shard), None
     if normalize:
@@ -99,30 +102,35 @@ def _causal(
     k: Tensor,
     v: Tensor,
     g: Tensor | None,
+    bonus: Tensor | None,
     initial: Tensor | None,
     final: bool,
     scale: float,
     shard: Shard,
 ) -> tuple[Tensor, Tensor | None]:
     """LASP-2, algorithm 2; its mirror image, algorithm 4, is what autograd makes of it."""
-    chunks = cut([end - begin for begin, end in shard.spans], v.shape[0] * v.shape[2])
-    fixed = None
-    if g is not None and g.ndim == 1:
-        fixed = torch.tensor([b - a for a, b in zip(shard.bounds, shard.bounds[1:], strict=False)]).to(g)
-        fixed = (fixed[:, None] * g.detach()).unsqueeze(1)  # [n,1,H]: every rank knows every span's decay
+    chunks = cut(shard.span_lengths, v.shape[0] * v.shape[2], shard.local_boundaries)
+    known = None  # log decays that every rank knows of every span, [n,1,H] or [n,1,1]
+    if g is None and shard.boundaries:
+        known = v.new_zeros(shard.span_count, 1, 1)
+    elif g is not None and g.ndim == 1:
+        lengths = torch.tensor([b - a for a, b in itertools.pairwise(shard.bounds)]).to(g)
+        known = (lengths[:, None] * g.detach()).unsqueeze(1)
         g = g.expand(*v.shape[:3])
+    if known is not None:
+        known[list(shard.broken)] = float("-inf")
     entering = S_final = None
     with Call(shard, "linear") as call:
         carry = _Carry()
         h, leaving, totals = _States.apply(carry, k, v, g, chunks)
         exchanged = shard.span_count > 1 or initial is not None or final  # else nobody reads a summary
         if exchanged:
-            exchange = EXCHANGES[shard.sp.linear].causal(shard, fixed, final)
+            exchange = EXCHANGES[shard.sp.linear].causal(shard, known, final)
             token = start(call, exchange, leaving, _span_decays(totals, chunks))
-        o_intra = _Intra.apply(carry, q, k, v, g, h, totals, scale, chunks)
+        o_intra = _Intra.apply(carry, q, k, v, g, bonus, h, totals, scale, chunks)
         if exchanged:
             entering, S_final = finish(call, exchange, token, initial)
-        o = _Inter.apply(carry, o_intra, q, g, h, totals, entering, scale, chunks)
+        o, S_final = _Inter.apply(carry, o_intra, q, g, bonus is not None, h, totals, entering, S_final, scale, chunks)
     return o, S_final if final else None
 
 
@@ -138,10 +146,13 @@ def _bidirectional(q: Tensor, k: Tensor, v: Tensor, scale: float, shard: Shard) 
 
 
 def _span_decays(totals: Tensor | None, chunks: Chunks) -> Tensor | None:
-    """Log decay of each span, [spans,B,H] or [spans,B,H,K], from that of its chunks."""
+    """Log decay of each span, [s,B,H] or [s,B,H,K], from that of its chunks; -inf if a document begins in the span."""
     if totals is None:
         return None
-    return torch.stack([totals[chunks.of_span(i)].sum(0) for i in range(len(chunks.leaving))])
+    spans = [totals[chunks.of_span(i)].sum(0) for i in range(chunks.spans)]
+    return torch.stack(
+        [x if whole else torch.full_like(x, float("-inf")) for x, whole in zip(spans, chunks.open, strict=True)]
+    )
 
 
 def _check(
@@ -149,6 +160,7 @@ def _check(
     k: Tensor,
     v: Tensor,
     log_decay: Tensor | None,
+    bonus: Tensor | None,
     shard: Shard,
     causal: bool,
     initial_state: State | None,
@@ -169,6 +181,7 @@ def _check(
     require(q.dtype == k.dtype == v.dtype, name, f"q, k, v must share a dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     require(q.dtype.is_floating_point, name, f"q, k, v must be floating point, got {q.dtype}")
     shard.require_tokens(name, q=q.shape[1])
+    shard.require_batch(name, q)
     heads, key = v.shape[2], q.shape[3]
     if log_decay is not None:
         allowed = [(heads,), (*v.shape[:3],), (*v.shape[:3], key)]
@@ -177,9 +190,12 @@ def _check(
             name,
             f"log_decay must be one of {allowed}, got {tuple(log_decay.shape)}",
         )
+    if bonus is not None:
+        require(tuple(bonus.shape) == (heads, key), name, f"bonus must be {(heads, key)}, got {tuple(bonus.shape)}")
     if not causal:
-        for given, what in ((log_decay, "log_decay"), (initial_state, "initial_state")):
+        for given, what in ((log_decay, "log_decay"), (bonus, "bonus"), (initial_state, "initial_state")):
             require(given is None, name, f"causal=False takes no {what}")
+        require(shard.cu_seqlens is None, name, "causal=False takes no packed documents")
         require(not return_final_state, name, "causal=False has no final state; return_final_state must be False")
     if initial_state is not None:
         parts = initial_state if isinstance(initial_state, tuple) else (initial_state,)
@@ -218,11 +234,11 @@ class _States(torch.autograd.Function):
     def forward(
         ctx: Any, carry: _Carry, k: Tensor, v: Tensor, g: Tensor | None, chunks: Chunks
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        h, totals = kernel.states_forward(k, v, g, chunks)
+        h, leaving, totals = kernel.states_forward(k, v, g, chunks)
         ctx.carry, ctx.chunks = carry, chunks
         ctx.save_for_backward(k, v, g, h, totals)
         ctx.set_materialize_grads(False)
-        return h, h[list(chunks.leaving)], totals
+        return h, leaving, totals
 
     @staticmethod
     @once_differentiable
@@ -243,27 +259,30 @@ class _Intra(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         g: Tensor | None,
+        bonus: Tensor | None,
         h: Tensor,
         totals: Tensor | None,
         scale: float,
         chunks: Chunks,
     ) -> Tensor:
-        ctx.save_for_backward(q, k, v, g, h, totals)
+        ctx.save_for_backward(q, k, v, g, bonus, h, totals)
         ctx.carry, ctx.scale, ctx.chunks = carry, scale, chunks
-        return kernel.intra_forward(q, k, v, g, chunks)
+        return kernel.intra_forward(q, k, v, g, bonus, chunks)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor) -> Any:
-        q, k, v, g, h, totals = ctx.saved_tensors
+        q, k, v, g, bonus, h, totals = ctx.saved_tensors
         entering, ctx.carry.entering = ctx.carry.entering, None
-        dq, *grads = kernel.intra_backward(do, q, k, v, g, h, totals, entering, ctx.scale, ctx.chunks)
-        ctx.carry.grads = tuple(grads)
-        return None, dq, None, None, None, None, None, None, None
+        dq, d_bonus, ctx.carry.grads = kernel.intra_backward(
+            do, q, k, v, g, bonus, h, totals, entering, ctx.scale, ctx.chunks
+        )
+        return None, dq, None, None, None, d_bonus, None, None, None, None
 
 
 class _Inter(torch.autograd.Function):
-    """Phase 3: adds the part of the entering states to the output of phase 2, in its place."""
+    """Phase 3: adds the part of the entering states to the output of phase 2, in its place. The final state passes
+    through, so that a loss on it alone goes back through every phase."""
 
     @staticmethod
     def forward(
@@ -272,21 +291,23 @@ class _Inter(torch.autograd.Function):
         o_intra: Tensor,
         q: Tensor,
         g: Tensor | None,
+        exclusive: bool,
         h: Tensor,
         totals: Tensor | None,
         S_in: Tensor | None,
+        S_final: Tensor | None,
         scale: float,
         chunks: Chunks,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         ctx.save_for_backward(q, g, h, totals, S_in)
-        ctx.carry, ctx.scale, ctx.chunks = carry, scale, chunks
+        ctx.carry, ctx.exclusive, ctx.scale, ctx.chunks = carry, exclusive, scale, chunks
         ctx.mark_dirty(o_intra)
-        return kernel.inter_forward(o_intra, q, g, h, totals, S_in, scale, chunks)
+        return kernel.inter_forward(o_intra, q, g, exclusive, h, totals, S_in, scale, chunks), S_final
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, do: Tensor) -> Any:
+    def backward(ctx: Any, do: Tensor, d_final: Tensor | None) -> Any:
         q, g, h, totals, S_in = ctx.saved_tensors
-        dh, d_totals, dS_in = kernel.inter_backward(do, q, g, h, totals, S_in, ctx.scale, ctx.chunks)
+        dh, d_totals, dS_in = kernel.inter_backward(do, q, g, ctx.exclusive, h, totals, S_in, ctx.scale, ctx.chunks)
         ctx.carry.entering = S_in
-        return None, do, None, None, dh, d_totals, dS_in, None, None
+        return None, do, None, None, None, dh, d_totals, dS_in, d_final, None, None

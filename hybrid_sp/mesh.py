@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -99,8 +100,8 @@ class SequenceParallel:
     def shard(self, length: int, cu_seqlens: Sequence[int] | None = None) -> Shard:
         """This rank's part of a sequence of `length` tokens. Made once per batch.
 
-        Raises ValueError if the sequence has fewer tokens than spans.
+        cu_seqlens: bounds of packed documents as host ints, 0 ... length, strictly rising; None: the sequence is one
+        document. Raises ValueError for other bounds, and if the sequence has fewer tokens than spans.
         """
-        if cu_seqlens is not None:
-            raise NotImplementedError("packed documents (cu_seqlens) are not built yet; give every document a row")
-        return Shard(self, length)
+        bounds = None if cu_seqlens is None else tuple(operator.index(bound) for bound in cu_seqlens)
+        return Shard(self, length, bounds)

@@ -56,11 +56,12 @@ class Call:
     """
 
     def __init__(self, shard: Shard, tag: str) -> None:
-        self.sp, self.tag, self.number = shard.sp, tag, next(shard.calls)
+        self.shard, self.sp, self.tag, self.number = shard, shard.sp, tag, next(shard.calls)
         self._forward: Pending | None = None
         self._backward: Pending | None = None
 
     def header(self, direction: str, note: str = "") -> Header:
+        note = f"{note} {self.shard.sequence}".strip()
         return Header(tag=self.tag, direction=direction, call=self.number, check=self.sp.check, note=note)
 
     def launch_forward(self, launch: Callable[[], Pending]) -> None:
@@ -126,7 +127,7 @@ class _Start(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_token: Tensor) -> tuple[None, None, Tensor, Tensor | None]:
         d_state, d_transition = ctx.exchange.arrive_backward(*ctx.call.backward_result())
-        return None, None, d_state, d_transition
+        return None, None, d_state, d_transition if ctx.needs_input_grad[3] else None
 
 
 class _Finish(torch.autograd.Function):

@@ -4,9 +4,10 @@ A run of tokens maps the state that enters it to the one that leaves it,
 
     S_out = A S_in + B,
 
-so it is the pair `AffineState(transition A, state B)`, whose size does not depend on the number of tokens. Here A is
-diagonal and kept as a log decay a: None (A = I), [..., H] (A = exp(a)) or [..., H, K] (A = diag(exp(a))), beside a
-state [..., H, K, V]. Spans are stacked in a leading dim, in sequence order. No communication happens here.
+so it is the pair `AffineState(transition A, state B)`, whose size does not depend on the number of tokens. Beside a
+state [..., H, K, V], a diagonal A is kept as a log decay a: None (A = I), [..., H] (A = exp(a)) or [..., H, K]
+(A = diag(exp(a))), -inf where nothing passes. A transition with as many dims as the state is a dense A [..., H, K, K],
+as the delta rule has. Spans are stacked in a leading dim, in sequence order. No communication happens here.
 """
 
 from __future__ import annotations
@@ -19,24 +20,34 @@ from torch import Tensor
 
 
 class AffineState(NamedTuple):
-    """S_out = exp(transition) S_in + state. transition None | [..., H] | [..., H, K]; state [..., H, K, V]."""
+    """S_out = A S_in + state [..., H, K, V]; transition is a log None | [..., H] | [..., H, K], or A [..., H, K, K]."""
 
     transition: Tensor | None
     state: Tensor
 
 
 def apply(transition: Tensor | None, state: Tensor) -> Tensor:
-    """A S. Diagonal transitions equal their transpose, so this is also A^T S."""
+    """A S."""
     if transition is None:
         return state
+    if transition.ndim == state.ndim:
+        return transition @ state
     return transition.exp().reshape(transition.shape + (1,) * (state.ndim - transition.ndim)) * state
+
+
+def apply_adjoint(transition: Tensor | None, state: Tensor) -> Tensor:
+    """A^T S."""
+    if transition is not None and transition.ndim == state.ndim:
+        transition = transition.mT
+    return apply(transition, state)
 
 
 def compose(later: AffineState, earlier: AffineState) -> AffineState:
     """The run of `earlier` followed by `later`: (A2 A1, A2 B1 + B2)."""
     transition = None
     if earlier.transition is not None and later.transition is not None:
-        transition = earlier.transition + later.transition
+        dense = later.transition.ndim == later.state.ndim
+        transition = apply(later.transition, earlier.transition) if dense else later.transition + earlier.transition
     return AffineState(transition, apply(later.transition, earlier.state) + later.state)
 
 
@@ -64,7 +75,7 @@ def fold_backward(transitions: Tensor | None, d_entering: Sequence[Tensor], d_fi
     d_after = torch.zeros_like(d_entering[0]) if d_final is None else d_final
     d_leaving = [d_after]
     for i in range(len(d_entering) - 1, 0, -1):
-        d_after = apply(None if transitions is None else transitions[i], d_after) + d_entering[i]
+        d_after = apply_adjoint(None if transitions is None else transitions[i], d_after) + d_entering[i]
         d_leaving.append(d_after)
     return d_leaving[::-1]
 
@@ -73,15 +84,17 @@ def fold_initial(
     transitions: Tensor | None, own: Sequence[int], d_entering: Sequence[Tensor], d_final: Tensor | None
 ) -> Tensor:
     """This rank's part of dS_0: sum over its spans of (A_0^T ... A_(i-1)^T) dS_in(i), and all of them on dS_final."""
-    parts = []
-    for i, d_state in zip(own, d_entering, strict=True):
-        parts.append(apply(None if transitions is None else transitions[:i].sum(0), d_state))
-    if d_final is not None:
-        parts.append(apply(None if transitions is None else transitions.sum(0), d_final))
-    return torch.stack(parts).sum(0)
+    d_own = dict(zip(own, d_entering, strict=True))
+    d_state = torch.zeros_like(d_entering[0]) if d_final is None else d_final
+    for i in reversed(range(max(own) + 1 if transitions is None else len(transitions))):
+        d_state = apply_adjoint(None if transitions is None else transitions[i], d_state)
+        if i in d_own:
+            d_state = d_state + d_own[i]
+    return d_state
 
 
 def transition_gradient(transition: Tensor, d_leaving: Tensor, entering: Tensor) -> Tensor:
-    """Gradient of a log decay a: (A S_in) . dS_out, summed over the dims that the decay does not have."""
+    """Gradient of a log decay a: (A S_in) . dS_out, summed over the dims that the decay does not have. That of a dense
+    transition is never formed: the delta rule's backward takes each span's true S_in and dS_out."""
     product = apply(transition, entering) * d_leaving
     return product.sum(tuple(range(transition.ndim - product.ndim, 0)))

@@ -28,7 +28,7 @@ class AllGather:
         self.shard, self.known, self.final = shard, known, final
 
     def launch(self, header: Header, state: Tensor, transition: Tensor | None) -> Pending:
-        """Send this rank's summaries, state [s,B,H,K,V] and transition [s,B,H(,K)]; receive those of all spans."""
+        """Send this rank's summaries, state [s,B,H,K,V] and transition [s,B,H(,K(,K))]; receive those of all spans."""
         sent = state.flatten(-2)
         if transition is not None and self.known is None:
             sent = torch.cat([sent, transition.reshape(*sent.shape[:-1], -1)], -1)
@@ -61,10 +61,10 @@ class AllGather:
     def arrive_backward(
         self, received: tuple[list[Tensor], Tensor | None], entering: Tensor, transitions: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Gradients of this rank's summaries: of the states, and of the log decays."""
+        """Gradients of this rank's summaries: of the states, and of the log decays (None for dense transitions)."""
         d_leaving_n = fold_backward(transitions, *received)
         d_leaving = torch.stack([d_leaving_n[i] for i in self.shard.own])
-        if transitions is None:
+        if transitions is None or transitions.ndim == d_leaving.ndim:
             return d_leaving, None
         own = transitions[list(self.shard.own)]
         return d_leaving, transition_gradient(own.expand(*d_leaving.shape[:3], *own.shape[3:]), d_leaving, entering)

@@ -1,13 +1,15 @@
 """How a kernel walks over the tokens of a rank: spans, cut into chunks, taken a few chunks at a time.
 
-A span is a run of consecutive tokens; a chunk is CHUNK tokens of one span (the last one may be shorter and is padded
-with zeros, which neither add to a state nor decay it). Chunks are processed in blocks, so that temporaries stay in the
+A span is a run of consecutive tokens; a chunk is at most CHUNK tokens of one document in one span, padded with zeros,
+which neither add to a state nor decay it. So a document begins only where a chunk does: within chunks there is nothing
+to mask, and between them the chain of states is cut. Chunks are processed in blocks, so that temporaries stay in the
 cache however long the sequence is.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -20,22 +22,22 @@ CHUNK = 64  # tokens; a power of two
 BLOCK_ROWS = 8192  # rows (batch x heads x tokens) that one block of chunks may hold
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Block:
-    """Consecutive chunks of one span. `slot` is where its first entering state lies (see `Chunks.slots`)."""
+    """Consecutive chunks of one span: tokens [start, stop) of the rank, chunks [first, first + count) of the rank.
+
+    Where chunks other than the last are padded, `rows` says which token stands in each row of the block (one past the
+    last for padding) and `places` which row each token has.
+    """
 
     span: int
     start: int
     stop: int
     chunk: int
-    slot: int
     first: int
     count: int
-
-    @property
-    def states(self) -> slice:
-        """Slots of the states that enter this block's chunks."""
-        return slice(self.slot, self.slot + self.count)
+    rows: Tensor | None = None
+    places: Tensor | None = None
 
     @property
     def chunks(self) -> slice:
@@ -47,7 +49,9 @@ class Block:
         not to be written to."""
         x = x_BTHD[:, self.start : self.stop]
         short = self.count * self.chunk - (self.stop - self.start)
-        if short:
+        if self.rows is not None:
+            x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, 1)).index_select(1, self.rows.to(x.device))
+        elif short:
             x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, short))
         if x.ndim == 3:
             return rearrange(x, "B (N C) H -> (N B H) C", C=self.chunk)
@@ -69,22 +73,24 @@ class Block:
             x = rearrange(x, "(N B G) C D -> B (N C) G D", B=batch, G=groups)
         else:
             x = rearrange(x, "(N B G R) C D -> B (N C) G R D", N=self.count, B=batch, G=groups).sum(3)
-        return x[:, : self.stop - self.start]
+        return x[:, : self.stop - self.start] if self.places is None else x.index_select(1, self.places.to(x.device))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Chunks:
-    """The chunks of a rank's spans.
+    """The chunks of a rank's spans, and where the chain of states from chunk to chunk is cut.
 
-    slots   number of states kept: one before every chunk and one after the last chunk of every span
-    leaving slot of the state after the last chunk of each span
-    bounds  first chunk of each span, and the number of chunks at the end
+    bounds  first chunk of each span, and the number of chunks (N)
+    fresh   per chunk: a span or a document begins with it; no state of the same span enters it
+    reached per chunk: the state that enters its span reaches it, as no document has begun since
+    open    per span: no document begins in it, so that the state which enters it reaches its end
     """
 
     blocks: tuple[Block, ...]
-    slots: int
-    leaving: tuple[int, ...]
     bounds: tuple[int, ...]
+    fresh: tuple[bool, ...]
+    reached: tuple[bool, ...]
+    open: tuple[bool, ...]
 
     def __iter__(self) -> Iterator[Block]:
         return iter(self.blocks)
@@ -96,30 +102,61 @@ class Chunks:
     def count(self) -> int:
         return self.bounds[-1]
 
+    @property
+    def spans(self) -> int:
+        return len(self.open)
+
     def of_span(self, span: int) -> slice:
         """Indices of the chunks of one span."""
         return slice(self.bounds[span], self.bounds[span + 1])
 
+    def after(self, n: int, span: int, h: Tensor, leaving: Tensor) -> Tensor | None:
+        """Where the state after chunk n is kept: as the next chunk's entering state, as the one that leaves the span,
+        or nowhere, because a document ends."""
+        if n + 1 == self.bounds[span + 1]:
+            return leaving[span]
+        return None if self.fresh[n + 1] else h[n + 1]
 
-def cut(lengths: Sequence[int], rows_per_token: int) -> Chunks:
-    """Cut spans of these lengths (tokens) into chunks; `rows_per_token` is batch x heads."""
-    size = min(CHUNK, 1 << (max(lengths) - 1).bit_length())
+
+def cut(lengths: Sequence[int], rows_per_token: int, boundaries: Sequence[int] = ()) -> Chunks:
+    """Cut spans of these lengths (tokens) into chunks, and at `boundaries`, the tokens of the rank at which documents
+    begin. `rows_per_token` is batch x heads."""
+    ends = list(itertools.accumulate(lengths))
+    starts = [end - length for end, length in zip(ends, lengths, strict=True)]
+    edges = [[a, *(t for t in boundaries if a < t < b), b] for a, b in zip(starts, ends, strict=True)]
+    longest = max(b - a for span in edges for a, b in itertools.pairwise(span))
+    size = min(CHUNK, 1 << (longest - 1).bit_length())
     per_block = max(1, BLOCK_ROWS // (rows_per_token * size))
-    blocks, leaving, bounds, token = [], [], [0], 0
-    for span, length in enumerate(lengths):
-        count = -(-length // size)
-        for n in range(0, count, per_block):
-            here = min(per_block, count - n)
-            start, stop = token + n * size, token + min(length, (n + here) * size)
-            blocks.append(Block(span, start, stop, size, bounds[span] + span + n, bounds[span] + n, here))
-        token += length
-        bounds.append(bounds[span] + count)
-        leaving.append(bounds[span + 1] + span)
-    return Chunks(tuple(blocks), bounds[-1] + len(lengths), tuple(leaving), tuple(bounds))
+    blocks: list[Block] = []
+    bounds, fresh, reached = [0], [], []
+    for span, pieces in enumerate(edges):
+        chunks = []
+        for piece, (a, b) in enumerate(itertools.pairwise(pieces)):
+            here = [(t, min(t + size, b)) for t in range(a, b, size)]
+            fresh += [n == 0 for n in range(len(here))]
+            reached += [piece == 0 and a not in boundaries] * len(here)
+            chunks += here
+        for n in range(0, len(chunks), per_block):
+            blocks.append(_block(span, size, bounds[-1] + n, chunks[n : n + per_block]))
+        bounds.append(bounds[-1] + len(chunks))
+    whole = [not any(a <= t < b for t in boundaries) for a, b in zip(starts, ends, strict=True)]
+    return Chunks(tuple(blocks), tuple(bounds), tuple(fresh), tuple(reached), tuple(whole))
+
+
+def _block(span: int, size: int, first: int, chunks: list[tuple[int, int]]) -> Block:
+    start, stop = chunks[0][0], chunks[-1][1]
+    rows = places = None
+    if any(b - a < size for a, b in chunks[:-1]):
+        rows = torch.full((len(chunks), size), stop - start)
+        for n, (a, b) in enumerate(chunks):
+            rows[n, : b - a] = torch.arange(a - start, b - start)
+        rows = rows.flatten()
+        places = (rows < stop - start).nonzero().squeeze(1)
+    return Block(span, start, stop, size, first, len(chunks), rows, places)
 
 
 @functools.lru_cache(maxsize=32)
-def _triangle(size: int, kind: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+def triangle(size: int, kind: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     ones = torch.ones(size, size, dtype=dtype, device=device)
     return {
         "through": ones.tril(),
@@ -127,6 +164,7 @@ def _triangle(size: int, kind: str, dtype: torch.dtype, device: torch.device) ->
         "from": ones.triu(),
         "after": ones.triu(1),
         "mask": torch.zeros_like(ones).masked_fill_(ones.triu(1).bool(), float("-inf")),
+        "strict mask": torch.zeros_like(ones).masked_fill_(ones.triu().bool(), float("-inf")),
     }[kind]
 
 
@@ -134,18 +172,5 @@ def running_sum(x: Tensor, kind: str) -> Tensor:
     """Sums along the tokens of a chunk, x [N, C] or [N, C, K]: `through` t (s <= t), `before` (s < t), `from` (s >= t)
     or `after` (s > t). A product with a triangle of ones: no sum is ever taken as the difference of two others, so a
     large decay at one token costs the others no precision."""
-    triangle = _triangle(x.shape[1], kind, x.dtype, x.device)
-    return x @ triangle.T if x.ndim == 2 else triangle @ x
-
-
-def between(g_NC: Tensor) -> Tensor:
-    """sums[n, t, s] = g[n, s+1] + ... + g[n, t] for s <= t, and -inf for s > t.
-
-    Running sums are kept in two parts, together as exact as fp64, so that their differences are exact in the dtype of g
-    also beside a decay of -1e4.
-    """
-    exact = g_NC.double().cumsum(1)
-    high = exact.to(g_NC.dtype)
-    low = (exact - high).to(g_NC.dtype)
-    sums = (high[:, :, None] - high[:, None, :]).add_(low[:, :, None]).sub_(low[:, None, :])
-    return sums.add_(_triangle(g_NC.shape[1], "mask", g_NC.dtype, g_NC.device))
+    ones = triangle(x.shape[1], kind, x.dtype, x.device)
+    return x @ ones.T if x.ndim == 2 else ones @ x

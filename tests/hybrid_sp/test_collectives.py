@@ -118,6 +118,29 @@ def basic_forms(group: Any) -> None:
     collectives.barrier(group)
 
 
+def all_to_all(group: Any, dtype: torch.dtype, layout: str) -> tuple[int, int]:
+    """Rank a sends a + 2 b rows, of its number and b's, to rank b; the bytes that it receives, and how often."""
+    me, ranks = collectives.rank(group), range(collectives.size(group))
+    sent, received = [me + 2 * other for other in ranks], [other + 2 * me for other in ranks]
+    x = torch.tensor([[[me, other]] for other in ranks for _ in range(sent[other])], dtype=dtype).view(-1, 1, 2)
+    if layout == "strided":
+        x = x.repeat(1, 3, 1)[:, 1:2]
+    with hsp.ledger() as book:
+        pending = collectives.start_all_to_all(x, sent, received, group, Header(tag="test", check=True))
+        got = pending.wait()
+    assert got.dtype == dtype
+    assert got.tolist() == [[[other, me]] for other in ranks for _ in range(received[other])]
+    return book.bytes, book.calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["dense", "strided"])
+def test_all_to_all_of_uneven_and_empty_parts(dtype: torch.dtype, layout: str) -> None:
+    row = 2 * dtype.itemsize
+    assert run_ranks(all_to_all, 3, dtype, layout) == [(row * n, 1) for n in (3, 6, 9)]
+    assert run_ranks(all_to_all, 1, dtype, layout) == [(0, 0)]
+
+
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_basic_forms(world: int) -> None:
     run_ranks(basic_forms, world)

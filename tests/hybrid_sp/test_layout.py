@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -37,8 +38,39 @@ def test_unknown_and_unbuilt_choices_are_told_apart() -> None:
     for unbuilt in ({"linear": "ring"}, {"softmax": "ulysses"}, {"kv_heads_per_gather": 1}, {"keep_kv": False}):
         with pytest.raises(NotImplementedError, match=next(iter(unbuilt))):
             hsp.SequenceParallel(None, **unbuilt)
-    with pytest.raises(NotImplementedError, match="cu_seqlens"):
-        hsp.SequenceParallel(None).shard(4, cu_seqlens=[0, 4])
+
+
+@pytest.mark.parametrize("bounds", [[0, 3], [1, 4], [0, 2, 2, 4], [0, 3, 2, 4], [], [4]])
+def test_bounds_of_documents_that_do_not_fit_are_refused(bounds: list[int]) -> None:
+    with pytest.raises(ValueError, match="cu_seqlens must rise strictly from 0 to the 4 tokens"):
+        hsp.SequenceParallel(None).shard(4, cu_seqlens=bounds)
+
+
+def check_documents(group: Any, layout: str) -> None:
+    """Positions, labels and boundaries of random documents, token by token."""
+    random = torch.Generator().manual_seed(0)
+    for length in (8, 23, 64):
+        for count in (1, 2, 5, length):
+            inner = torch.randperm(length - 1, generator=random)[: count - 1] + 1
+            bounds = torch.tensor([0, *inner.sort().values.tolist(), length])
+            shard = hsp.SequenceParallel(group, layout=layout).shard(length, bounds)
+            tokens = torch.arange(length)
+            document = [next(d for d in range(count) if t < bounds[d + 1]) for t in range(length)]
+            assert shard.positions.tolist() == shard.take(tokens - bounds[document], 0).tolist()
+            want = [t + 1 if t + 1 < length and document[t + 1] == document[t] else -100 for t in range(length)]
+            assert shard.labels(tokens[None]).tolist() == shard.take(torch.tensor([want])).tolist()
+            assert [shard.document_start(t) for t in range(length)] == bounds[document].tolist()
+            assert [shard.document_end(t) for t in range(length)] == bounds[torch.tensor(document) + 1].tolist()
+            mine = shard.take(tokens, 0).tolist()
+            assert [mine[t] for t in shard.local_boundaries] == [t for t in mine if t in bounds[1:-1]]
+            for span, (start, end) in enumerate(itertools.pairwise(shard.bounds)):
+                assert (span in shard.broken) == any(start <= t < end for t in bounds[1:-1])
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_documents(layout: str) -> None:
+    for world in (1, 3, 4):
+        run_ranks(check_documents, world, layout)
 
 
 def check_shard(group: Any, layout: str, length: int) -> list[int]:

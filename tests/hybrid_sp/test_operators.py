@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -31,6 +32,8 @@ Q, K, V = x(2, 6, 2, 4), x(2, 6, 2, 4), x(2, 6, 4, 3)
         (r"must be \[batch, tokens, heads, dim\]", (Q[0], K[0], V[0]), {}),
         ("log_decay must be one of", (Q, K, V), {"log_decay": x(2, 6, 2)}),
         ("causal=False takes no log_decay", (Q, K, V), {"log_decay": -x(4), "causal": False}),
+        ("bonus must be", (Q, K, V), {"bonus": x(2, 4)}),
+        ("causal=False takes no bonus", (Q, K, V), {"bonus": x(4, 4), "causal": False}),
         ("causal=False takes no initial_state", (Q, K, V), {"initial_state": x(2, 4, 4, 3), "causal": False}),
         ("causal=False has no final state", (Q, K, V), {"return_final_state": True, "causal": False}),
         ("initial_state must have the shapes", (Q, K, V), {"initial_state": x(2, 2, 4, 3)}),
@@ -60,18 +63,6 @@ def test_softmax_attention_refuses(message: str, args: tuple[Tensor, ...], optio
         hsp.softmax_attention(*args, **options)
 
 
-def test_what_is_not_built_says_so_by_name() -> None:
-    for name, call in {
-        "bonus": lambda: hsp.linear_attention(Q, K, V, bonus=x(4, 4)),
-        "window": lambda: hsp.softmax_attention(Q, K, K, window=3),
-        "delta_rule": lambda: hsp.delta_rule(Q, K, V, beta=x(2, 6, 4)),
-        "short_conv": lambda: hsp.short_conv(x(1, 4, 3), x(3, 2)),
-        "token_shift": lambda: hsp.token_shift(x(1, 4, 3)),
-    }.items():
-        with pytest.raises(NotImplementedError, match=name):
-            call()
-
-
 def test_without_mask_keys_may_have_their_own_length() -> None:
     q, k, v = x(2, 1, 4, 8), x(2, 9, 2, 8), x(2, 9, 2, 8)
     for leaf in (q, k, v):
@@ -89,8 +80,22 @@ CALLS = {
     "none": lambda q, k, v, shard: hsp.linear_attention(q, k, v, shard=shard),
     "scalar": lambda q, k, v, shard: hsp.linear_attention(q, k, v, log_decay=-v.abs()[..., 0], shard=shard),
     "vector": lambda q, k, v, shard: hsp.linear_attention(q, k, v, log_decay=-v.abs(), shard=shard),
+    "bonus": lambda q, k, v, shard: hsp.linear_attention(
+        q, k, v, log_decay=-v.abs(), bonus=torch.ones(q.shape[2:]), shard=shard
+    ),
+    "delta": lambda q, k, v, shard: hsp.delta_rule(q, k, v, beta=v[..., 0].sigmoid(), shard=shard),
+    "gated delta": lambda q, k, v, shard: hsp.delta_rule(
+        q, k, v, beta=v[..., 0].sigmoid(), log_decay=-v.abs()[..., 1], shard=shard
+    ),
+    "kda": lambda q, k, v, shard: hsp.delta_rule(q, k, v, beta=v[..., 0].sigmoid(), log_decay=-v.abs(), shard=shard),
     "softmax": lambda q, k, v, shard: hsp.softmax_attention(q, k, v, shard=shard),
+    "window": lambda q, k, v, shard: hsp.softmax_attention(q, k, v, window=REACH["window"], shard=shard),
+    "conv": lambda q, k, v, shard: hsp.short_conv(
+        (q + k + v).flatten(2), torch.ones(q.shape[2] * q.shape[3], REACH["conv"]), shard=shard
+    ),
+    "shift": lambda q, k, v, shard: hsp.token_shift((q + k + v).flatten(2), shard=shard),
 }
+REACH = {"window": 5, "conv": 4, "shift": 2}  # how many tokens see a token; the other operators carry it to the end
 
 
 @pytest.mark.parametrize("kind", CALLS)
@@ -104,7 +109,7 @@ def test_inputs_are_not_written_to(kind: str, length: int) -> None:
 
 
 def moved(group: Any, layout: str) -> None:
-    """Change one token: nothing before it moves, by not a bit; it and later ones do."""
+    """Change one token: nothing before it moves, by not a bit; it and later ones do, as far as the operator reaches."""
     length, changed = 37, 15
     shard = hsp.SequenceParallel(group, layout=layout, check=True).shard(length)
     whole = [torch.randn(2, length, 2, 4, generator=torch.Generator().manual_seed(i)) for i in range(3)]
@@ -114,8 +119,10 @@ def moved(group: Any, layout: str) -> None:
     for kind, call in CALLS.items():
         a, b = (shard.gather(call(*(shard.take(y) for y in inputs), shard)) for inputs in (whole, other))
         where = f"{kind} on rank {collectives.rank(group)}"
-        assert torch.equal(a[:, :changed], b[:, :changed]), f"{where}: a later token leaks into earlier ones"
-        for t in (changed, changed + 1, length - 1):
+        first, last = changed + (kind == "shift"), min(length, changed + REACH.get(kind, length))
+        assert torch.equal(a[:, :first], b[:, :first]), f"{where}: a later token leaks into earlier ones"
+        assert torch.equal(a[:, last:], b[:, last:]), f"{where}: a token is seen from further than it reaches"
+        for t in (first, (first + last) // 2, last - 1):
             assert not torch.equal(a[:, t], b[:, t]), f"{where}: token {t} does not depend on token {changed}"
 
 
@@ -123,3 +130,33 @@ def moved(group: Any, layout: str) -> None:
 def test_leak_and_dependence(layout: str) -> None:
     for world in (1, 2, 4):
         run_ranks(moved, world, layout)
+
+
+def kept_apart(group: Any, layout: str) -> None:
+    """Change all of one document: no other document moves, by not a bit, and all of this one do."""
+    length, bounds = 37, [0, 1, 9, 10, 30, 37]
+    shard = hsp.SequenceParallel(group, layout=layout, check=True).shard(length, bounds)
+    whole = [torch.randn(1, length, 2, 4, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    for start, end in itertools.pairwise(bounds):
+        other = [y.clone() for y in whole]
+        for y in other:
+            y[:, start:end] += 1.0
+        for kind, call in CALLS.items():
+            a, b = (shard.gather(call(*(shard.take(y) for y in inputs), shard)) for inputs in (whole, other))
+            where = f"{kind} on rank {collectives.rank(group)}, document {start} to {end}"
+            same = (a == b).all(-1).flatten(2).all(2)[0] if a.ndim == 4 else (a == b).all(-1)[0]
+            assert same[:start].all() and same[end:].all(), f"{where} leaks into another"
+            assert not same[start + (kind == "shift") : end].any(), f"{where} does not see itself"
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_documents_do_not_leak(layout: str) -> None:
+    for world in (1, 2, 4):
+        run_ranks(kept_apart, world, layout)
+
+
+@pytest.mark.parametrize("kind", CALLS)
+def test_packed_documents_are_one_row(kind: str) -> None:
+    shard = hsp.SequenceParallel(None).shard(6, [0, 2, 6])
+    with pytest.raises(ValueError, match="packed documents .* batch is 2"):
+        CALLS[kind](*(torch.ones(2, 6, 2, 4) for _ in range(3)), shard)

@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import hybrid_sp as hsp
-from hybrid_sp import collectives, linear, softmax
+from hybrid_sp import collectives, delta, linear, softmax
 from hybrid_sp.collectives import Header, Pending
 from tests.support.ranks import RankError, run_ranks
 
+KINDS = ("linear", "delta", "softmax")
 RELEASE_SECONDS = 1.0
 
 
@@ -64,6 +66,8 @@ class Gate:
                 "intra_backward",
                 self.work(linear.kernel.intra_backward, "local backward", lambda *_: True),
             ),
+            (delta.kernel, "intra_forward", self.work(delta.kernel.intra_forward, "local forward", lambda *_: True)),
+            (delta.kernel, "intra_backward", self.work(delta.kernel.intra_backward, "local backward", lambda *_: True)),
             (softmax, "attend", self.work(softmax.attend, "local forward", lambda *args: args[3])),
             (softmax, "attend_backward", self.work(softmax.attend_backward, "local backward", lambda *args: args[6])),
         ]
@@ -87,6 +91,10 @@ def leaves(shard: hsp.Shard, heads: int = 2) -> list[Tensor]:
 def attend(kind: str, x: list[Tensor], shard: hsp.Shard) -> Tensor:
     if kind == "softmax":
         return hsp.softmax_attention(*x[:3], shard=shard)
+    if kind == "delta":
+        out = hsp.delta_rule(x[0], F.normalize(x[1], dim=-1), x[2], beta=x[3].exp(), log_decay=x[3], shard=shard)
+        assert isinstance(out, Tensor)
+        return out
     out = hsp.linear_attention(*x[:3], log_decay=x[3], shard=shard)
     assert isinstance(out, Tensor)
     return out
@@ -101,13 +109,13 @@ def logged(group: Any, kind: str, overlap: bool) -> list[str]:
     return gate.log
 
 
-@pytest.mark.parametrize("kind", ["linear", "softmax"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_local_work_runs_while_the_collective_is_in_flight(kind: str) -> None:
     mirrored = ["launch forward", "local forward", "wait forward", "launch backward", "local backward", "wait backward"]
     assert run_ranks(logged, 2, kind, True) == [mirrored] * 2
 
 
-@pytest.mark.parametrize("kind", ["linear", "softmax"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_without_overlap_it_waits_at_once(kind: str) -> None:
     for log in run_ranks(logged, 2, kind, False):
         assert [entry for entry in log if entry != "not released"] == [
@@ -163,19 +171,19 @@ def fail_between(group: Any, kind: str) -> int:
     def broken(*_: Any) -> Any:
         raise ArithmeticError("between start and finish")
 
-    kernel = linear.kernel.intra_forward, softmax.attend
-    linear.kernel.intra_forward, softmax.attend = broken, broken
+    kernels = linear.kernel.intra_forward, delta.kernel.intra_forward, softmax.attend
+    linear.kernel.intra_forward, delta.kernel.intra_forward, softmax.attend = broken, broken, broken
     try:
         with counted() as made, pytest.raises(ArithmeticError):
             attend(kind, x, shard)
     finally:
-        linear.kernel.intra_forward, softmax.attend = kernel
+        linear.kernel.intra_forward, delta.kernel.intra_forward, softmax.attend = kernels
     attend(kind, x, shard).sum().backward()
     assert made
     return in_flight(made)
 
 
-@pytest.mark.parametrize("kind", ["linear", "softmax"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_exception_between_start_and_finish_drains(kind: str) -> None:
     assert run_ranks(fail_between, 2, kind) == [0, 0]
 
@@ -197,6 +205,8 @@ def come_apart(group: Any, how: str) -> None:
         attend("linear", x, shard)
     elif how == "shape":
         attend("linear", leaves(shard, heads=2 if first else 3), shard)
+    elif how == "documents":
+        attend("linear", x, hsp.SequenceParallel(group, check=True).shard(24, [0, 7 if first else 8, 24]))
     elif how == "kind":
         attend("linear" if first else "softmax", x, shard)
     elif how == "backward order":
@@ -211,7 +221,7 @@ def come_apart(group: Any, how: str) -> None:
             attend("linear", y, shard)
 
 
-@pytest.mark.parametrize("how", ["requires_grad", "shape", "kind", "backward order", "skipped backward"])
+@pytest.mark.parametrize("how", ["requires_grad", "shape", "documents", "kind", "backward order", "skipped backward"])
 def test_ranks_that_come_apart_stop_with_one_message(how: str) -> None:
     with pytest.raises(RankError, match="about to make different collectives(.|\n)*rank 0: (.|\n)*rank 1: "):
         run_ranks(come_apart, 2, how, deadline=20)
@@ -253,7 +263,7 @@ def checkpointed(group: Any, layers: list[str], twice: bool) -> tuple[int, int, 
 
 def test_a_recomputed_forward_asks_nobody_again() -> None:
     assert run_ranks(checkpointed, 2, ["linear"] * 3, False) == [(6, 9, 6)] * 2
-    assert run_ranks(checkpointed, 2, ["linear", "softmax", "linear"], False) == [(6, 9, 6)] * 2
+    assert run_ranks(checkpointed, 2, ["linear", "softmax", "delta"], False) == [(6, 9, 6)] * 2
 
 
 def reentrant(group: Any) -> tuple[int, int]:
@@ -282,7 +292,7 @@ def test_records_are_read_by_index_not_used_up() -> None:
 
 def test_second_derivatives_and_transforms_raise() -> None:
     shard = hsp.SequenceParallel(None).shard(8)
-    for kind in ("linear", "softmax"):
+    for kind in KINDS:
         x = leaves(shard)
         (dq,) = torch.autograd.grad(attend(kind, x, shard).square().sum(), x[0], create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable|differentiate twice"):
@@ -293,7 +303,7 @@ def test_second_derivatives_and_transforms_raise() -> None:
             torch.func.jvp(lambda q, x=x, kind=kind: attend(kind, [q, *x[1:]], shard), (x[0],), (x[0],))
 
 
-@pytest.mark.parametrize("kind", ["linear", "softmax"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_autocast_changes_nothing(kind: str) -> None:
     shard = hsp.SequenceParallel(None).shard(70)
     x = [leaf.detach().float() for leaf in leaves(shard)]
@@ -302,7 +312,7 @@ def test_autocast_changes_nothing(kind: str) -> None:
     assert inside.dtype == torch.float32 and torch.equal(inside, attend(kind, x, shard))
 
 
-@pytest.mark.parametrize("kind", ["linear", "softmax"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_compile_leaves_the_operator_out(kind: str) -> None:
     shard = hsp.SequenceParallel(None).shard(20)
     graphs: list[Any] = []
@@ -316,7 +326,9 @@ def test_compile_leaves_the_operator_out(kind: str) -> None:
 
     x = leaves(shard)
     out = torch.compile(block, backend=backend)(*x)
-    assert len(graphs) == 2  # one graph before the operator and one after: a single break
+    # One graph before the operator and one after: a single break. (What `attend` does to the inputs of the delta rule
+    # is a function of its own, and so a third graph.)
+    assert len(graphs) == (3 if kind == "delta" else 2)
     want = block(*x)
     assert torch.equal(out, want)
     for got, expected in zip(
@@ -338,7 +350,7 @@ def partial_gradients(group: Any, kind: str) -> None:
         assert torch.equal(asked, want) and torch.equal(needed, want), f"input {i} on rank {collectives.rank(group)}"
 
 
-@pytest.mark.parametrize("kind", ["linear", "softmax"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_input_alone_has_the_gradient_that_it_has_among_all(kind: str) -> None:
     for world in (1, 2):
         run_ranks(partial_gradients, world, kind)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-from dataclasses import dataclass, replace
+import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,128 +13,21 @@ from torch import Tensor
 import hybrid_sp as hsp
 from hybrid_sp import collectives
 from hybrid_sp.kernels import chunks
-from tests.support.oracle import assert_close, linear_attention_loop, softmax_attention_loop
+from tests.hybrid_sp.cases import (
+    Case,
+    delta_cases,
+    halo_cases,
+    linear_cases,
+    measured,
+    softmax_cases,
+    truth,
+)
+from tests.support.oracle import assert_close
 from tests.support.ranks import run_ranks
 
 BOUND = 1e-10
 LAYOUTS = ("contiguous", "zigzag")
-LENGTH = 107  # odd, and no multiple of any number of spans used here
-
-
-@dataclass(frozen=True)
-class Case:
-    """One call of an operator. `decay` is None, "fixed", "scalar" or "vector"."""
-
-    operator: str = "linear"
-    decay: str | None = None
-    groups: int = 4
-    heads: int = 4
-    normalize: bool = False
-    causal: bool = True
-    states: bool = False
-    layout: str = "contiguous"
-    overlap: bool = True
-    seed: int = 0
-
-    def inputs(self, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-        """Leaves of the whole sequence, the same on every rank."""
-        make = torch.Generator().manual_seed(self.seed)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=make, dtype=torch.float64)
-
-        B, L, H, G, K, V = 2, LENGTH, self.heads, self.groups, 6, 6 if self.operator == "softmax" else 5
-        x = {"q": normal(B, L, H if self.operator == "softmax" else G, K), "k": normal(B, L, G, K)}
-        x["v"] = normal(B, L, G if self.operator == "softmax" else H, V)
-        if self.normalize:
-            x["q"], x["k"] = x["q"].abs(), x["k"].abs()
-        decays = {"fixed": (H,), "scalar": (B, L, H), "vector": (B, L, H, K)}
-        if self.decay is not None:
-            x["log_decay"] = -0.3 * normal(*decays[self.decay]).abs()
-        if self.states:
-            x["initial"] = normal(B, H, K, V)
-            if self.normalize:
-                x["initial_z"] = normal(B, H, K).abs()
-        wide = torch.promote_types(dtype, torch.float32)  # states and decays
-        return {name: value.to(dtype if name in "qkv" else wide) for name, value in x.items()}
-
-    def call(self, x: dict[str, Tensor], shard: hsp.Shard | None) -> tuple[Tensor, list[Tensor]]:
-        """Output and final states of the operator under test."""
-        if self.operator == "softmax":
-            return hsp.softmax_attention(x["q"], x["k"], x["v"], shard=shard, causal=self.causal), []
-        initial = x.get("initial")
-        out = hsp.linear_attention(
-            x["q"],
-            x["k"],
-            x["v"],
-            log_decay=x.get("log_decay"),
-            shard=shard,
-            causal=self.causal,
-            normalize=self.normalize,
-            initial_state=(initial, x["initial_z"]) if "initial_z" in x else initial,
-            return_final_state=self.states,
-        )
-        if not self.states:
-            return out, []
-        return out[0], list(out[1]) if self.normalize else [out[1]]
-
-    def loop(self, x: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """The same by the token loop."""
-        if self.operator == "softmax":
-            return softmax_attention_loop(x["q"], x["k"], x["v"], causal=self.causal), []
-        initial = x.get("initial")
-        o, final = linear_attention_loop(
-            x["q"],
-            x["k"],
-            x["v"],
-            x.get("log_decay"),
-            causal=self.causal,
-            normalize=self.normalize,
-            initial_state=(initial, x["initial_z"]) if "initial_z" in x else initial,
-        )
-        finals = list(final) if isinstance(final, tuple) else [final]
-        return o, finals if self.states else []
-
-
-def weights(like: Tensor, seed: int) -> Tensor:
-    """Gradient that the loss gives an output."""
-    return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(like.dtype)
-
-
-def truth(case: Case, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    """Outputs and gradients of the whole sequence by the token loop, in fp64 on inputs rounded to dtype."""
-    x = {name: value.double().requires_grad_() for name, value in case.inputs(dtype).items()}
-    o, finals = case.loop(x)
-    outputs = {"o": o, **{f"final{i}": final for i, final in enumerate(finals)}}
-    given = [weights(outputs["o"], 0).to(dtype), *(weights(x, i + 1) for i, x in enumerate(finals))]
-    grads = torch.autograd.grad(list(outputs.values()), list(x.values()), [w.double() for w in given])
-    return {k: v.detach() for k, v in outputs.items()} | {f"d{n}": g for n, g in zip(x, grads, strict=True)}
-
-
-REPLICATED = ("initial", "initial_z")
-
-
-def measured(case: Case, group: Any, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    """What this rank computes, with gradients of replicated inputs summed over ranks."""
-    sp = hsp.SequenceParallel(group, layout=case.layout, overlap=case.overlap, check=True)
-    shard = sp.shard(LENGTH)
-
-    def cut(name: str) -> bool:
-        return name not in REPLICATED and not (name == "log_decay" and case.decay == "fixed")
-
-    x = {name: shard.take(v) if cut(name) else v for name, v in case.inputs(dtype).items()}
-    x = {name: value.detach().requires_grad_() for name, value in x.items()}
-    o, finals = case.call(x, shard)
-    whole = o.new_empty(o.shape[0], LENGTH, *o.shape[2:])
-    loss = (o * shard.take(weights(whole, 0))).sum(dtype=torch.promote_types(dtype, torch.float32))
-    for i, final in enumerate(finals):  # every rank gives the final state a different part of its gradient
-        parts = torch.arange(1, sp.size + 1, dtype=final.dtype)
-        loss = loss + (final * weights(final, i + 1)).sum() * parts[sp.rank] / parts.sum()
-    grads = torch.autograd.grad(loss, list(x.values()))
-    got = {"o": o.detach(), **{f"final{i}": final.detach() for i, final in enumerate(finals)}}
-    for name, grad in zip(x, grads, strict=True):
-        got[f"d{name}"] = grad if cut(name) else collectives.all_reduce(grad.clone(), group, tag="test")
-    return got
+FAMILIES = {"linear": linear_cases, "delta": delta_cases, "softmax": softmax_cases, "halo": halo_cases}
 
 
 def check_cases(group: Any, cases: list[tuple[Case, dict[str, Tensor]]], chunk: int, rows: int) -> int:
@@ -143,7 +36,7 @@ def check_cases(group: Any, cases: list[tuple[Case, dict[str, Tensor]]], chunk: 
     chunks.CHUNK, chunks.BLOCK_ROWS = chunk, rows
     try:
         for case, want in cases:
-            shard = hsp.SequenceParallel(group, layout=case.layout).shard(LENGTH)
+            shard = hsp.SequenceParallel(group, layout=case.layout).shard(case.length, case.documents)
             got = measured(case, group)
             assert got.keys() == want.keys()
             for name, value in got.items():
@@ -156,45 +49,43 @@ def check_cases(group: Any, cases: list[tuple[Case, dict[str, Tensor]]], chunk: 
     return len(cases)
 
 
-def linear_cases() -> list[Case]:
-    cases = [Case(decay=d, states=s) for d in (None, "fixed", "scalar", "vector") for s in (False, True)]
-    cases += [Case(decay=d, groups=2, normalize=n, states=n) for d in (None, "scalar", "vector") for n in (True, False)]
-    cases += [Case(causal=False), Case(causal=False, normalize=True, groups=1)]
-    return cases
+@functools.lru_cache
+def wanted(family: str) -> dict[Case, dict[str, Tensor]]:
+    return {case: truth(case) for case in FAMILIES[family]()}
 
 
-def softmax_cases() -> list[Case]:
-    kinds = itertools.product((4, 2, 1), (True, False))
-    return [Case(operator="softmax", groups=groups, causal=causal) for groups, causal in kinds]
-
-
-@pytest.fixture(scope="module")
-def wanted() -> dict[Case, dict[str, Tensor]]:
-    return {case: truth(case) for case in linear_cases() + softmax_cases()}
-
-
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_parity_fp64(world: int, layout: str, wanted: dict[Case, dict[str, Tensor]]) -> None:
-    cases = [(replace(case, layout=layout), want) for case, want in wanted.items()]
+def test_parity_fp64(world: int, layout: str, family: str) -> None:
+    cases = [(replace(case, layout=layout), want) for case, want in wanted(family).items()]
     assert run_ranks(check_cases, world, cases, 8, 64, deadline=120) == [len(cases)] * world
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parity_on_eight_ranks(family: str) -> None:
+    """Every third case: eight ranks on two cores take their time."""
+    cases = [(replace(case, layout=LAYOUTS[i % 2]), want) for i, (case, want) in enumerate(wanted(family).items())]
+    run_ranks(check_cases, 8, cases[::3], 8, 64, deadline=240)
+
+
+@pytest.mark.parametrize("family", ["linear", "delta"])
 @pytest.mark.parametrize("chunk", [4, 64])
-def test_chunk_size_does_not_matter(chunk: int, wanted: dict[Case, dict[str, Tensor]]) -> None:
-    cases = [(replace(case, layout="zigzag"), want) for case, want in wanted.items() if case.operator == "linear"]
+def test_chunk_size_does_not_matter(chunk: int, family: str) -> None:
+    cases = [(replace(case, layout="zigzag"), want) for case, want in wanted(family).items()]
     run_ranks(check_cases, 2, cases, chunk, 8192, deadline=120)
 
 
-def check_overlap_is_bit_equal(group: Any) -> None:
-    for case in linear_cases() + softmax_cases():
+def check_overlap_is_bit_equal(group: Any, cases: list[Case]) -> None:
+    for case in cases:
         with_overlap, without = (measured(replace(case, overlap=on, layout="zigzag"), group) for on in (True, False))
         for name in with_overlap:
             assert torch.equal(with_overlap[name], without[name]), f"{case} {name} on rank {collectives.rank(group)}"
 
 
-def test_overlap_off_is_bit_equal() -> None:
-    run_ranks(check_overlap_is_bit_equal, 2, deadline=120)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_overlap_off_is_bit_equal(family: str) -> None:
+    run_ranks(check_overlap_is_bit_equal, 2, FAMILIES[family](), deadline=120)
 
 
 RMS_BOUND = {torch.float32: 5e-6, torch.bfloat16: 5e-3}
@@ -204,7 +95,7 @@ def check_low_precision(group: Any, cases: list[tuple[Case, list[dict[str, Tenso
     """Errors against fp64 on the same rounded inputs: small on one device, and on P ranks at most twice as large. rms
     over a tensor and over seeds, since the rounding of a few numbers alone is a lottery."""
     for case, truths in cases:
-        shard = hsp.SequenceParallel(group, layout=case.layout).shard(LENGTH)
+        shard = hsp.SequenceParallel(group, layout=case.layout).shard(case.length, case.documents)
         errors: dict[str, Tensor] = {}
         for seed, want in enumerate(truths):
             seeded = replace(case, seed=seed)
@@ -229,9 +120,11 @@ def check_low_precision(group: Any, cases: list[tuple[Case, list[dict[str, Tenso
             assert here_rms <= 2 * alone_rms, where
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_low_precision(dtype: torch.dtype) -> None:
-    cases = [case for case in linear_cases() + softmax_cases() if case.states or not case.causal or case.groups == 2]
+def test_low_precision(dtype: torch.dtype, family: str) -> None:
+    cases = [case for case in FAMILIES[family]() if case.states or not case.causal or case.groups == 2]
+    cases = [case for case in cases if case.operator != "shift" and case.window != 1]  # round nothing; no dq
     truths = [[truth(replace(case, seed=seed), dtype) for seed in range(4)] for case in cases]
     for world, layout in ((2, "zigzag"), (4, "contiguous")):
         given = [(replace(case, layout=layout), want) for case, want in zip(cases, truths, strict=True)]

@@ -18,13 +18,15 @@ from hybrid_sp.state import (
 from tests.support.oracle import assert_close
 
 N, B, H, K, V = 5, 2, 3, 4, 6
-SHAPES = {"none": None, "scalar": (N, B, H), "vector": (N, B, H, K)}
+SHAPES = {"none": None, "scalar": (N, B, H), "vector": (N, B, H, K), "dense": (N, B, H, K, K)}
 
 
 def make(kind: str) -> AffineState:
     torch.manual_seed(1)
     shape = SHAPES[kind]
     transition = None if shape is None else -torch.rand(shape, dtype=torch.float64)
+    if transition is not None:  # nothing passes the third span
+        transition[2] = 0.0 if kind == "dense" else float("-inf")
     return AffineState(transition, torch.randn(N, B, H, K, V, dtype=torch.float64))
 
 
@@ -32,6 +34,8 @@ def matrix(transition: Tensor | None) -> Tensor:
     """A as [..., K, K]."""
     if transition is None:
         return torch.eye(K, dtype=torch.float64).expand(B, H, K, K)
+    if transition.ndim == 4:
+        return transition
     return torch.diag_embed(transition.exp() if transition.ndim == 3 else transition.exp()[..., None].expand(B, H, K))
 
 
@@ -48,11 +52,13 @@ def test_forward_fold_is_the_product_of_matrices(kind: str) -> None:
         whole = compose(one, whole) if i else whole
     assert_close("S_final", states[N], S, 1e-14)
     assert_close("composed", matrix(whole.transition) @ S_0 + whole.state, S, 1e-13)
+    two = compose(span(spans, 1), span(spans, 0))
+    assert_close("two composed", matrix(two.transition) @ S_0 + two.state, states[2], 1e-13)
 
 
 @pytest.mark.parametrize("kind", SHAPES)
 def test_compose_is_associative(kind: str) -> None:
-    a, b, c = (span(make(kind), i) for i in range(3))
+    a, b, c = (span(make(kind), i) for i in (0, 1, 3))
     left, right = compose(compose(c, b), a), compose(c, compose(b, a))
     assert_close("state", left.state, right.state, 1e-14)
     assert_close("transition", left.transition, right.transition, 1e-14)
@@ -75,7 +81,7 @@ def test_backward_fold_is_the_adjoint(kind: str, final: bool) -> None:
     transitions = None if spans.transition is None else spans.transition.detach()
     d_leaving = torch.stack(fold_backward(transitions, list(d_entering), d_final))
     assert_close("dB", d_leaving, want[-2], 1e-13)
-    if transitions is not None:
+    if transitions is not None and kind != "dense":
         entering = torch.stack(states[:N]).detach()
         assert_close("da", transition_gradient(transitions, d_leaving, entering), want[0], 1e-13)
     parts = [fold_initial(transitions, [i], [d_entering[i]], d_final if i == 2 else None) for i in range(N)]

@@ -1,6 +1,7 @@
 """The truth that the tests hold the engine against: one token after another, as the equations are written.
 
     S_t = a_t S_(t-1) + k_t v_t^T        o_t = scale * q_t S_t        (a_t scalar per head, or a vector over K)
+                                         o_t = scale * q_t (S_(t-1) + diag(u) k_t v_t^T)     with a bonus u
 
 Plain torch in the dtype of q (float64 in tests), differentiable by autograd, no code shared with the engine.
 """
@@ -24,12 +25,13 @@ def linear_attention_loop(
     causal: bool = True,
     normalize: bool = False,
     initial_state: LinearState | None = None,
+    bonus: Tensor | None = None,
 ) -> tuple[Tensor, LinearState]:
     """o [B,T,H,V] and the final state, S [B,H,K,V] or (S, z [B,H,K]) with normalize.
 
     q, k [B,T,G,K] (value head h reads key head h // (H // G)); v [B,T,H,V]; log_decay None, [H], [B,T,H] or [B,T,H,K].
     With normalize z_t = a_t z_(t-1) + k_t and o_t is divided by scale * q_t z_t + 1e-10. Not causal: every token reads
-    the sum over all tokens; decay and initial state do not exist then.
+    the sum over all tokens; decay and initial state do not exist then. A bonus [H,K] reads the state before the token.
     """
     if not causal and (log_decay is not None or initial_state is not None):
         raise ValueError("the bidirectional form has no decay and no initial state")
@@ -46,9 +48,11 @@ def linear_attention_loop(
             raise ValueError("the initial state is (S, z) with normalize, and S without")
     states = []
     for t in range(T):
-        S = decay[:, t, :, :, None] * S + k[:, t, :, :, None] * v[:, t, :, None, :]
+        kv = k[:, t, :, :, None] * v[:, t, :, None, :]
+        before = None if bonus is None else (S + bonus[:, :, None] * kv, z + bonus * k[:, t])
+        S = decay[:, t, :, :, None] * S + kv
         z = decay[:, t] * z + k[:, t]
-        states.append((S, z))
+        states.append((S, z) if before is None else before)
     outputs = []
     for t in range(T):
         S_read, z_read = states[t] if causal else states[-1]
@@ -65,8 +69,41 @@ def decay_of_every_token(log_decay: Tensor, k: Tensor) -> Tensor:
     return missing_dims[log_decay.dim()].exp().expand_as(k)
 
 
-def softmax_attention_loop(q: Tensor, k: Tensor, v: Tensor, causal: bool = True, scale: float | None = None) -> Tensor:
-    """softmax(scale * q k^T) v as dense math. q [B,T,Hq,D]; k, v [B,T,Hkv,D]; query head h reads h // (Hq // Hkv)."""
+def delta_rule_loop(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """o [B,T,H,V] and the final state S [B,H,K,V] of S_t = (I - b_t k_t k_t^T) a_t S_(t-1) + b_t k_t v_t^T.
+
+    q, k [B,T,G,K] (value head h reads key head h // (H // G)); v [B,T,H,V]; beta [B,T,H]; log_decay None, [B,T,H] or
+    [B,T,H,K]. The caller normalises k.
+    """
+    B, T, H, V = v.shape
+    G, K = q.shape[2:]
+    q = (q * (K**-0.5 if scale is None else scale)).repeat_interleave(H // G, dim=2)
+    k = k.repeat_interleave(H // G, dim=2)
+    decay = torch.ones_like(k) if log_decay is None else decay_of_every_token(log_decay.to(k.dtype), k)
+    S = q.new_zeros(B, H, K, V) if initial_state is None else initial_state
+    outputs = []
+    for t in range(T):
+        S = decay[:, t, :, :, None] * S
+        held = torch.einsum("bhk,bhkv->bhv", k[:, t], S)  # what the state has under this key
+        new = beta[:, t, :, None] * (v[:, t] - held)
+        S = S + k[:, t, :, :, None] * new[:, :, None, :]
+        outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], S))
+    return torch.stack(outputs, dim=1), S
+
+
+def softmax_attention_loop(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool = True, scale: float | None = None, window: int | None = None
+) -> Tensor:
+    """softmax(scale * q k^T) v as dense math. q [B,T,Hq,D]; k, v [B,T,Hkv,D]; query head h reads h // (Hq // Hkv).
+    With a window a token sees itself and the window - 1 tokens before it."""
     T, heads, D = q.shape[1:]
     k = k.repeat_interleave(heads // k.shape[2], dim=2)
     v = v.repeat_interleave(heads // v.shape[2], dim=2)
@@ -74,7 +111,31 @@ def softmax_attention_loop(q: Tensor, k: Tensor, v: Tensor, causal: bool = True,
     if causal:
         later = torch.ones(T, k.shape[1], dtype=torch.bool).triu(1)
         scores = scores.masked_fill(later, float("-inf"))
+    if window is not None:
+        gone = torch.ones(T, T, dtype=torch.bool).tril(-window)
+        scores = scores.masked_fill(gone, float("-inf"))
     return torch.einsum("bhij,bjhd->bihd", scores.softmax(dim=-1), v)
+
+
+def short_conv_loop(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    silu: bool = False,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """y_t = sum over j < W of weight[:, W-1-j] x_(t-j) + bias, and the last W-1 inputs. x [B,T,D], weight [D,W]."""
+    width = weight.shape[1]
+    inputs = [x.new_zeros(x.shape[0], x.shape[2])] * (width - 1)
+    if initial_state is not None:
+        inputs = list(initial_state.unbind(1))
+    outputs = []
+    for t in range(x.shape[1]):
+        inputs.append(x[:, t])
+        y = sum(weight[:, width - 1 - j] * inputs[-1 - j] for j in range(width))
+        y = y if bias is None else y + bias
+        outputs.append(y / (1 + torch.exp(-y)) if silu else y)
+    return torch.stack(outputs, 1), torch.stack(inputs[len(inputs) - width + 1 :], 1) if width > 1 else x[:, :0]
 
 
 def relative(got: Tensor, want: Tensor) -> float:

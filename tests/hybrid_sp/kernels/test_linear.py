@@ -70,12 +70,43 @@ def test_blocks_and_chunks_do_not_change_the_result(kind: str, monkeypatch: pyte
             assert_close(f"{kind} chunk {chunk} rows {rows}", got, expected, 1e-12)
 
 
-def test_cut_covers_every_token_once() -> None:
-    for lengths in ((1,), (64, 65), (130, 7, 64), (1, 1)):
-        cut = chunks.cut(lengths, 4)
-        spans = [(block.span, token) for block in cut for token in range(block.start, block.stop)]
-        want = [(i, sum(lengths[:i]) + t) for i, length in enumerate(lengths) for t in range(length)]
-        assert spans == want
-        assert cut.slots == cut.count + len(lengths)
-        used = [slot for block in cut for slot in range(block.states.start, block.states.stop)]
-        assert sorted([*used, *cut.leaving]) == list(range(cut.slots))
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_input_alone_has_its_gradient_from_the_state_alone(kind: str) -> None:
+    for i in range(1, len(inputs(kind, 150))):  # q does not reach the state
+        grads = []
+        for loop in (False, True):
+            x = inputs(kind, 150)
+            x[i].requires_grad_()
+            decay = x[3] if len(x) == 4 else None
+            if loop:
+                final = linear_attention_loop(*x[:3], decay)[1]
+            else:
+                final = hsp.linear_attention(*x[:3], log_decay=decay, return_final_state=True)[1]
+            assert isinstance(final, Tensor)
+            grads.append(torch.autograd.grad(final.square().sum(), x[i])[0])
+        assert_close(f"{kind} input {i}", *grads, 1e-10)
+
+
+def test_cut_covers_every_token_once_and_never_crosses_a_document() -> None:
+    for lengths, boundaries in (((1,), ()), ((64, 65), (3, 64, 70, 128)), ((130, 7, 64), (5, 6, 130)), ((1, 1), (1,))):
+        cut = chunks.cut(lengths, 4, boundaries)
+        length = sum(lengths)
+        seen, chunk_of = torch.zeros(1, length, 1, 1), torch.full((1, length, 1), -1)
+        for block in cut:
+            block.add(seen, torch.ones(block.count, block.chunk, 1))
+            numbers = torch.arange(block.first, block.first + block.count)[:, None].expand(-1, block.chunk)
+            block.store(chunk_of, numbers)
+            rows = block.load(torch.arange(1, length + 1)[None, :, None, None], 1).view(block.count, block.chunk)
+            for n, tokens in zip(range(block.first, block.first + block.count), rows.tolist(), strict=True):
+                real = [t - 1 for t in tokens if t]
+                assert real == list(range(real[0], real[0] + len(real)))
+                assert cut.fresh[n] == (real[0] in (*boundaries, *(sum(lengths[:i]) for i in range(len(lengths)))))
+                assert not set(real[1:]) & set(boundaries)
+                span_start = sum(lengths[: block.span])
+                assert cut.reached[n] == (not any(span_start <= t <= real[0] for t in boundaries))
+        assert (seen == 1).all()
+        assert chunk_of.unique().tolist() == list(range(cut.count))
+        ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
+        assert cut.open == tuple(
+            not any(e - n <= t < e for t in boundaries) for e, n in zip(ends, lengths, strict=True)
+        )

@@ -1,0 +1,122 @@
+"""Short causal depthwise convolution of one rank's tokens, and what the tokens before them add, without communication.
+
+    y_t = bias + sum over j < W of weight[:, W-1-j] x_(t-j)
+
+A tap stops at a start: the first token of a span or of a document. Tokens before a span come later, as its halo.
+Without a weight it is the token shift y_t = x_(t-1). Sums are in the dtype of the weight, x may be narrower. The work
+is multiply-adds of shifted tokens, block by block, so that a block stays in the cache: on the CPU ten times as fast as
+torch's depthwise conv1d.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+BLOCK = 1 << 18  # numbers in a block of x, on the CPU
+
+
+class Taps:
+    """The taps of one call: weight [D,W], or None for the shift. `starts` are local tokens, ascending, without 0."""
+
+    def __init__(self, weight: Tensor | None, starts: Sequence[int], tokens: int) -> None:
+        self.width = 2 if weight is None else weight.shape[1]
+        self.weights = [None, None] if weight is None else list(weight.t().flip(0).contiguous())
+        self._crossing = [
+            sorted({t for start in starts for t in range(start, min(start + j, tokens))}) for j in range(self.width)
+        ]
+
+    def crossing(self, j: int, begin: int, end: int) -> list[int]:
+        """Of the tokens [begin, end), those whose tap j would cross a start, counted from begin."""
+        tokens = self._crossing[j]
+        return [t - begin for t in tokens[bisect.bisect_left(tokens, begin) : bisect.bisect_left(tokens, end)]]
+
+
+def blocks(x: Tensor) -> Iterator[tuple[int, int]]:
+    """Ranges of tokens, one after the other."""
+    tokens = x.shape[1]
+    step = max(1, BLOCK // max(1, x.shape[0] * x.shape[2])) if x.device.type == "cpu" else tokens
+    for begin in range(0, tokens, step):
+        yield begin, min(begin + step, tokens)
+
+
+def local_forward(x: Tensor, taps: Taps, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """y [B,T,D] of x [B,T,D] as if every start had zeros before it."""
+    y = x.new_empty(x.shape, dtype=dtype)
+    for begin, end in blocks(x):
+        past = max(0, begin - taps.width + 1)
+        x_block = x[:, past:end].to(dtype)
+        _own_tap(y[:, begin:end], x_block[:, begin - past :], taps.weights[0], bias)
+        for j in range(1, taps.width):
+            t = max(begin, j)
+            if t < end:
+                tap = x_block[:, t - j - past : end - j - past]
+                _add(y[:, t:end], _cleared(tap, taps.crossing(j, t, end)), taps.weights[j])
+    return y
+
+
+def local_backward(
+    dy: Tensor, x: Tensor, taps: Taps, want_x: bool, want_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx [B,T,D] and dweight [D,W] in the dtype of dy."""
+    dx = torch.empty_like(dy) if want_x else None
+    dw = [dy.new_zeros(dy.shape[2]) for _ in range(taps.width)]
+    for begin, end in blocks(dy):
+        past = max(0, begin - taps.width + 1)
+        x_block = x[:, past:end].to(dy.dtype)
+        if dx is not None:
+            _own_tap(dx[:, begin:end], dy[:, begin:end], taps.weights[0], None)
+        for j in range(taps.width):
+            t = max(begin, j)
+            if t < end:
+                given = _cleared(dy[:, t:end], taps.crossing(j, t, end))
+                if dx is not None and j:
+                    _add(dx[:, t - j : end - j], given, taps.weights[j])
+                if want_weight:
+                    dw[j] += (given * x_block[:, t - j - past : end - j - past]).sum((0, 1))
+    return dx, torch.stack(dw[::-1], 1) if want_weight else None
+
+
+def halo_forward(y: Tensor, halo: Tensor, taps: Taps, reaches: Sequence[tuple[int, int]]) -> Tensor:
+    """Add to y, in place, what the W-1 tokens before each span, halo [s,B,W-1,D], give to its first ones: to the span
+    i from the local token reaches[i][0] on, and not beyond reaches[i][1], where its first document ends."""
+    for (first, end), tokens in zip(reaches, halo, strict=True):
+        for j in range(1, taps.width):
+            n = min(j, end - first)
+            _add(y[:, first : first + n], tokens[:, taps.width - 1 - j :][:, :n], taps.weights[j])
+    return y
+
+
+def halo_backward(dy: Tensor, halo: Tensor, taps: Taps, reaches: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    """d_halo [s,B,W-1,D] and its part of dweight [D,W]."""
+    d_halo = torch.zeros_like(halo)
+    dw = dy.new_zeros(taps.width, dy.shape[2])
+    for i, (first, end) in enumerate(reaches):
+        for j in range(1, taps.width):
+            n = min(j, end - first)
+            rows = slice(taps.width - 1 - j, taps.width - 1 - j + n)
+            _add(d_halo[i, :, rows], dy[:, first : first + n], taps.weights[j])
+            dw[j] += (dy[:, first : first + n] * halo[i, :, rows]).sum((0, 1))
+    return d_halo, dw.flip(0).t()
+
+
+def _own_tap(out: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+    """The tap j = 0, which the shift has not."""
+    if weight is None:
+        out.zero_()
+    elif bias is None:
+        torch.mul(x, weight, out=out)
+    else:
+        torch.addcmul(bias, x, weight, out=out)
+
+
+def _add(out: Tensor, x: Tensor, weight: Tensor | None) -> None:
+    out.add_(x) if weight is None else out.addcmul_(x, weight)
+
+
+def _cleared(x: Tensor, tokens: list[int]) -> Tensor:
+    """x with these tokens set to zero; x itself where there are none."""
+    return x.index_fill(1, torch.tensor(tokens, device=x.device), 0) if tokens else x

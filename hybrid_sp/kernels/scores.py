@@ -1,0 +1,132 @@
+"""How much a token reads of those of its chunk: q_t . exp(sums of log decays between s and t) k_s, and the adjoint.
+
+    weights[t, s] = q_t . exp(g_(s+1) + ... + g_t) k_s          s <= t
+    weights[t, s] = q_t . exp(g_(s+1) + ... + g_(t-1)) k_s      s < t, exclusive: token t reads the state before it
+
+and 0 elsewhere. Only sums of g over runs of tokens are exponentiated, so no exponent is ever positive.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .chunks import running_sum, triangle
+
+
+def scores(g: Tensor | None, exclusive: bool = False) -> Scores:
+    """The scores of N chunks under the log decays None, [N, C] or [N, C, K]. One object serves several pairs q, k."""
+    return VectorScores(g, exclusive) if g is not None and g.ndim == 3 else ScalarScores(g, exclusive)
+
+
+class ScalarScores:
+    """Under no decay or one decay per head: (q k^T) * exp(sums of g between s and t)."""
+
+    def __init__(self, g: Tensor | None, exclusive: bool) -> None:
+        self.exclusive = exclusive
+        self.decay = None if g is None else between(g, exclusive).exp_()
+
+    def weights(self, q: Tensor, k: Tensor) -> Tensor:
+        """[N, C, C] of q and k [N, C, K]."""
+        weights = q @ k.mT
+        return weights.tril_(-1 if self.exclusive else 0) if self.decay is None else weights.mul_(self.decay)
+
+    def backward(
+        self, d_weights: Tensor, q: Tensor, k: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """dq, dk, dg; writes over d_weights."""
+        dg = None
+        if self.decay is None:
+            d_weights.tril_(-1 if self.exclusive else 0)
+        else:
+            moved = (d_weights * weights).tril_(-1)
+            dg = _between_backward(moved.sum(2), moved.sum(1), self.exclusive)
+            d_weights.mul_(self.decay)
+        return d_weights @ k, d_weights.mT @ q, dg
+
+
+class VectorScores:
+    """Under a decay per key channel, by halving: a chunk is two halves with a rectangle between them, and each half is
+    two quarters, and so on. In a rectangle every pair (s, t) is parted by the middle m, so its decay is
+    exp(sum over (s, m]) * exp(sum over (m, t]) with both exponents at most 0, and the rectangle is one matrix product.
+    Sums are built upwards from single tokens. The diagonal has no decay."""
+
+    def __init__(self, g: Tensor, exclusive: bool) -> None:
+        self.exclusive = exclusive
+        self.levels: list[tuple[int, Tensor, Tensor]] = []  # half length, decay of the right half's q, of the left's k
+        through, after = g.clone(), torch.zeros_like(g)
+        half = 1
+        while half < g.shape[1]:
+            (total, right), (left, _) = _halves(through, half), _halves(after, half)
+            read = F.pad(right[:, :, :-1], (0, 0, 1, 0)) if exclusive else right
+            self.levels.append((half, read.exp(), left.exp()))
+            left += right[:, :, -1:]
+            right += total[:, :, -1:]
+            half *= 2
+
+    def weights(self, q: Tensor, k: Tensor) -> Tensor:
+        """[N, C, C] of q and k [N, C, K]."""
+        weights = q.new_zeros(*q.shape[:2], q.shape[1]) if self.exclusive else torch.diag_embed((q * k).sum(-1))
+        for half, right, left in self.levels:
+            q_right, k_left = _halves(q, half)[1] * right, _halves(k, half)[0] * left
+            _rectangles(weights, half).copy_(q_right @ k_left.mT)
+        return weights
+
+    def backward(self, d_weights: Tensor, q: Tensor, k: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk, dg."""
+        dq, dk = torch.zeros_like(q), torch.zeros_like(k)
+        for half, right, left in self.levels:
+            d_rectangle = _rectangles(d_weights, half)
+            q_right, k_left = _halves(q, half)[1] * right, _halves(k, half)[0] * left
+            _halves(dq, half)[1].addcmul_(d_rectangle @ k_left, right)
+            _halves(dk, half)[0].addcmul_(d_rectangle.mT @ q_right, left)
+        dg = _between_backward(q * dq, k * dk, self.exclusive)
+        if not self.exclusive:
+            diagonal = d_weights.diagonal(dim1=1, dim2=2).unsqueeze(-1)
+            dq.addcmul_(diagonal, k)
+            dk.addcmul_(diagonal, q)
+        return dq, dk, dg
+
+
+Scores = ScalarScores | VectorScores
+
+
+def between(g_NC: Tensor, exclusive: bool = False) -> Tensor:
+    """sums[n, t, s] = g[n, s+1] + ... + g[n, t] for s <= t (exclusive: through t-1, for s < t), and -inf elsewhere.
+
+    Running sums are kept in two parts, together as exact as fp64, so that their differences are exact in the dtype of g
+    also beside a decay of -1e4.
+    """
+    through = g_NC.double().cumsum(1)
+    until = F.pad(through[:, :-1], (1, 0)) if exclusive else through
+    (high_t, low_t), (high_s, low_s) = (_two_parts(x, g_NC.dtype) for x in (until, through))
+    sums = (high_t[:, :, None] - high_s[:, None, :]).add_(low_t[:, :, None]).sub_(low_s[:, None, :])
+    mask = triangle(g_NC.shape[1], "strict mask" if exclusive else "mask", g_NC.dtype, g_NC.device)
+    return sums.add_(mask)
+
+
+def _two_parts(exact: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    high = exact.to(dtype)
+    return high, (exact - high).to(dtype)
+
+
+def _between_backward(read: Tensor, written: Tensor, exclusive: bool) -> Tensor:
+    """dg_j = the gradient of all pairs s < j <= t (exclusive: s < j < t), from the pairs' sums at t and at s: those
+    with t past j, less those with s not before it."""
+    if exclusive:
+        return running_sum(read, "after") - running_sum(written, "from")
+    return running_sum(read - written, "from")
+
+
+def _halves(x: Tensor, half: int) -> tuple[Tensor, Tensor]:
+    """Left and right halves, [N, pairs, half, K] each."""
+    pairs = x.unflatten(1, (x.shape[1] // (2 * half), 2, half))
+    return pairs[:, :, 0], pairs[:, :, 1]
+
+
+def _rectangles(square: Tensor, half: int) -> Tensor:
+    """The rectangles (t in a right half, s in its left half) of [N, C, C], as a view [N, pairs, half, half]."""
+    count = square.shape[1] // (2 * half)
+    blocks = square.unflatten(2, (count, 2, half)).unflatten(1, (count, 2, half))
+    return blocks[:, :, 1, :, :, 0].diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
