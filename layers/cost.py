@@ -1,4 +1,4 @@
-"""Cost: what a part of the model weighs, computes per token and keeps for decoding."""
+"""Cost: what a part of the model weighs, computes per token, keeps for decoding and sends between ranks."""
 
 from __future__ import annotations
 
@@ -8,19 +8,70 @@ import torch
 
 
 @dataclass(frozen=True, kw_only=True)
+class Attention:
+    """The part of a cost that depends on the length: token t sees the last `window` of t + 1 keys, or with None all."""
+
+    heads: int  # of queries
+    kv_heads: int
+    width: int  # of a head
+    window: int | None = None
+
+    @property
+    def mixing(self) -> int:
+        """FLOPs per pair of a query and a key that it sees: q k^T and p v."""
+        return 4 * self.heads * self.width
+
+    @property
+    def cache(self) -> int:
+        """Numbers kept per key, in the model's dtype."""
+        return 2 * self.kv_heads * self.width
+
+    def keys(self, length: int) -> int:
+        """Keys that the last of `length` tokens sees."""
+        return length if self.window is None else min(length, self.window)
+
+    def pairs(self, length: int) -> int:
+        """Pairs of a query and a key that it sees, in a sequence of `length` tokens."""
+        keys = self.keys(length)
+        return keys * (keys + 1) // 2 + (length - keys) * keys
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What a rank tells the others of a span in a recurrence: per head a state [key, value] and a transition: none or
+    fixed (not sent), scalar, vector or matrix. `normalize` adds a state [key]."""
+
+    heads: int
+    key: int
+    value: int
+    transition: str = "none"
+    normalize: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Halo:
+    """The tokens before each span that a convolution or a token shift reads, of so many channels."""
+
+    tokens: int
+    channels: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Cost:
     """The cost of one part of the model; costs of parts add up to the cost of the whole.
 
-    Matrix products alone are counted, a multiplication and an addition as 2 FLOPs. A recurrence is counted as it is
-    written, update and read of the state, not as any chunk size computes it.
+    Matrix products and convolutions alone are counted, a multiplication and an addition as 2 FLOPs. A recurrence is
+    counted as it is written, update and read of the state, not as any chunk size computes it.
     """
 
     matrices: int = 0  # parameters that every token is multiplied by
     vectors: int = 0  # parameters that are looked up, scaled by or added
     mixing: int = 0  # FLOPs per token of a recurrence
-    mixing_per_key: int = 0  # FLOPs per pair of a query and a key that it sees
     state: int = 0  # numbers kept per sequence, whatever its length, in fp32 (fp64 for an fp64 model)
-    cache: int = 0  # numbers kept per token of a sequence, in the model's dtype
+    recent: int = 0  # numbers kept per sequence, whatever its length, in the model's dtype
+    attention: tuple[Attention, ...] = ()  # what grows with the length
+    summaries: tuple[Summary, ...] = ()  # sent where a sequence is cut over ranks
+    halos: tuple[Halo, ...] = ()  # likewise
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(**{name: getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__})
@@ -30,11 +81,17 @@ class Cost:
         """How many parameters there are."""
         return self.matrices + self.vectors
 
+    def flops(self, length: int) -> int:
+        """FLOPs of the forward pass over a sequence of `length` tokens."""
+        pairs = sum(part.mixing * part.pairs(length) for part in self.attention)
+        return (2 * self.matrices + self.mixing) * length + pairs
+
     def flops_per_token(self, length: int) -> float:
-        """FLOPs of the forward pass per token, the mean over a sequence of `length` tokens: token t sees t + 1 keys."""
-        return 2 * self.matrices + self.mixing + self.mixing_per_key * (length + 1) / 2
+        """FLOPs of the forward pass per token, the mean over a sequence of `length` tokens."""
+        return self.flops(length) / length
 
     def state_bytes(self, batch: int, length: int, dtype: torch.dtype = torch.float32) -> int:
         """Bytes of the decoding cache of `batch` sequences after `length` tokens each, for a model of this dtype."""
         wide = torch.promote_types(dtype, torch.float32)
-        return batch * (self.state * wide.itemsize + self.cache * length * dtype.itemsize)
+        narrow = self.recent + sum(part.cache * part.keys(length) for part in self.attention)
+        return batch * (self.state * wide.itemsize + narrow * dtype.itemsize)

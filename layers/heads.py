@@ -7,15 +7,27 @@ from collections.abc import Sequence
 from einops import rearrange
 from torch import Tensor, nn
 
+Sizes = Sequence[tuple[int, int]]  # (heads, width) of tensors that lie beside one another in the channels
+
+
+def channels(sizes: Sizes) -> int:
+    """How many channels tensors of these sizes have together."""
+    return sum(heads * width for heads, width in sizes)
+
+
+def cut_heads(x_BTC: Tensor, sizes: Sizes) -> list[Tensor]:
+    """One [B, T, heads, width] tensor for each pair (heads, width), in the order of the channels."""
+    parts = x_BTC.split([heads * width for heads, width in sizes], dim=-1)
+    return [rearrange(x, "b t (h d) -> b t h d", h=h) for x, (h, _) in zip(parts, sizes, strict=True)]
+
 
 class HeadProjection(nn.Module):
     """x_BTD -> one [B, T, heads, width] tensor for each pair (heads, width), all from one matrix product."""
 
-    def __init__(self, dim: int, sizes: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, dim: int, sizes: Sizes) -> None:
         super().__init__()
         self.sizes = tuple(sizes)
-        self.linear = nn.Linear(dim, sum(heads * width for heads, width in sizes), bias=False)
+        self.linear = nn.Linear(dim, channels(sizes), bias=False)
 
     def forward(self, x_BTD: Tensor) -> list[Tensor]:
-        parts = self.linear(x_BTD).split([heads * width for heads, width in self.sizes], dim=-1)
-        return [rearrange(x, "b t (h d) -> b t h d", h=h) for x, (h, _) in zip(parts, self.sizes, strict=True)]
+        return cut_heads(self.linear(x_BTD), self.sizes)

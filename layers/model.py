@@ -36,7 +36,8 @@ class HybridLM(nn.Module):
         """Draws all weights anew; they depend on the config and the seed alone, not on device, dtype, rank or world.
 
         Matrices are normal with variance 1 / inputs, those that write to the residual stream with 1 / (2 depth) of
-        that, so that its variance does not grow with the depth; the embedding has variance 1 / dim.
+        that, so that its variance does not grow with the depth; the embedding has variance 1 / dim. A module with
+        parameters of another kind draws these, and no submodule's, in its own `draw_weights(generator)`.
         """
         generator = torch.Generator("cpu").manual_seed(seed)
 
@@ -53,6 +54,8 @@ class HybridLM(nn.Module):
                 draw(module.weight, 1 / module.embedding_dim)
             elif isinstance(module, nn.RMSNorm):
                 module.weight.fill_(1.0)
+            elif own := getattr(module, "draw_weights", None):
+                own(generator)
 
     def hidden(self, tokens_BT: Tensor, shard: Shard | None = None) -> Tensor:
         """What the head reads, [B, T, D]."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -14,97 +14,182 @@ from torch import Tensor, nn
 import hybrid_sp as hsp
 from hybrid_sp.layout import Shard
 from layers.cache import LayerCache
-from layers.cost import Cost
-from layers.heads import HeadProjection
+from layers.conv import ShortConv
+from layers.cost import Cost, Summary
+from layers.heads import HeadProjection, Sizes, channels, cut_heads
+from layers.norm import HeadNorm
 from layers.registry import Place
 from layers.rotary import token_positions
 
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
-    """The sizes of a linear mixer, and how its output leaves the heads.
+    """The sizes of a linear mixer, what its recurrence is, and how its output leaves the heads.
 
     The state is S_BHKV, and z_BHK beside it with `normalize`. Unnormalised outputs grow with the tokens read, so these
-    pass through an RMSNorm: per head with one weight [V], or with `joint_norm` over all heads with a weight [H*V].
+    pass through an RMSNorm: per head with one weight [V], with `joint_norm` over all heads with a weight [H*V], or with
+    `group_norm` over the heads that share a key, with a weight [H*V].
     """
 
-    heads: int
-    key: int
+    heads: int  # of values, decays and states
+    key: int  # width of queries and keys as they meet the state
     value: int
+    groups: int | None = None  # heads of queries and keys; value head h reads h // (heads // groups). None: heads
+    features: int | None = None  # width of queries and keys as they are projected, before a feature map; None: key
+    conv: int = 0  # width of the short convolution, with SiLU, that queries, keys and values pass through; 0: none
+    conv_bias: bool = False
     decay: str = "none"  # of the state: none, fixed (per head), scalar (per head and token) or vector (over K as well)
+    delta: bool = False  # the delta rule: what the state has under a key is replaced, not added to
+    scale: float | None = None  # of what is read; None: K**-0.5
     gate: Callable[[Tensor], Tensor] | None = None  # the activation of the output gate
+    gate_rank: int = 0  # channels in which the two matrices that project the gate meet; 0: it is one matrix
+    gate_first: bool = False  # norm(o * gate) instead of norm(o) * gate
     normalize: bool = False
     joint_norm: bool = False
+    group_norm: bool = False
 
     @property
-    def sizes(self) -> list[tuple[int, int]]:
-        """(heads, width) of the query, the key, the value and, if there is one, the output gate."""
-        widths = [self.key, self.key, self.value] + ([self.value] if self.gate else [])
-        return [(self.heads, width) for width in widths]
+    def key_heads(self) -> int:
+        """Heads of queries and keys."""
+        return self.heads if self.groups is None else self.groups
+
+    @property
+    def mixed(self) -> Sizes:
+        """(heads, width) of the query, the key and the value, as they are projected."""
+        width = self.key if self.features is None else self.features
+        return [(self.key_heads, width), (self.key_heads, width), (self.heads, self.value)]
+
+    @property
+    def sizes(self) -> Sizes:
+        """(heads, width) of all that one matrix product projects: query, key, value, and a gate of full rank."""
+        return [*self.mixed, *([(self.heads, self.value)] if self.gate and not self.gate_rank else [])]
 
     @property
     def norm_heads(self) -> int:
         """Heads that one output norm is taken over; 0 if the normaliser takes its place."""
         if self.normalize:
             return 0
+        if self.group_norm:
+            return self.heads // self.key_heads
         return self.heads if self.joint_norm else 1
+
+    @property
+    def norm_weights(self) -> int:
+        """Heads whose channels have an output norm's weight of their own."""
+        return self.heads if self.group_norm else self.norm_heads
+
+    @property
+    def summary(self) -> Summary:
+        """What is sent of a span."""
+        transition = "matrix" if self.delta else self.decay
+        sizes = {"heads": self.heads, "key": self.key, "value": self.value}
+        return Summary(**sizes, transition=transition, normalize=self.normalize)
 
     def cost(self, dim: int) -> Cost:
         """The cost of a mixer of this form, without what its rule adds."""
-        matrix = self.heads * self.key * self.value
+        values = self.heads * self.value
+        matrix = values * self.key
         normaliser = self.heads * self.key if self.normalize else 0
-        return Cost(
-            matrices=dim * sum(heads * width for heads, width in [*self.sizes, (self.heads, self.value)]),
-            vectors=self.norm_heads * self.value,
-            mixing=4 * matrix + 2 * normaliser,  # S + k^T v and q S; q z
+        cost = Cost(
+            matrices=dim * (channels(self.sizes) + values) + self.gate_rank * (dim + values),
+            vectors=self.norm_weights * self.value,
+            mixing=(6 if self.delta else 4) * matrix + 2 * normaliser,  # S + k^T v and q S, with delta k S; q z
             state=matrix + normaliser,
+            summaries=(self.summary,),
         )
+        return cost + ShortConv.cost(channels(self.mixed), self.conv, bias=self.conv_bias) if self.conv else cost
+
+
+class Inputs(NamedTuple):
+    """What a rule makes of one run of tokens: the arguments of hsp.delta_rule if beta is given, else those of
+    hsp.linear_attention, and a `skip` that is added to what they return."""
+
+    q: Tensor  # [B,T,G,K]
+    k: Tensor  # [B,T,G,K]
+    v: Tensor  # [B,T,H,V]
+    log_decay: Tensor | None = None  # [H], [B,T,H] or [B,T,H,K]
+    beta: Tensor | None = None  # [B,T,H]
+    bonus: Tensor | None = None  # [H,K]
+    skip: Tensor | None = None  # [B,T,H,V]
 
 
 class RecurrentMixer(nn.Module):
-    """x_BTD -> q, k, v, gate; the rule turns q, k into queries, keys and a log decay; then
+    """x_BTD -> q, k, v, gate, the first three through a short convolution if there is one; the rule turns them into
+    the inputs of a recurrence; then
 
-        S_t = exp(log_decay_t) S_(t-1) + k_t^T v_t        y_t = (norm(q_t S_t / sqrt(K)) * gate(g_t)) W_output
+        S_t = exp(log_decay_t) S_(t-1) + k_t^T v_t        y_t = (norm(scale * q_t S_t) * gate(g_t)) W_output
 
-    `rule(x_BTD, q_BTHK, k_BTHK, positions_T)` returns (q_BTHK, k_BTHK, log_decay), log_decay as hsp.linear_attention
-    takes it. One token after another with a cache is this same forward, from state to state.
+    or with the delta rule S_t = (I - beta_t k_t^T k_t) exp(log_decay_t) S_(t-1) + beta_t k_t^T v_t.
+    `rule(x_BTD, q, k, v, positions_T)` returns Inputs. One token after another with a cache is this same forward, from
+    state to state.
     """
 
     def __init__(self, form: Form, place: Place, rule: nn.Module) -> None:
         super().__init__()
+        values = form.heads * form.value
         self.form = form
         self.project = HeadProjection(place.dim, form.sizes)
+        if form.conv:
+            self.conv = ShortConv(channels(form.mixed), form.conv, bias=form.conv_bias)
         self.rule = rule
+        self.norm: nn.Module = nn.Identity()
         if form.norm_heads:
-            self.norm = nn.RMSNorm(form.norm_heads * form.value, eps=place.norm_eps)
-        self.output = nn.Linear(form.heads * form.value, place.dim, bias=False)
+            self.norm = HeadNorm(form.norm_heads, form.norm_weights, form.value, place.norm_eps)
+        if form.gate_rank:
+            halves = nn.Linear(place.dim, form.gate_rank, bias=False), nn.Linear(form.gate_rank, values, bias=False)
+            self.gate = nn.Sequential(*halves)
+        self.output = nn.Linear(values, place.dim, bias=False)
 
     def init_cache(self, batch: int) -> LayerCache:
         """The state before the first token: zero, in the dtype of the model, at least fp32."""
         form, weight = self.form, self.output.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
         state = torch.zeros(batch, form.heads, form.key, form.value, device=weight.device, dtype=dtype)
-        return LayerCache(position=0, tensors=(state, state[..., 0].clone()) if form.normalize else (state,))
+        recent = [self.conv.init_state(batch)] if form.conv else []
+        normaliser = [state[..., 0].clone()] if form.normalize else []
+        return LayerCache(position=0, tensors=(*recent, state, *normaliser))
 
     def forward(
         self, x_BTD: Tensor, shard: Shard | None = None, cache: LayerCache | None = None
     ) -> tuple[Tensor, LayerCache | None]:
+        form = self.form
         positions_T = token_positions(x_BTD, shard, cache)
-        q_BTHK, k_BTHK, v_BTHV, *gate_BTHV = self.project(x_BTD)
-        q_BTHK, k_BTHK, log_decay = self.rule(x_BTD, q_BTHK, k_BTHK, positions_T)
-        normalize, norm_heads = self.form.normalize, self.form.norm_heads
-        recur: Callable[..., Any] = partial(
-            hsp.linear_attention, q_BTHK, k_BTHK, v_BTHV, log_decay=log_decay, normalize=normalize
-        )
-        if cache is None:
-            o_BTHV = recur(shard=shard)
+        state = () if cache is None else cache.tensors
+        recent, state = (state[0], state[1:]) if state and form.conv else (None, state)
+
+        projected_BTC, width = self.project.linear(x_BTD), channels(form.mixed)
+        mixed_BTC, gate_BTC = projected_BTC[..., :width], projected_BTC[..., width:]
+        if form.conv:
+            mixed_BTC, recent = self.conv(mixed_BTC, shard, recent)
+        inputs = self.rule(x_BTD, *cut_heads(mixed_BTC, form.mixed), positions_T)
+        o_BTHV, state = self._recur(inputs, shard, state)
+        if cache is not None:
+            cache = cache.extended(x_BTD.shape[1], *([] if recent is None else [recent]), *state)
+
+        if form.gate is None:
+            y_BTHV = self.norm(o_BTHV)
         else:
-            initial = cache.tensors if normalize else cache.tensors[0]
-            o_BTHV, final = recur(initial_state=initial, return_final_state=True)
-            cache = cache.extended(x_BTD.shape[1], *(final if normalize else [final]))
-        if norm_heads:
-            groups = self.norm(rearrange(o_BTHV, "b t (g n) v -> b t g (n v)", n=norm_heads))
-            o_BTHV = rearrange(groups, "b t g (n v) -> b t (g n) v", n=norm_heads)
-        if self.form.gate:
-            o_BTHV = o_BTHV * self.form.gate(*gate_BTHV)
-        return self.output(rearrange(o_BTHV, "b t h v -> b t (h v)")), cache
+            (gate_BTHV,) = cut_heads(self.gate(x_BTD) if form.gate_rank else gate_BTC, [(form.heads, form.value)])
+            gate_BTHV = form.gate(gate_BTHV)
+            y_BTHV = self.norm(o_BTHV * gate_BTHV) if form.gate_first else self.norm(o_BTHV) * gate_BTHV
+        return self.output(rearrange(y_BTHV, "b t h v -> b t (h v)")), cache
+
+    def _recur(
+        self, inputs: Inputs, shard: Shard | None, state: tuple[Tensor, ...]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """o_BTHV, and if a state is given the state after these tokens."""
+        q, k, v, log_decay, beta, bonus, skip = inputs
+        recur: Any
+        if beta is not None:
+            recur = partial(hsp.delta_rule, beta=beta)
+        else:
+            recur = partial(hsp.linear_attention, bonus=bonus, normalize=self.form.normalize)
+        recur = partial(recur, q, k, v, log_decay=log_decay, scale=self.form.scale)
+        if not state:
+            o_BTHV = recur(shard=shard)
+        elif self.form.normalize:
+            o_BTHV, state = recur(initial_state=state, return_final_state=True)
+        else:
+            o_BTHV, final = recur(initial_state=state[0], return_final_state=True)
+            state = (final,)
+        return o_BTHV if skip is None else o_BTHV + skip, state

@@ -42,6 +42,12 @@ class Place:
             )
         return width
 
+    def groups(self, count: int, *, option: str) -> int:
+        """Heads of keys, each shared by as many heads of values, as the mixer's `option` asks; 0: as many as heads."""
+        if count and self.heads % count:
+            raise ValueError(f"heads {self.heads} is not a multiple of {option} {count}; change one of them")
+        return count or self.heads
+
 
 class Mixer(Protocol):
     """What a block needs of a mixer: an nn.Module that moves information between tokens.
@@ -91,6 +97,13 @@ def unknown(kind: str, name: str, known: Iterable[str], owner: str = "") -> Valu
     nearest = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
     return ValueError(f"unknown {kind} {name!r}{owner}; {hint}known: {', '.join(names) or 'none'}")
+
+
+def at_least(least: int, mixer: str, **options: int) -> None:
+    """ValueError for an option of the mixer that is less than the least."""
+    for option, value in options.items():
+        if value < least:
+            raise ValueError(f"{option} of {mixer} is {value}; it must be at least {least}")
 
 
 def mixer_spec(name: str, **options: Any) -> MixerSpec:

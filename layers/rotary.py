@@ -6,13 +6,12 @@ import torch
 from torch import Tensor
 
 from hybrid_sp.layout import Shard
-from layers.cache import LayerCache
+from layers.cache import LayerCache, require_one_device
 
 
 def token_positions(x_BTD: Tensor, shard: Shard | None, cache: LayerCache | None) -> Tensor:
     """The position [T] of each local token: the shard's, or counted on from the tokens that the cache has read."""
-    if shard is not None and cache is not None:
-        raise ValueError("got both a shard and a cache: decoding runs on one device; leave out the shard")
+    require_one_device(shard, cache)
     if shard is not None:
         return shard.positions.to(x_BTD.device)
     start = 0 if cache is None else cache.position

@@ -1,5 +1,35 @@
 """The mixers, one a file. This list is what makes them known to the registry."""
 
-from layers.mixers import gla, lightning, linear, retention, softmax
+from layers.mixers import (
+    based,
+    delta_net,
+    gated_delta_net,
+    gla,
+    hgrn2,
+    kda,
+    lightning,
+    linear,
+    mamba2,
+    rebased,
+    retention,
+    rwkv6,
+    sliding_window,
+    softmax,
+)
 
-__all__ = ["gla", "lightning", "linear", "retention", "softmax"]
+__all__ = [
+    "based",
+    "delta_net",
+    "gated_delta_net",
+    "gla",
+    "hgrn2",
+    "kda",
+    "lightning",
+    "linear",
+    "mamba2",
+    "rebased",
+    "retention",
+    "rwkv6",
+    "sliding_window",
+    "softmax",
+]

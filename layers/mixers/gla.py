@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from layers.cost import Cost
-from layers.recurrence import Form, RecurrentMixer
+from layers.recurrence import Form, Inputs, RecurrentMixer
 from layers.registry import Place, register
 
 
@@ -56,9 +56,7 @@ class GLARule(nn.Module):
         self.temperature = spec.temperature
         self.low_rank = nn.Sequential(nn.Linear(dim, spec.gate_rank, bias=False), nn.Linear(spec.gate_rank, keys))
 
-    def forward(
-        self, x_BTD: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, positions_T: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x_BTD: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, positions_T: Tensor) -> Inputs:
         gate_BTHK = rearrange(self.low_rank(x_BTD), "b t (h k) -> b t h k", h=q_BTHK.shape[2])
         wide = torch.promote_types(x_BTD.dtype, torch.float32)
-        return q_BTHK, k_BTHK, F.logsigmoid(gate_BTHK.to(wide)) / self.temperature
+        return Inputs(q_BTHK, k_BTHK, v_BTHV, F.logsigmoid(gate_BTHK.to(wide)) / self.temperature)

@@ -1,4 +1,4 @@
-"""Lightning attention: the decays of TransNormerLLM (arXiv 2307.14995) in the layer of MiniMax-01 (arXiv 2501.08313).
+"""Lightning attention: the decays of TransNormerLLM (arXiv 2307.14995), the gate and norm of MiniMax-01 (2501.08313).
 
     S_t = a S_(t-1) + silu(k_t)^T v_t        log a = -(8 h / H) (1 - l / depth) in head h of H in block l, both from 0
     y_t = (RMSNorm(silu(q_t) S_t / sqrt(K)) * sigmoid(g_t)) W_o
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers.cost import Cost
-from layers.recurrence import Form, RecurrentMixer
+from layers.recurrence import Form, Inputs, RecurrentMixer
 from layers.registry import Place, register
 
 
@@ -41,8 +41,6 @@ class LightningRule(nn.Module):
         super().__init__()
         self.slope = 8 / place.heads * (1 - place.layer / place.depth)
 
-    def forward(
-        self, x_BTD: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, positions_T: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x_BTD: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, positions_T: Tensor) -> Inputs:
         head_H = torch.arange(q_BTHK.shape[2], device=x_BTD.device, dtype=torch.float64)
-        return F.silu(q_BTHK), F.silu(k_BTHK), -self.slope * head_H
+        return Inputs(F.silu(q_BTHK), F.silu(k_BTHK), v_BTHV, -self.slope * head_H)

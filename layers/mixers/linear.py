@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers.cost import Cost
-from layers.recurrence import Form, RecurrentMixer
+from layers.recurrence import Form, Inputs, RecurrentMixer
 from layers.registry import Place, register, unknown
 
 FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -58,7 +58,5 @@ class LinearRule(nn.Module):
         super().__init__()
         self.feature_map = feature_map
 
-    def forward(
-        self, x_BTD: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, positions_T: Tensor
-    ) -> tuple[Tensor, Tensor, None]:
-        return self.feature_map(q_BTHK), self.feature_map(k_BTHK), None
+    def forward(self, x_BTD: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, positions_T: Tensor) -> Inputs:
+        return Inputs(self.feature_map(q_BTHK), self.feature_map(k_BTHK), v_BTHV)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers.cost import Cost
-from layers.recurrence import Form, RecurrentMixer
+from layers.recurrence import Form, Inputs, RecurrentMixer
 from layers.registry import Place, register
 from layers.rotary import rotate
 
@@ -44,9 +44,7 @@ class RetentionRule(nn.Module):
         super().__init__()
         self.rope_base = place.rope_base
 
-    def forward(
-        self, x_BTD: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, positions_T: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x_BTD: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, positions_T: Tensor) -> Inputs:
         q_BTHK, k_BTHK = rotate(positions_T, self.rope_base, q_BTHK, k_BTHK)
         head_H = torch.arange(q_BTHK.shape[2], device=x_BTD.device, dtype=torch.float64)
-        return q_BTHK, k_BTHK, torch.log1p(-torch.exp2(-5 - head_H))
+        return Inputs(q_BTHK, k_BTHK, v_BTHV, torch.log1p(-torch.exp2(-5 - head_H)))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import hybrid_sp as hsp
 from hybrid_sp.layout import Shard
 from layers.cache import LayerCache
-from layers.cost import Cost
+from layers.cost import Attention, Cost
 from layers.heads import HeadProjection
 from layers.registry import Place, register
 from layers.rotary import rotate, token_positions
@@ -29,22 +29,19 @@ class SoftmaxSpec:
     letter: ClassVar[str] = "N"
 
     def cost(self, place: Place) -> Cost:
-        queries, keys = place.heads * place.width(even=True), place.kv_heads * place.width()
-        return Cost(
-            matrices=place.dim * (2 * queries + 2 * keys),
-            mixing_per_key=4 * queries,  # q k^T and p v
-            cache=2 * keys,
-        )
+        return SoftmaxMixer.cost(place)
 
     def build(self, place: Place) -> SoftmaxMixer:
         return SoftmaxMixer(place)
 
 
 class SoftmaxMixer(nn.Module):
-    def __init__(self, place: Place) -> None:
+    """Attention to all tokens up to one's own, or with a `window` to the last so many of them."""
+
+    def __init__(self, place: Place, window: int | None = None) -> None:
         super().__init__()
         width = place.width(even=True)
-        self.rope_base = place.rope_base
+        self.rope_base, self.window = place.rope_base, window
         self.kv_shape = (place.kv_heads, width)
         self.project = HeadProjection(place.dim, [(place.heads, width), self.kv_shape, self.kv_shape])
         self.output = nn.Linear(place.heads * width, place.dim, bias=False)
@@ -64,8 +61,20 @@ class SoftmaxMixer(nn.Module):
         q_BTHK, k_BTGK, v_BTGK = self.project(x_BTD)
         q_BTHK, k_BTGK = rotate(positions_T, self.rope_base, q_BTHK, k_BTGK)
         if cache is not None:
-            k_BTGK, v_BTGK = (torch.cat(pair, dim=1) for pair in zip(cache.tensors, (k_BTGK, v_BTGK), strict=True))
+            # The only query is the last token, which sees all keys that are kept.
+            kept = slice(None if self.window is None else -self.window, None)
+            pairs = zip(cache.tensors, (k_BTGK, v_BTGK), strict=True)
+            k_BTGK, v_BTGK = (torch.cat(pair, dim=1)[:, kept] for pair in pairs)
             cache = cache.extended(tokens, k_BTGK, v_BTGK)
-        # With a cache the only query is the last token, which sees all keys.
-        o_BTHK = hsp.softmax_attention(q_BTHK, k_BTGK, v_BTGK, shard=shard, causal=cache is None)
+            o_BTHK = hsp.softmax_attention(q_BTHK, k_BTGK, v_BTGK, causal=False)
+        else:
+            o_BTHK = hsp.softmax_attention(q_BTHK, k_BTGK, v_BTGK, shard=shard, window=self.window)
         return self.output(rearrange(o_BTHK, "b t h k -> b t (h k)")), cache
+
+    @staticmethod
+    def cost(place: Place, window: int | None = None) -> Cost:
+        """The cost of a mixer built from the same arguments."""
+        width = place.width(even=True)
+        attention = Attention(heads=place.heads, kv_heads=place.kv_heads, width=width, window=window)
+        matrices = place.dim * 2 * (place.heads + place.kv_heads) * width
+        return Cost(matrices=matrices, attention=(attention,))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -42,9 +46,11 @@ def test_forms_say_how_the_state_decays() -> None:
     for case in CASES:
         mixer = case.build()
         if isinstance(mixer, RecurrentMixer):
-            q, k, *_ = mixer.project(tokens(5))
-            log_decay = mixer.rule(tokens(5), q, k, torch.arange(5))[2]
+            q, k, v, *_ = mixer.project(tokens(5))
+            inputs = mixer.rule(tokens(5), q, k, v, torch.arange(5))
+            log_decay = inputs.log_decay
             assert (None if log_decay is None else log_decay.ndim) == dims[mixer.form.decay], case
+            assert (inputs.beta is not None) == mixer.form.delta, case
 
 
 @every_case
@@ -60,17 +66,20 @@ def test_decoding_is_the_parallel_forward(case: Case) -> None:
 
 
 @every_case
-def test_a_token_changes_nothing_before_it_and_everything_after(case: Case) -> None:
+def test_a_token_changes_nothing_before_it_and_all_that_see_it(case: Case) -> None:
     mixer = case.build()
     x = tokens(70)
     y, _ = mixer(x)
-    for t in (1, 33, 69):
+    for t in (1, 33, 60, 69):
         changed = x.clone()
         changed[0, t] += 1
         y_changed, _ = mixer(changed)
         assert torch.equal(y_changed[:, :t], y[:, :t]), f"token {t} leaks into the past"
         assert torch.equal(y_changed[1], y[1]), f"token {t} leaks into another sequence"
-        assert (y_changed[0, t:] != y[0, t:]).any(dim=-1).all(), f"token {t} is not seen by all that follow"
+        end = t + case.options.get("window", case.memory)
+        assert (y_changed[0, t:end] != y[0, t:end]).any(dim=-1).all(), f"token {t} is not seen by all that follow"
+        if "window" in case.options:
+            assert torch.equal(y_changed[0, end:], y[0, end:]), f"token {t} is seen from beyond the window"
 
 
 @every_case
@@ -81,11 +90,12 @@ def test_dtypes(case: Case, dtype: torch.dtype, bound: float) -> None:
     assert y.dtype == dtype
     assert relative(y, case.build()(tokens(40))[0]) < bound
     cache = mixer.init_cache(2)
-    state_dtype = dtype if case.mixer == "softmax" else torch.float32
     for t in range(3):
         step, cache = mixer(tokens(40, dtype)[:, t : t + 1], cache=cache)
         assert step.dtype == dtype
-        assert {tensor.dtype for tensor in cache.tensors} == {state_dtype}
+        assert [tensor.dtype for tensor in cache.tensors] == [tensor.dtype for tensor in mixer.init_cache(2).tensors]
+        if isinstance(mixer, RecurrentMixer):
+            assert {tensor.dtype for tensor in cache.tensors[bool(mixer.form.conv) :]} == {torch.float32}
         assert relative(step[:, 0], y[:, t]) < bound
 
 
@@ -95,7 +105,8 @@ def test_cost_is_what_is_counted(case: Case, dtype: torch.dtype, monkeypatch: py
     batch, length = 3, 7
     mixer = case.build(dtype)
     cost = mixer_spec(case.mixer, **case.options).cost(PLACE)
-    assert cost.parameters == sum(weight.numel() for weight in mixer.parameters())
+    assert cost.matrices == sum(weight.numel() for weight in mixer.parameters() if weight.ndim > 1)
+    assert cost.vectors == sum(weight.numel() for weight in mixer.parameters() if weight.ndim == 1)
 
     cache = mixer.init_cache(batch)
     x = tokens(length, dtype, batch)
@@ -104,30 +115,81 @@ def test_cost_is_what_is_counted(case: Case, dtype: torch.dtype, monkeypatch: py
     assert cost.state_bytes(batch, length, dtype) == sum(tensor.nbytes for tensor in cache.tensors)
 
     monkeypatch.setattr(hsp, "linear_attention", countable_linear_attention)
+    monkeypatch.setattr(hsp, "delta_rule", countable_delta_rule)
+    monkeypatch.setattr(hsp, "short_conv", countable_short_conv)
     monkeypatch.setattr(hsp, "softmax_attention", countable_softmax_attention)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         mixer(x)
-    assert cost.flops_per_token(length) * batch * length == counter.get_total_flops()
+    assert cost.flops(length) * batch == counter.get_total_flops()
 
 
-def countable_linear_attention(q: Tensor, k: Tensor, v: Tensor, *, log_decay, normalize, shard) -> Tensor:  # type: ignore[no-untyped-def]
+def countable_linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, log_decay, bonus, scale, shard, normalize=False
+) -> Tensor:  # type: ignore[no-untyped-def]
     """The recurrence with its sizes alone, each product a batched matrix product, which the counter knows."""
     outputs = []
-    S = q.new_zeros(q[:, 0].numel() // q.shape[-1], q.shape[-1], v.shape[-1])
-    for q_t, k_t, v_t in zip(q.unbind(1), k.unbind(1), v.unbind(1), strict=True):
-        S = torch.baddbmm(S, k_t.flatten(0, 1)[:, :, None], v_t.flatten(0, 1)[:, None, :])
-        outputs.append(torch.bmm(q_t.flatten(0, 1)[:, None, :], S).view_as(v_t))
-        if normalize:
-            torch.bmm(q_t.flatten(0, 1)[:, None, :], k_t.flatten(0, 1)[:, :, None])
-    return torch.stack(outputs, dim=1)
+    for q_BH1K, k_BHK1, v_BH1V, S in countable_states(q, k, v):
+        torch.baddbmm(S, k_BHK1, v_BH1V)
+        outputs.append(torch.bmm(q_BH1K, S))
+        if normalize or bonus is not None:  # q z, or r (u k)
+            torch.bmm(q_BH1K, k_BHK1)
+    return torch.stack(outputs, dim=1).view_as(v)
 
 
-def countable_softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, shard, causal) -> Tensor:  # type: ignore[no-untyped-def]
-    """Each query against the keys up to it, each product a batched matrix product, which the counter knows."""
+def countable_delta_rule(q: Tensor, k: Tensor, v: Tensor, *, beta, log_decay, scale, shard) -> Tensor:  # type: ignore[no-untyped-def]
+    """The same for the delta rule: what the state has under a key, its replacement, and the read."""
+    outputs = []
+    for q_BH1K, k_BHK1, v_BH1V, S in countable_states(q, k, v):
+        held_BH1V = torch.bmm(k_BHK1.mT, S)
+        torch.baddbmm(S, k_BHK1, v_BH1V - held_BH1V)
+        outputs.append(torch.bmm(q_BH1K, S))
+    return torch.stack(outputs, dim=1).view_as(v)
+
+
+def countable_states(q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """For each token q as a row, k as a column and v as a row, [B*H, ...], and a state."""
+    q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], dim=2) for x in (q, k))
+    S = q.new_zeros(v[:, 0].numel() // v.shape[-1], q.shape[-1], v.shape[-1])
+    for t in range(q.shape[1]):
+        q_t, k_t, v_t = (x[:, t].flatten(0, 1) for x in (q, k, v))
+        yield q_t[:, None], k_t[:, :, None], v_t[:, None], S
+
+
+def countable_short_conv(x: Tensor, weight: Tensor, bias: Tensor | None, *, activation, shard) -> Tensor:  # type: ignore[no-untyped-def]
+    """W products in every channel of every token."""
+    width = weight.shape[1]
+    windows_DXW = F.pad(x, (0, 0, width - 1, 0)).unfold(1, width, 1).flatten(0, 1).transpose(0, 1)
+    return torch.bmm(windows_DXW, weight[:, :, None])[..., 0].T.reshape(x.shape)
+
+
+def countable_softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, shard, window) -> Tensor:  # type: ignore[no-untyped-def]
+    """Each query against the keys that it sees, each product a batched matrix product, which the counter knows."""
     repeats = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(repeats, dim=2) for x in (k, v))
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
     outputs = []
     for t in range(q.shape[1]):
-        outputs.append(torch.bmm(torch.bmm(q[:, t : t + 1], k[:, : t + 1].mT).softmax(-1), v[:, : t + 1]))
+        seen = slice(max(0, t + 1 - (window or t + 1)), t + 1)
+        outputs.append(torch.bmm(torch.bmm(q[:, t : t + 1], k[:, seen].mT).softmax(-1), v[:, seen]))
     return torch.cat(outputs, dim=1).unflatten(0, (-1, PLACE.heads)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("lower_bound", ["learned", "fixed", "none"])
+@pytest.mark.parametrize("layer", [0, 3])
+def test_forget_gates_of_hgrn2_at_their_ends(lower_bound: str, layer: int) -> None:
+    """In fp32 and at any logit the log of the gate is its own in fp64, and no gradient is lost in an infinity."""
+    place = dataclasses.replace(PLACE, layer=layer)
+    rule = mixer_spec("hgrn2", lower_bound=lower_bound).build(place).rule
+    bound = 0.0 if lower_bound == "none" else layer / 4
+    logits = torch.tensor([-1e4, -200.0, -30.0, -3.0, 0.0, 3.0, 30.0, 200.0, 1e4])
+    x = logits[:, None, None, None].expand(9, 1, 4, 6).clone().requires_grad_()
+    inputs = rule(x, x, x, x, torch.arange(1))
+    log_f, write = inputs.log_decay[:, 0, 0, 0], inputs.k[:, 0, 0, 0]
+    wide = logits.double()
+    want = torch.log(bound + (1 - bound) * torch.sigmoid(wide)) if bound else F.logsigmoid(wide)
+    assert (log_f <= 0).all()
+    torch.testing.assert_close(log_f.double(), want, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(write.double(), (1 - bound) * torch.sigmoid(-wide), rtol=1e-5, atol=1e-30)
+    (inputs.log_decay.sum() + inputs.k.sum()).backward()
+    assert x.grad.isfinite().all()
+    assert all(weight.grad.isfinite().all() for weight in rule.parameters())

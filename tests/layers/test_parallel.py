@@ -1,13 +1,14 @@
-"""Mixers and the whole model with the sequence cut over ranks, against one device in float64, on every rank."""
+"""The whole model with the sequence cut over ranks, against one device in float64, on every rank."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import hybrid_sp as hsp
@@ -15,50 +16,12 @@ from hybrid_sp import collectives
 from hybrid_sp.kernels import chunks
 from hybrid_sp.layout import LAYOUTS
 from layers.model import HybridLM
+from layers.registry import MIXERS
 from layers.spec import ModelConfig
-from tests.layers.cases import CASES, Case, tokens
 from tests.support.oracle import assert_close
 from tests.support.ranks import run_ranks
 
-LENGTHS = (11, 137)  # fewer tokens than a chunk, and chunks of uneven spans
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_mixers_agree_with_one_device(ranks: int) -> None:
-    run_ranks(compare_mixers, ranks)
-
-
-def compare_mixers(group: Any) -> None:
-    """Output, input gradient and parameter gradients (summed over ranks) of every mixer, layout and length."""
-    for case in CASES:
-        for length in LENGTHS:
-            want = run_mixer(case, tokens(length), output_gradient(length))
-            for layout in LAYOUTS:
-                sp = hsp.SequenceParallel(group, layout=layout, check=True)
-                shard = sp.shard(length)
-                got = run_mixer(case, shard.take(tokens(length)), shard.take(output_gradient(length)), shard)
-                where = f"{case}, {length} tokens, {layout}, rank {sp.rank} of {sp.size}"
-                for name, tensor in got.items():
-                    if name in ("y", "dx"):
-                        assert_close(f"{where}: {name}", tensor, shard.take(want[name]), 1e-10)
-                    else:
-                        total = collectives.all_reduce(tensor, group, tag="gradients")
-                        assert_close(f"{where}: {name}", total, want[name], 1e-10)
-
-
-def output_gradient(length: int) -> Tensor:
-    return torch.randn(tokens(length).shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-
-
-def run_mixer(case: Case, x: Tensor, dy: Tensor, shard: hsp.Shard | None = None) -> dict[str, Tensor]:
-    mixer = case.build()
-    x.requires_grad_()
-    y, _ = mixer(x, shard)
-    y.backward(dy)
-    return {"y": y, "dx": x.grad} | {f"d {name}": weight.grad for name, weight in mixer.named_parameters()}
-
-
-# The whole model: five mixers, AdamW, batches of two sequences.
+# Five mixers, AdamW, batches of two sequences.
 
 STEPS, LENGTH, VOCAB = 50, 30, 16
 CONFIG = ModelConfig(
@@ -148,6 +111,38 @@ def batches(length: int) -> Iterator[tuple[Tensor, Tensor]]:
         if step % 5 == 0:
             labels[0], labels[1, : length // 2] = -100, -100
         yield text[:, :-1], labels
+
+
+DOCUMENTS = (0, 1, 6, 7, 30, 75)
+
+
+def test_documents_of_a_model_are_as_if_alone() -> None:
+    run_ranks(compare_documents, 4, deadline=120.0)
+
+
+def compare_documents(world: Any) -> None:
+    """A model of every mixer reads packed documents: its loss and gradients are means over their tokens, each document
+    read alone by one device."""
+    names = sorted(MIXERS)
+    model = HybridLM(replace(CONFIG, dim=32, heads=4, kv_heads=2, depth=len(names), pattern=names)).double()
+    text = torch.randint(VOCAB, (1, DOCUMENTS[-1]), generator=torch.Generator().manual_seed(5))
+    losses = []
+    for begin, end in itertools.pairwise(DOCUMENTS):
+        labels = F.pad(text[:, begin + 1 : end], (0, 1), value=-100)
+        losses.append(model.loss(text[:, begin:end], labels)[0])
+    want = sum(losses) / (DOCUMENTS[-1] - len(losses))
+    gradients = torch.autograd.grad(want, list(model.parameters()))
+    for plan, layout in itertools.product(plans_of(world)[:2], LAYOUTS):
+        where = f"{plan.name}, {layout}, rank {collectives.rank(world)}"
+        shard = hsp.SequenceParallel(plan.group, layout=layout, check=True).shard(DOCUMENTS[-1], DOCUMENTS)
+        model.zero_grad()
+        loss, valid = model.loss(shard.take(text), shard.labels(text), shard)
+        loss.backward()
+        total = hsp.sum_gradients(model.parameters(), plan.whole, int(valid))
+        got = collectives.all_reduce(loss.detach(), plan.whole, tag="loss") / total
+        assert_close(f"{where}: loss", got, want, 1e-9)
+        for (name, weight), gradient in zip(model.named_parameters(), gradients, strict=True):
+            assert_close(f"{where}: gradient of {name}", weight.grad, gradient, 1e-9)
 
 
 LONG = 150  # tokens: more than a chunk of 128

@@ -1,0 +1,59 @@
+"""Gated DeltaNet (arXiv 2412.06464), as Qwen3-Next has it with fewer heads of keys than of values.
+
+    S_t = a_t (I - b_t k_t^T k_t) S_(t-1) + b_t k_t^T v_t    log a_t = -exp(A_log) softplus(x_t W_a + dt_bias) per head
+    y_t = (RMSNorm(q_t S_t / sqrt(K)) * silu(g_t)) W_o       b_t = sigmoid(x_t W_b)
+
+b_t is twice that with negative_eigenvalues (arXiv 2411.12537). q, k and v pass through a short convolution with SiLU,
+then q and k are divided by their length. The norm is per head. Values have twice the width of keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import nn
+
+from layers.cost import Cost
+from layers.delta import DeltaRule
+from layers.recurrence import Form, RecurrentMixer
+from layers.registry import Place, at_least, register
+from layers.steps import Steps
+
+
+@register("gated_delta_net")
+@dataclass(frozen=True, kw_only=True)
+class GatedDeltaNetSpec:
+    letter: ClassVar[str] = "L"
+
+    expand_k: float = 0.75  # of one key head for each value head
+    expand_v: float = 1.5
+    key_heads: int = 0  # value head h reads key head h // (heads // key_heads); 0: as many as heads
+    conv: int = 4  # tokens that the short convolution reads
+    negative_eigenvalues: bool = False
+
+    def __post_init__(self) -> None:
+        at_least(0, "gated_delta_net", key_heads=self.key_heads)
+        at_least(2, "gated_delta_net", conv=self.conv)
+
+    def form(self, place: Place) -> Form:
+        return Form(
+            heads=place.heads,
+            key=place.width(self.expand_k, option="expand_k"),
+            value=place.width(self.expand_v, option="expand_v"),
+            groups=place.groups(self.key_heads, option="key_heads"),
+            conv=self.conv,
+            decay="scalar",
+            delta=True,
+            gate=F.silu,
+        )
+
+    def cost(self, place: Place) -> Cost:
+        gates = Cost(matrices=2 * place.dim * place.heads, vectors=2 * place.heads)  # beta and decay
+        return self.form(place).cost(place.dim) + gates
+
+    def build(self, place: Place) -> RecurrentMixer:
+        steps = Steps(nn.Linear(place.dim, place.heads, bias=False), place.heads)
+        rule = DeltaRule(place.dim, place.heads, steps, negative=self.negative_eigenvalues)
+        return RecurrentMixer(self.form(place), place, rule)

@@ -1,0 +1,89 @@
+"""HGRN2: a gated linear RNN whose forget gate is also the key (arXiv 2404.07904).
+
+    f_t = b + (1 - b) sigmoid(x_t W_f)        S_t = diag(f_t) S_(t-1) + (1 - f_t)^T v_t
+    y_t = RMSNorm(silu(x_t W_q) S_t / sqrt(K)) W_o
+
+No key is projected: what is forgotten makes room for what is written. The norm is over all heads together. The lower
+bound b grows with the depth, so that deeper blocks remember longer. In the paper the bounds of all blocks are partial
+sums of one softmax over the depth, which starts as l / depth in block l, from 0. Here no mixer shares weights with
+another: b starts as that same l / depth, for every channel of keys, and `lower_bound` says what follows:
+
+    learned     b = sigmoid(a weight), which training may move to any place between 0 and 1; in block 0 it stays 0
+    fixed       b stays l / depth
+    none        b = 0 in every block
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from layers.cost import Cost
+from layers.recurrence import Form, Inputs, RecurrentMixer
+from layers.registry import Place, register, unknown
+
+LOWER_BOUNDS = ("learned", "fixed", "none")
+
+
+@register("hgrn2")
+@dataclass(frozen=True, kw_only=True)
+class HGRN2Spec:
+    letter: ClassVar[str] = "L"
+
+    lower_bound: str = "learned"
+
+    def __post_init__(self) -> None:
+        if self.lower_bound not in LOWER_BOUNDS:
+            raise unknown("lower bound", self.lower_bound, LOWER_BOUNDS)
+
+    def form(self, place: Place) -> Form:
+        width = place.width()
+        return Form(heads=place.heads, key=width, value=width, decay="vector", joint_norm=True)
+
+    def cost(self, place: Place) -> Cost:
+        learned = self.lower_bound == "learned" and place.layer > 0
+        return self.form(place).cost(place.dim) + Cost(vectors=place.dim if learned else 0)
+
+    def build(self, place: Place) -> RecurrentMixer:
+        return RecurrentMixer(self.form(place), place, HGRN2Rule(self, place))
+
+
+class HGRN2Rule(nn.Module):
+    def __init__(self, spec: HGRN2Spec, place: Place) -> None:
+        super().__init__()
+        self.start = 0.0 if spec.lower_bound == "none" else place.layer / place.depth
+        self.bound = None
+        if spec.lower_bound == "learned" and self.start > 0:
+            self.bound = nn.Parameter(torch.empty(place.heads * place.width()))
+        self.draw_weights()
+
+    @torch.no_grad()
+    def draw_weights(self, generator: torch.Generator | None = None) -> None:
+        """b = l / depth."""
+        if self.bound is not None:
+            self.bound.fill_(logit(self.start))
+
+    def forward(self, x_BTD: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, positions_T: Tensor) -> Inputs:
+        z = k_BTHK.to(torch.promote_types(k_BTHK.dtype, torch.float32))
+        log_f, write = F.logsigmoid(z), torch.sigmoid(-z)
+        if self.start > 0:
+            bound = z.new_tensor(logit(self.start))
+            if self.bound is not None:
+                bound = self.bound.to(z.dtype).view(z.shape[2:])
+            log_b = F.logsigmoid(bound)
+            # f = sigmoid(z) / sigmoid(z - log b); the second form is the first, written for large negative z.
+            log_f = torch.where(
+                z >= 0, log_f - F.logsigmoid(z - log_b), log_b + F.logsigmoid(-z) - F.logsigmoid(log_b - z)
+            )
+            write = write * torch.sigmoid(-bound)
+        return Inputs(F.silu(q_BTHK), write.to(q_BTHK.dtype), v_BTHV, log_f)
+
+
+def logit(p: float) -> float:
+    """The inverse of sigmoid."""
+    return math.log(p / (1 - p))

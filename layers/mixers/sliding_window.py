@@ -1,0 +1,36 @@
+"""Sliding-window softmax attention: of the last `window` tokens, itself included (Longformer, arXiv 2004.05150).
+
+    y_t = (sum over t - window < s <= t of softmax_s(R(q_t) . R(k_s) / sqrt(D / H)) v_s) W_o
+
+R turns by the angles of the token's position; query head h reads key-value head h // (H / kv_heads), as in softmax
+attention. It stands among the linear mixers (L): what it computes and keeps per token does not grow with the length, so
+a ratio mixes it with full softmax, as Gemma 2 does (arXiv 2408.00118), and a list of names mixes it with a recurrence,
+as Based does (arXiv 2402.18668).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from layers.cost import Cost
+from layers.mixers.softmax import SoftmaxMixer
+from layers.registry import Place, register
+
+
+@register("sliding_window")
+@dataclass(frozen=True, kw_only=True)
+class SlidingWindowSpec:
+    letter: ClassVar[str] = "L"
+
+    window: int = 128
+
+    def __post_init__(self) -> None:
+        if self.window <= 0:
+            raise ValueError(f"window of sliding_window is {self.window}; it must be greater than 0")
+
+    def cost(self, place: Place) -> Cost:
+        return SoftmaxMixer.cost(place, self.window)
+
+    def build(self, place: Place) -> SoftmaxMixer:
+        return SoftmaxMixer(place, self.window)

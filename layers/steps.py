@@ -1,0 +1,45 @@
+"""Steps: the time steps of a state space model, and the decays that follow from them (Mamba-2, arXiv 2405.21060)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+RATES = (1.0, 16.0)  # exp(A_log) begins uniform in this range
+STEPS = (1e-3, 1e-1)  # softplus(dt_bias) begins log-uniform in this range
+
+
+class Steps(nn.Module):
+    """x_BTD -> dt = softplus(project(x) + dt_bias) and log_decay = -exp(A_log) dt, in fp32 (fp64 for fp64).
+
+    Both are [B, T, heads] or with a `width` [B, T, heads, width]; `project` gives as many channels, dt_bias has one
+    number for each, A_log one for each head.
+    """
+
+    def __init__(self, project: nn.Module, heads: int, width: int | None = None) -> None:
+        super().__init__()
+        self.project, self.width = project, width
+        self.A_log = nn.Parameter(torch.empty(heads))
+        self.dt_bias = nn.Parameter(torch.empty(heads * (width or 1)))
+        self.draw_weights()
+
+    @torch.no_grad()
+    def draw_weights(self, generator: torch.Generator | None = None) -> None:
+        """Steps log-uniform in STEPS for project(x) = 0, and rates uniform in RATES."""
+        rate = torch.rand(self.A_log.shape, generator=generator, dtype=torch.float32)
+        self.A_log.copy_(torch.log(RATES[0] + (RATES[1] - RATES[0]) * rate))
+        place = torch.rand(self.dt_bias.shape, generator=generator, dtype=torch.float32)
+        low, high = (math.log(step) for step in STEPS)
+        dt = torch.exp(low + (high - low) * place)
+        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+
+    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(x_BTD.dtype, torch.float32)
+        dt = F.softplus(self.project(x_BTD).to(wide) + self.dt_bias.to(wide))
+        rate = self.A_log.to(wide).exp()
+        if self.width is not None:
+            dt, rate = dt.unflatten(-1, (-1, self.width)), rate[:, None]
+        return dt, -rate * dt

@@ -1,0 +1,39 @@
+"""Our mixers against the layers of transformers: outputs, the input's gradient and every weight's."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+from tests.external.program import Errors, errors_of
+
+if importlib.util.find_spec("transformers") is None:
+    pytest.skip("transformers is not installed; it needs Python 3.11", allow_module_level=True)
+
+BOUND = 1e-5  # they compute in float32 inside
+GATED = {"d rule.steps.A_log", "d rule.steps.dt_bias"}
+LOW_RANK = {"d rule.steps.project.0.weight", "d rule.steps.project.1.weight", "d gate.0.weight", "d gate.1.weight"}
+EVERY = {"y", "dx", "d project.linear.weight", "d norm.weight", "d output.weight"}
+MODELS = {  # what is compared, of a batch and of packed documents
+    "Qwen3-Next": EVERY | GATED | {"d conv.weight", "d rule.beta.weight", "d rule.steps.project.weight"},
+    "Kimi Linear": EVERY | GATED | LOW_RANK | {"d conv.weight", "d rule.beta.weight"},
+    "Mamba-2": EVERY | GATED | {"d conv.weight", "d conv.bias", "d rule.steps.project.weight", "d rule.D"},
+    "MiniMax": EVERY,
+}
+
+
+@pytest.fixture(scope="module")
+def errors() -> Errors:
+    return errors_of("transformers_layers")
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_agrees_with_transformers(errors: Errors, model: str) -> None:
+    found = errors[model]
+    assert found.keys() == {f"{form} {name}" for form in ("batch", "packed") for name in MODELS[model]}
+    assert {name: error for name, error in found.items() if not error <= BOUND} == {}
+
+
+def test_nothing_else_is_reported(errors: Errors) -> None:
+    assert errors.keys() == MODELS.keys()

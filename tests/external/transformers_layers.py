@@ -1,0 +1,223 @@
+"""Our mixers on one device (float64) against the layers of transformers, whose torch paths compute in float32 inside.
+
+The layers' weights are copied across. Outputs, the gradient of the input and the gradients of every weight, of a batch
+and of packed documents: theirs read one document after another, ours all at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import hybrid_sp as hsp
+from layers.recurrence import Form, Inputs, RecurrentMixer
+from layers.registry import Place, mixer_spec
+from tests.external.program import Errors, report
+from tests.support.oracle import relative
+
+sys.modules["fla"] = None  # type: ignore[assignment]  # else transformers takes the kernels of fla
+from transformers.models.kimi_linear.configuration_kimi_linear import KimiLinearConfig  # noqa: E402
+from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearDeltaAttention  # noqa: E402
+from transformers.models.mamba2.configuration_mamba2 import Mamba2Config  # noqa: E402
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer  # noqa: E402
+from transformers.models.minimax.configuration_minimax import MiniMaxConfig  # noqa: E402
+from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention  # noqa: E402
+from transformers.models.qwen3_next.configuration_qwen3_next import Qwen3NextConfig  # noqa: E402
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet  # noqa: E402
+
+DIM, HEADS, TOKENS = 24, 4, 139
+DOCUMENTS = (0, 1, 3, 70, 71, TOKENS)  # some shorter than a convolution, one longer than a chunk of theirs
+PLACE = Place(dim=DIM, heads=HEADS, kv_heads=HEADS, layer=0, depth=2, norm_eps=1e-5, rope_base=1e4)
+
+Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """`rename` gives what belongs to our parameters, in our order of channels, from what belongs to theirs."""
+
+    theirs: nn.Module
+    ours: nn.Module
+    rename: Callable[[Weights], Weights]
+    call: Callable[[nn.Module, Tensor], Tensor] = lambda layer, x: layer(x)
+
+
+def qwen3_next() -> Comparison:
+    G, K, V = 2, 6, 12
+    config = Qwen3NextConfig(
+        hidden_size=DIM,
+        num_hidden_layers=1,
+        layer_types=["linear_attention"],
+        linear_num_key_heads=G,
+        linear_num_value_heads=HEADS,
+        linear_key_head_dim=K,
+        linear_value_head_dim=V,
+        rms_norm_eps=PLACE.norm_eps,
+    )
+
+    def rename(w: Weights) -> Weights:
+        # Theirs are cut into key heads first; ours into q, k, v and gate first.
+        shared = HEADS // G
+        by_key_head = w["in_proj_qkvz.weight"].unflatten(0, (G, -1)).split([K, K, shared * V, shared * V], dim=1)
+        beta, decay = w["in_proj_ba.weight"].unflatten(0, (G, -1)).split([shared, shared], dim=1)
+        return {
+            "project.linear.weight": torch.cat([rows.flatten(0, 1) for rows in by_key_head]),
+            "conv.weight": w["conv1d.weight"].squeeze(1),
+            "rule.beta.weight": beta.flatten(0, 1),
+            "rule.steps.project.weight": decay.flatten(0, 1),
+            "rule.steps.A_log": w["A_log"],
+            "rule.steps.dt_bias": w["dt_bias"],
+            "norm.weight": w["norm.weight"],
+            "output.weight": w["out_proj.weight"],
+        }
+
+    ours = mixer_spec("gated_delta_net", expand_k=K * HEADS / DIM, expand_v=V * HEADS / DIM, key_heads=G).build(PLACE)
+    return Comparison(theirs=Qwen3NextGatedDeltaNet(config, layer_idx=0), ours=ours, rename=rename)
+
+
+def kimi_linear() -> Comparison:
+    config = KimiLinearConfig(
+        hidden_size=DIM,
+        num_hidden_layers=1,
+        layer_types=["linear_attention"],
+        linear_num_heads=HEADS,
+        linear_head_dim=DIM // HEADS,
+        rms_norm_eps=PLACE.norm_eps,
+    )
+
+    def rename(w: Weights) -> Weights:
+        return {
+            "project.linear.weight": torch.cat([w[f"{name}_proj.weight"] for name in "qkv"]),
+            "conv.weight": w["conv1d.weight"].squeeze(1),
+            "rule.beta.weight": w["b_proj.weight"],
+            "rule.steps.project.0.weight": w["forget_gate.f_a_proj.weight"],
+            "rule.steps.project.1.weight": w["forget_gate.f_b_proj.weight"],
+            "rule.steps.A_log": w["forget_gate.A_log"].flatten(),
+            "rule.steps.dt_bias": w["forget_gate.dt_bias"],
+            "gate.0.weight": w["g_a_proj.weight"],
+            "gate.1.weight": w["g_b_proj.weight"],
+            "norm.weight": w["o_norm.weight"],
+            "output.weight": w["o_proj.weight"],
+        }
+
+    ours = mixer_spec("kda").build(PLACE)
+    return Comparison(theirs=KimiLinearDeltaAttention(config, layer_idx=0), ours=ours, rename=rename)
+
+
+def mamba2() -> Comparison:
+    G, state, inner = 2, 8, 2 * DIM
+    config = Mamba2Config(
+        hidden_size=DIM,
+        num_hidden_layers=1,
+        num_heads=HEADS,
+        head_dim=inner // HEADS,
+        state_size=state,
+        n_groups=G,
+        chunk_size=32,
+        layer_norm_epsilon=PLACE.norm_eps,
+    )
+
+    def rename(w: Weights) -> Weights:
+        # Theirs lie in the order z, x, B, C, dt; ours in the order C (q), B (k), x (v), z.
+        sizes = [inner, G * state, G * state]
+        z, x, B, C, dt = w["in_proj.weight"].split([inner, *sizes, HEADS])
+        return {
+            "project.linear.weight": torch.cat([C, B, x, z]),
+            "conv.weight": torch.cat(w["conv1d.weight"].squeeze(1).split(sizes)[::-1]),
+            "conv.bias": torch.cat(w["conv1d.bias"].split(sizes)[::-1]),
+            "rule.steps.project.weight": dt,
+            "rule.steps.A_log": w["A_log"],
+            "rule.steps.dt_bias": w["dt_bias"],
+            "rule.D": w["D"],
+            "norm.weight": w["norm.weight"],
+            "output.weight": w["out_proj.weight"],
+        }
+
+    ours = mixer_spec("mamba2", state=state, groups=G).build(PLACE)
+    return Comparison(theirs=Mamba2Mixer(config, layer_idx=0), ours=ours, rename=rename)
+
+
+class MiniMaxRule(nn.Module):
+    """What MiniMax has in place of our lightning mixer's rule: ALiBi's slopes, and values with SiLU too."""
+
+    def __init__(self, slopes_H: Tensor) -> None:
+        super().__init__()
+        self.slopes_H = slopes_H
+
+    def forward(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Inputs:
+        return Inputs(F.silu(q), F.silu(k), F.silu(v), -self.slopes_H)
+
+
+def minimax() -> Comparison:
+    width = DIM // HEADS
+    config = MiniMaxConfig(
+        hidden_size=DIM,
+        num_hidden_layers=2,
+        num_attention_heads=HEADS,
+        head_dim=width,
+        block_size=32,
+        layer_types=["linear_attention"] * 2,
+    )
+    theirs = MiniMaxLightningAttention(config, layer_idx=1)
+
+    def rename(w: Weights) -> Weights:
+        # Theirs are cut into heads first; ours into q, k and v first.
+        q, k, v = (rows.flatten(0, 1) for rows in w["qkv_proj.weight"].unflatten(0, (HEADS, 3, width)).unbind(1))
+        return {
+            "project.linear.weight": torch.cat([q, k, v, w["output_gate.weight"]]),
+            "norm.weight": w["norm.weight"],
+            "output.weight": w["out_proj.weight"],
+        }
+
+    form = Form(heads=HEADS, key=width, value=width, decay="fixed", scale=1.0, gate=torch.sigmoid, joint_norm=True)
+    place = Place(**{**vars(PLACE), "norm_eps": theirs.norm.variance_epsilon})
+    ours = RecurrentMixer(form, place, MiniMaxRule(theirs.slope_rate.flatten().double()))
+    return Comparison(theirs=theirs, ours=ours, rename=rename, call=lambda layer, x: layer(x, None, None)[0])
+
+
+def errors_of(comparison: Comparison) -> dict[str, float]:
+    theirs, ours = comparison.theirs.double(), comparison.ours.double()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in theirs.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+            # Slow decays, so that what a state carries from one chunk to the next counts.
+            weight.copy_(0.5 * noise - 4 if name.endswith("dt_bias") else 0.5 * noise + ("norm" in name))
+    ours.load_state_dict(comparison.rename(dict(theirs.named_parameters())))
+    assert sum(w.numel() for w in ours.parameters()) == sum(w.numel() for w in theirs.parameters())
+
+    errors = {}
+    for form, batch, documents in (("batch", 2, (0, TOKENS)), ("packed", 1, DOCUMENTS)):
+        x = torch.randn(batch, TOKENS, DIM, generator=generator, dtype=torch.float64).requires_grad_()
+        dy = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        shard = hsp.SequenceParallel(None).shard(TOKENS, documents if form == "packed" else None)
+        parts = [x[:, a:b] for a, b in zip(documents, documents[1:], strict=False)]
+        pairs = {
+            "theirs": (theirs, torch.cat([comparison.call(theirs, part) for part in parts], dim=1)),
+            "ours": (ours, ours(x, shard)[0]),
+        }
+        got = {}
+        for whose, (layer, y) in pairs.items():
+            names, weights = zip(*layer.named_parameters(), strict=True)
+            dx, *gradients = torch.autograd.grad(y, [x, *weights], dy)
+            of_weights = dict(zip(names, gradients, strict=True))
+            of_weights = comparison.rename(of_weights) if whose == "theirs" else of_weights
+            got[whose] = {"y": y, "dx": dx} | {f"d {name}": gradient for name, gradient in of_weights.items()}
+        for name, value in got["ours"].items():
+            errors[f"{form} {name}"] = relative(value, got["theirs"][name])
+    return errors
+
+
+def main() -> None:
+    models = {"Qwen3-Next": qwen3_next, "Kimi Linear": kimi_linear, "Mamba-2": mamba2, "MiniMax": minimax}
+    errors: Errors = {name: errors_of(build()) for name, build in models.items()}
+    report(errors)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""Mamba-2, from its weights, as the state space model that its paper writes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tests.layers.formulas.parts import PLACE, Weights, convolved, silu, softplus
+
+
+def mamba2(w: Weights, u: Tensor, expand: float = 2.0, state: int = 128, groups: int = 1) -> Tensor:
+    inner = int(24 * expand)
+    sizes = [groups * state, groups * state, inner]
+    *rows, gate_rows = w["project.linear.weight"].split([*sizes, inner])
+    C, B, x = (
+        silu(convolved(u @ r.T, taps) + bias)
+        for r, taps, bias in zip(rows, w["conv.weight"].split(sizes), w["conv.bias"].split(sizes), strict=True)
+    )
+    dt = softplus(u @ w["rule.steps.project.weight"].T + w["rule.steps.dt_bias"])
+    A = -torch.exp(w["rule.steps.A_log"])
+    x, width, shared = x.unflatten(-1, (4, -1)), inner // 4, 4 // groups
+    columns = []
+    for head in range(4):
+        channels = slice(head // shared * state, (head // shared + 1) * state)
+        h = u.new_zeros(len(u), state, width)
+        outputs = []
+        for t in range(u.shape[1]):
+            step = dt[:, t, head, None, None]
+            h = torch.exp(A[head] * step) * h + step * B[:, t, channels, None] * x[:, t, head, None, :]
+            outputs.append((C[:, t, channels, None] * h).sum(1) + w["rule.D"][head] * x[:, t, head])
+        columns.append(torch.stack(outputs, dim=1))
+    y = torch.cat(columns, dim=-1) * silu(u @ gate_rows.T)
+    parts = []
+    for part, weight in zip(y.chunk(groups, dim=-1), w["norm.weight"].chunk(groups), strict=True):
+        parts.append(part / (part.square().mean(-1, keepdim=True) + PLACE.norm_eps).sqrt() * weight)
+    return torch.cat(parts, dim=-1) @ w["output.weight"].T
