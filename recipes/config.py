@@ -28,6 +28,7 @@ class RecipeError(ValueError):
 class DataConfig:
     files: str | None = None  # text file or glob; null: the Python standard library's own source files
     length: int = 512  # tokens in one sequence, over all ranks
+    pack: bool = False  # every file is a document: no state, key or label passes from one into the next
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,7 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if every process of this machine can have its own
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"  # of weights; bfloat16 has float32 masters in AdamW
     threads: int | None = None  # CPU threads of one process; null: what torch or torchrun chose
+    keep_memory: bool = True  # on a CPU, keep the memory of freed tensors for the next: faster, up to 1.6 times as much
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +99,7 @@ class Recipe:
 # Keys that leave the trained weights as they are (up to rounding): they may differ when a run is resumed.
 FREE_KEYS = (
     "name", "out", "parallel.", "checkpoint.", "wandb.", "train.device", "train.threads", "train.validate_every",
-    "train.validation_sequences", "train.sample",
+    "train.validation_sequences", "train.sample", "train.keep_memory",
 )  # fmt: skip
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import itertools
 import math
 import sysconfig
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +26,31 @@ HELD_OUT = 20  # one file in so many is for validation
 
 
 @dataclass(frozen=True, kw_only=True)
-class Corpus:
-    """Two runs of bytes (uint8, one dim), from different files."""
+class Text:
+    """Files one after the other: their bytes (uint8, one dim), and where each of them starts."""
 
-    train: torch.Tensor
-    validation: torch.Tensor
+    content: torch.Tensor
+    starts: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.content)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Windows:
+    """Sequences of equal length from a text. `cu_seqlens` are the bounds of the documents, laid end to end: every
+    sequence begins one, and every file in it."""
+
+    tokens: torch.Tensor  # LongTensor [sequences, length]
+    cu_seqlens: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """Two texts from different files."""
+
+    train: Text
+    validation: Text
     files: int
     fingerprint: str  # SHA-256 over both
     unigram_bits: float  # entropy of the validation bytes by their own frequencies, in bits per byte
@@ -44,22 +66,27 @@ def read_corpus(config: DataConfig) -> Corpus:
     by_hash = sorted(files, key=lambda name: (hashlib.sha256(name.encode()).digest(), name))
     held_out = set(by_hash[: max(1, len(by_hash) // HELD_OUT)])
     parts = [[name for name in sorted(files) if (name in held_out) == held] for held in (False, True)]
-    train, validation = (b"".join(files[name].read_bytes() for name in part) for part in parts)
-    for split, content in (("training", train), ("validation", validation)):
-        if len(content) < config.length:
+    train, validation = (_joined([files[name].read_bytes() for name in part]) for part in parts)
+    for split, text in (("training", train), ("validation", validation)):
+        if len(text) < config.length:
             raise RecipeError(
-                f"data.length={config.length} is longer than the {len(content)} bytes of the {split} files; "
+                f"data.length={config.length} is longer than the {len(text)} bytes of the {split} files; "
                 "lower it, or name more text with data.files"
             )
-    digest = hashlib.sha256(hashlib.sha256(train).digest() + hashlib.sha256(validation).digest()).hexdigest()
-    held = torch.frombuffer(bytearray(validation), dtype=torch.uint8)
+    digests = [hashlib.sha256(text.content.numpy().data).digest() for text in (train, validation)]
     return Corpus(
-        train=torch.frombuffer(bytearray(train), dtype=torch.uint8),
-        validation=held,
+        train=train,
+        validation=validation,
         files=len(files),
-        fingerprint=digest,
-        unigram_bits=unigram_bits(held),
+        fingerprint=hashlib.sha256(digests[0] + digests[1]).hexdigest(),
+        unigram_bits=unigram_bits(validation.content),
     )
+
+
+def _joined(files: list[bytes]) -> Text:
+    starts = itertools.accumulate((len(file) for file in files[:-1]), initial=0)
+    content = torch.frombuffer(bytearray(b"".join(files)), dtype=torch.uint8)
+    return Text(content=content, starts=tuple(sorted(set(starts))))
 
 
 def unigram_bits(content: torch.Tensor) -> float:
@@ -69,8 +96,8 @@ def unigram_bits(content: torch.Tensor) -> float:
     return float(-(p * p.log2()).sum())
 
 
-def training_windows(corpus: Corpus, length: int, seed: int, step: int, indices: Iterable[int]) -> torch.Tensor:
-    """Tokens of some sequences of a step, LongTensor [len(indices), length].
+def training_windows(corpus: Corpus, length: int, seed: int, step: int, indices: Iterable[int]) -> Windows:
+    """Some sequences of a step.
 
     ``indices`` count the sequences of the whole step, over all ranks and accumulation.
     """
@@ -79,8 +106,8 @@ def training_windows(corpus: Corpus, length: int, seed: int, step: int, indices:
     return _windows(corpus.train, length, (int.from_bytes(start, "big") % room for start in starts))
 
 
-def validation_windows(corpus: Corpus, length: int, sequences: int, indices: Iterable[int]) -> torch.Tensor:
-    """Tokens of some of ``sequences`` windows spread evenly over the held-out bytes, [len(indices), length]."""
+def validation_windows(corpus: Corpus, length: int, sequences: int, indices: Iterable[int]) -> Windows:
+    """Some of ``sequences`` windows spread evenly over the held-out bytes."""
     last = len(corpus.validation) - length
     return _windows(corpus.validation, length, (i * last // max(1, sequences - 1) for i in indices))
 
@@ -90,8 +117,13 @@ def nats_to_bits(nats: float) -> float:
     return nats / math.log(2)
 
 
-def _windows(content: torch.Tensor, length: int, starts: Iterable[int]) -> torch.Tensor:
-    return torch.stack([content[start : start + length] for start in starts]).long()
+def _windows(text: Text, length: int, starts: Iterable[int]) -> Windows:
+    rows, bounds = [], [0]
+    for row, start in enumerate(starts):
+        rows.append(text.content[start : start + length])
+        inside = text.starts[bisect_right(text.starts, start) : bisect_left(text.starts, start + length)]
+        bounds += [*(row * length + file - start for file in inside), (row + 1) * length]
+    return Windows(tokens=torch.stack(rows).long(), cu_seqlens=tuple(bounds))
 
 
 def _standard_library() -> dict[str, Path]:

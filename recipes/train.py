@@ -26,6 +26,7 @@ from hybrid_sp.mesh import DeviceMesh, whole_group
 from layers.model import HybridLM
 from layers.spec import expand_pattern, pattern_letters
 from recipes import checkpoint, config, data, generate, optim, record
+from recipes.allocator import keep_freed_memory
 from recipes.config import Recipe, RecipeError
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -68,6 +69,8 @@ def train(recipe: Recipe) -> dict[str, Any]:
     record.refuse_other_run(folder, recipe, corpus.fingerprint)
     if (summary := record.finished(folder, recipe)) is not None:
         return summary
+    if device == "cpu" and recipe.train.keep_memory:
+        keep_freed_memory()
     if recipe.train.threads is not None:
         torch.set_num_threads(recipe.train.threads)
     dp, sp = config.mesh_shape(recipe, world)
@@ -143,7 +146,7 @@ class Run:
             f"data       {len(corpus.train):,} bytes to train on and {len(corpus.validation):,} held out, of "
             f"{corpus.files} files; byte-unigram entropy {corpus.unigram_bits:.3f} bits/byte\n"
             f"training   {train.steps} steps of {train.batch} x {recipe.data.length} = "
-            f"{train.batch * recipe.data.length:,} tokens"
+            f"{train.batch * recipe.data.length:,} tokens{', files packed as documents' * recipe.data.pack}"
         )
         for complaint in self.found.complaints:
             self.record.say(f"WARNING    {complaint}")
@@ -196,8 +199,8 @@ class Run:
             mine = torch.zeros(2, dtype=torch.float64, device=self.device)  # summed loss, and whether to stop
             valid = torch.zeros((), dtype=torch.int64, device=self.device)
             for indices in self.shares(train.batch // train.accumulation, train.accumulation):
-                tokens_BL = data.training_windows(self.corpus, recipe.data.length, train.seed, step, indices)
-                loss, count = self.loss(tokens_BL)
+                windows = data.training_windows(self.corpus, recipe.data.length, train.seed, step, indices)
+                loss, count = self.loss(windows)
                 loss.backward()
                 self.optimizer.collect()
                 mine[0] += loss.detach()
@@ -238,10 +241,12 @@ class Run:
             start = part * sequences + self.replica * share
             yield range(start, start + share)
 
-    def loss(self, tokens_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Summed loss, in nats, and number of the valid tokens of this rank's shard."""
-        tokens_BL = tokens_BL.to(self.device)
-        shard = self.sequence_parallel.shard(tokens_BL.shape[1])
+    def loss(self, windows: data.Windows) -> tuple[torch.Tensor, torch.Tensor]:
+        """Summed loss, in nats, and number of the valid tokens of this rank's shard; packed, of one long row."""
+        tokens_BL, cu_seqlens = windows.tokens.to(self.device), None
+        if self.recipe.data.pack:
+            tokens_BL, cu_seqlens = tokens_BL.view(1, -1), windows.cu_seqlens
+        shard = self.sequence_parallel.shard(tokens_BL.shape[1], cu_seqlens)
         return self.model.loss(shard.take(tokens_BL, dim=1), shard.labels(tokens_BL), shard)
 
     @torch.no_grad()
@@ -253,8 +258,8 @@ class Run:
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for start in range(0, len(share), at_once):
             indices = share[start : start + at_once]
-            tokens_BL = data.validation_windows(self.corpus, length, train.validation_sequences, indices)
-            sums += torch.stack([part.double() for part in self.loss(tokens_BL)])
+            windows = data.validation_windows(self.corpus, length, train.validation_sequences, indices)
+            sums += torch.stack([part.double() for part in self.loss(windows)])
         loss_sum, valid = collectives.all_reduce(sums, self.group, tag="loss").tolist()
         self.record.validation(
             {

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from recipes.bench import Claim, main
+from layers.registry import MIXERS
+from recipes.bench.__main__ import main
+from recipes.bench.measure import Claim
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,7 +21,7 @@ def test_linear_runs_without_the_packages_of_recipes(tmp_path: Path) -> None:
     code = f"""
 import sys
 sys.modules.update(dict.fromkeys(["omegaconf", "wandb", "matplotlib", "rich"]))
-from recipes.bench import main
+from recipes.bench.__main__ import main
 main(["linear", "--quick", "--out", {str(tmp_path)!r}])
 """
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -32,7 +34,17 @@ main(["linear", "--quick", "--out", {str(tmp_path)!r}])
     assert {("torch causal SDPA", 128), ("fla-core naive_chunk_simple_gla", 128)} <= measured
     assert {length for _, length in measured} == {128, 256} and len(measured) == 10
     assert all(len(row["values"]) == 2 and min(row["values"]) > 0 for row in results["rows"])
-    assert len(results["claims"]) == 3 and report.count("| at ") == 3
+    assert len(results["claims"]) == 4 and report.count("| at ") == 4
+
+
+def test_delta_and_mixers_measure_every_contender(tmp_path: Path) -> None:
+    main(["delta", "mixers", "--quick", "--out", str(tmp_path)])
+    delta, mixers = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("delta", "mixers"))
+    contenders = {row["contender"] for row in delta["rows"]}
+    assert {"delta_rule [B,T,H]", "transformers torch_chunk_gated_delta_rule"} <= contenders
+    linear = {name for name, spec in MIXERS.items() if spec.letter == "L"}
+    assert {row["contender"] for row in mixers["rows"]} == linear
+    assert len(mixers["claims"]) == len(linear)
 
 
 def test_model_compares_two_ranks_with_one_process(tmp_path: Path) -> None:
@@ -55,4 +67,4 @@ def test_a_claim_says_whether_it_holds() -> None:
 def test_unknown_benchmarks_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["linaer"])
-    assert "unknown benchmark linaer; known: linear, model" in capsys.readouterr().err
+    assert "unknown benchmark linaer; known: linear, delta, mixers, model" in capsys.readouterr().err

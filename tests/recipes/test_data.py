@@ -25,9 +25,9 @@ def corpus(pattern: str) -> data.Corpus:
 
 def test_the_split_is_by_file(pattern: str, corpus: data.Corpus) -> None:
     texts = [path.read_bytes() for path in sorted(Path(pattern).parent.iterdir())]
-    held_out = bytes(corpus.validation.tolist())
+    held_out = bytes(corpus.validation.content.tolist())
     assert held_out in texts
-    assert bytes(corpus.train.tolist()) == b"".join(text for text in texts if text != held_out)
+    assert bytes(corpus.train.content.tolist()) == b"".join(text for text in texts if text != held_out)
 
 
 def test_reading_again_gives_the_same_and_other_text_does_not(
@@ -52,35 +52,49 @@ def test_unigram_entropy() -> None:
 
 
 def test_a_window_depends_on_seed_step_and_index_alone(corpus: data.Corpus) -> None:
-    whole = data.training_windows(corpus, 32, 0, 5, range(8))
+    whole = data.training_windows(corpus, 32, 0, 5, range(8)).tokens
     assert whole.shape == (8, 32) and whole.dtype == torch.int64
-    parts = [data.training_windows(corpus, 32, 0, 5, range(start, start + 2)) for start in (0, 2, 4, 6)]
+    parts = [data.training_windows(corpus, 32, 0, 5, range(start, start + 2)).tokens for start in (0, 2, 4, 6)]
     assert torch.equal(torch.cat(parts), whole)
-    assert not torch.equal(data.training_windows(corpus, 32, 0, 6, range(8)), whole)
-    assert not torch.equal(data.training_windows(corpus, 32, 1, 5, range(8)), whole)
+    assert not torch.equal(data.training_windows(corpus, 32, 0, 6, range(8)).tokens, whole)
+    assert not torch.equal(data.training_windows(corpus, 32, 1, 5, range(8)).tokens, whole)
 
 
 def test_windows_are_pieces_of_the_text_and_reach_all_of_it(corpus: data.Corpus) -> None:
-    text = bytes(corpus.train.tolist())
-    windows = data.training_windows(corpus, 32, 0, 1, range(400))
+    text = bytes(corpus.train.content.tolist())
+    windows = data.training_windows(corpus, 32, 0, 1, range(400)).tokens
     starts = [text.index(bytes(window)) for window in windows.tolist()]
     quarter = Counter(4 * start // len(text) for start in starts)
     assert len(quarter) == 4 and min(quarter.values()) > 50
 
 
+def test_bounds_of_documents_are_starts_of_windows_and_of_files(pattern: str, corpus: data.Corpus) -> None:
+    held_out = bytes(corpus.validation.content.tolist())
+    texts = [path.read_bytes() for path in sorted(Path(pattern).parent.iterdir())]
+    files = [text for text in texts if text != held_out]
+    windows = data.training_windows(corpus, 1000, 0, 1, range(8))
+    whole = bytes(corpus.train.content.tolist())
+    bounds = [0]
+    for row, tokens in enumerate(windows.tokens.tolist()):
+        start = whole.index(bytes(tokens))
+        firsts = [sum(map(len, files[:i])) - start for i in range(len(files))]
+        bounds += [*(1000 * row + first for first in firsts if 0 < first < 1000), 1000 * (row + 1)]
+    assert windows.cu_seqlens == tuple(bounds) and len(bounds) > 10
+
+
 def test_validation_windows_span_the_held_out_text(corpus: data.Corpus) -> None:
-    windows = data.validation_windows(corpus, 32, 4, range(4))
-    assert torch.equal(windows[0], corpus.validation[:32].long())
-    assert torch.equal(windows[-1], corpus.validation[-32:].long())
-    assert torch.equal(data.validation_windows(corpus, 32, 4, range(2, 4)), windows[2:])
+    windows = data.validation_windows(corpus, 32, 4, range(4)).tokens
+    assert torch.equal(windows[0], corpus.validation.content[:32].long())
+    assert torch.equal(windows[-1], corpus.validation.content[-32:].long())
+    assert torch.equal(data.validation_windows(corpus, 32, 4, range(2, 4)).tokens, windows[2:])
 
 
 def test_a_text_of_one_window(tmp_path: Path) -> None:
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_bytes(b"x" * 32)
     corpus = data.read_corpus(DataConfig(files=str(tmp_path / "*.txt"), length=32))
-    assert data.training_windows(corpus, 32, 0, 1, range(3)).shape == (3, 32)
-    assert data.validation_windows(corpus, 32, 1, range(1)).shape == (1, 32)
+    assert data.training_windows(corpus, 32, 0, 1, range(3)).tokens.shape == (3, 32)
+    assert data.validation_windows(corpus, 32, 1, range(1)).tokens.shape == (1, 32)
 
 
 def test_errors_name_the_key(tmp_path: Path, pattern: str) -> None:

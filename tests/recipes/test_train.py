@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -74,15 +75,34 @@ def test_the_loss_is_the_mean_over_all_predicted_bytes(alone: Path) -> None:
     recipe = config.load_resolved(alone / "recipe.yaml")
     model = HybridLM(recipe.model)
     model.init_weights(recipe.train.seed)
-    tokens = data.training_windows(data.read_corpus(recipe.data), 32, recipe.train.seed, 1, range(4))
+    tokens = data.training_windows(data.read_corpus(recipe.data), 32, recipe.train.seed, 1, range(4)).tokens
     logits = model.double()(tokens)[:, :-1]
     want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
     assert losses(alone)[0][2] == pytest.approx(want.item(), rel=1e-12)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_packed_files_are_read_as_if_alone(train: Train, tmp_path: Path, ranks: int) -> None:
+    """The first loss of a packed run by hand: every document by itself, its first byte not predicted."""
+    packed = ("data.pack=true", "data.length=1000", "train.batch=2", "train.steps=1", "train.sample=0")
+    assert train(*EXACT, *packed, ranks=ranks).ok
+    recipe = config.load_resolved(tmp_path / "run" / "recipe.yaml")
+    model = HybridLM(recipe.model)
+    model.init_weights(recipe.train.seed)
+    windows = data.training_windows(data.read_corpus(recipe.data), 1000, recipe.train.seed, 1, range(2))
+    assert len(windows.cu_seqlens) > 3
+    total = torch.zeros(2, dtype=torch.float64)
+    for start, end in itertools.pairwise(windows.cu_seqlens):
+        tokens = windows.tokens.view(1, -1)[:, start:end]
+        logits = model.double()(tokens)[0, :-1]
+        loss = torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum")
+        total += torch.stack([loss.detach(), torch.tensor(float(end - start - 1))])
+    assert losses(tmp_path / "run")[0][2] == pytest.approx((total[0] / total[1]).item(), rel=1e-9)
+
+
 def test_validation_by_hand(alone: Path) -> None:
     recipe = config.load_resolved(alone / "recipe.yaml")
-    tokens = data.validation_windows(data.read_corpus(recipe.data), 32, 4, range(4))
+    tokens = data.validation_windows(data.read_corpus(recipe.data), 32, 4, range(4)).tokens
     with torch.no_grad():
         logits = generate.load_model(alone)(tokens)[:, :-1]
     want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())

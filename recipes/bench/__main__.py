@@ -1,0 +1,51 @@
+"""Speed, measured in one run: ``python -m recipes.bench [NAME ...] [--quick] [--out runs/bench]``.
+
+linear  hsp.linear_attention beside fla-core's naive chunk form of simple GLA and torch's causal SDPA
+delta   hsp.delta_rule beside the chunk form of the gated delta rule in transformers
+mixers  every linear mixer at a short and at a long sequence
+model   training of the quickstart model, two sequence-parallel ranks beside one process
+
+Contenders take turns in every repetition, so that a busy moment of the machine hits all of them. A table gives medians
+and the span from fastest to slowest; report.md and results.json, with commit, versions and command, lie in OUT/NAME.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from recipes.allocator import keep_freed_memory
+from recipes.bench.measure import QUICK, Result, Sizes, provenance, write
+from recipes.bench.mixers import mixers
+from recipes.bench.operators import delta, linear
+from recipes.bench.training import model
+
+BENCHES: dict[str, Callable[[Sizes, Path], Result]] = {
+    "linear": linear,
+    "delta": delta,
+    "mixers": mixers,
+    "model": model,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m recipes.bench", description="Speed tables of the README.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHES)}; all if none is given")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it works")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"))
+    options = parser.parse_args(argv)
+    unknown = [name for name in options.names if name not in BENCHES]
+    if unknown:
+        parser.error(f"unknown benchmark {', '.join(unknown)}; known: {', '.join(BENCHES)}")
+    keep_freed_memory()
+    facts = provenance()
+    for name in options.names or BENCHES:
+        folder = options.out / name
+        folder.mkdir(parents=True, exist_ok=True)
+        print(f"measuring {name}: minutes, on a machine that does nothing else ...", flush=True)
+        print(write(BENCHES[name](QUICK if options.quick else Sizes(), folder), facts, folder) + "\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()
