@@ -18,6 +18,7 @@ from analysis.runs import Run, TrainPoint
 from analysis.tables import Point, kinds
 
 DPI = 150
+ABREAST = 4  # columns of loss curves in one row
 BINS = 25  # windows over a run, in each of which the training loss is averaged
 STYLE: Any = {
     "font.size": 9.5,
@@ -87,6 +88,40 @@ def loss_against_ratio(points: Sequence[Point]) -> bytes:
         return _png(figure)
 
 
+def loss_by_kind(points: Sequence[Point]) -> bytes:
+    """Validation loss of every kind of linear block, a row each, best first; a mark per share of softmax blocks.
+
+    For more kinds than `loss_against_ratio` has lines. The pure softmax model is a vertical reference.
+    """
+    mixed = [point for point in points if point.linear is not None]
+    best = {kind: min(point.bits_per_byte for point in mixed if point.linear == kind) for kind in kinds(points)}
+    rows = sorted(best, key=best.__getitem__, reverse=True)  # from the bottom up
+    shares = sorted({point.softmax for point in mixed})
+    with rc_context(STYLE):
+        figure = Figure(figsize=(6.6, 1.6 + 0.27 * len(rows)), layout="constrained")
+        axes = figure.add_subplot()
+        for share, look in zip(shares, _looks(len(shares)), strict=True):
+            marks = [point for point in mixed if point.softmax == share]
+            axes.plot(
+                [point.bits_per_byte for point in marks],
+                [rows.index(point.linear) for point in marks if point.linear is not None],
+                color=look.color,
+                marker=look.marker,
+                linestyle="none",
+                label=f"softmax share {share}",
+            )
+        for point in points:
+            if point.linear is None:
+                label = f"softmax in every block ({point.bits_per_byte:.3f})"
+                axes.axvline(point.bits_per_byte, color=SOFTMAX.color, linestyle=SOFTMAX.line, label=label)
+        axes.set_yticks(range(len(rows)), rows)
+        axes.set_ylim(-0.6, len(rows) - 0.4)
+        axes.set_xlabel("validation loss (bits per byte)")
+        axes.set_title(_title(points), loc="left", x=-0.2)
+        figure.legend(loc="outside lower center", ncols=len(shares) + 1)
+        return _png(figure)
+
+
 def _as_nats(bits: Any) -> Any:
     return bits * math.log(2)
 
@@ -131,7 +166,7 @@ def _count(tokens: float) -> str:
 
 
 def loss_curves(runs: Sequence[Run]) -> bytes:
-    """Training and validation loss of every run against bytes read, one column per kind of linear block.
+    """Training and validation loss of every run against bytes read, one column per kind of linear block, four abreast.
 
     Pure softmax runs stand in every column. The training loss is the mean over windows of 1/25 of the run.
     """
@@ -141,8 +176,12 @@ def loss_curves(runs: Sequence[Run]) -> bytes:
     unit, scale = ("million bytes", 1e6) if max(run.tokens for run in runs) >= 1e6 else ("thousand bytes", 1e3)
     unigram = runs[0].unigram_bits_per_byte
     with rc_context(STYLE):
-        figure = Figure(figsize=(4.3 * len(columns) + 0.4, 6.4), layout="constrained")
-        grid = figure.subplots(2, len(columns), sharex=True, sharey=True, squeeze=False)
+        abreast, bands = min(len(columns), ABREAST), math.ceil(len(columns) / ABREAST)
+        figure = Figure(figsize=(4.3 * abreast + 0.4, 6.4 * bands), layout="constrained")
+        cells = figure.subplots(2 * bands, abreast, sharex=True, sharey=True, squeeze=False)
+        grid = [[cells[2 * (j // ABREAST) + way][j % ABREAST] for j in range(len(columns))] for way in (0, 1)]
+        for empty in cells[-2:, (len(columns) - 1) % ABREAST + 1 :].flat:
+            empty.set_visible(False)
         for j, kind in enumerate(columns):
             for run in (run for run in runs if run.linear in (kind, None)):
                 look = looks[run.softmax] if run.linear is not None else SOFTMAX
@@ -163,7 +202,7 @@ def loss_curves(runs: Sequence[Run]) -> bytes:
             grid[0][j].set_title(f"{kind or 'softmax'}: training", loc="left")
             grid[1][j].set_title(f"{kind or 'softmax'}: validation", loc="left")
             grid[1][j].set_xlabel(f"training text read ({unit})")
-        for axes in (grid[0][0], grid[1][0]):
+        for axes in cells[:, 0]:
             axes.set_ylabel("loss (bits per byte)")
             axes.text(0.0, unigram, " unigram entropy", va="bottom", ha="left", fontsize=8.5, color="0.3")
         lines = {line.get_label(): line for axes in grid[1] for line in axes.get_lines() if line.get_marker() != "None"}

@@ -40,6 +40,9 @@ dt { color: #555 } dd { margin: 0 }
 """
 
 
+CURVES = "loss_curves.png"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """What a report says, before it is written: sentences, tables and figures (PNG bytes by file name)."""
@@ -82,8 +85,8 @@ def build(folder: Folder, command: str) -> Report:
         runs=tables.run_table(runs),
         costs=traffic.cost_tables(found),
         figures={
-            "loss_against_ratio.png": (plots.loss_against_ratio(found), _ratio_caption(found)),
-            "loss_curves.png": (
+            **_main_figure(found),
+            CURVES: (
                 plots.loss_curves(runs),
                 f"All {len(runs)} runs. Training loss: means over windows of 1/{plots.BINS} of a run. Validation: text "
                 "that is not trained on. The grey line is the unigram entropy of that text.",
@@ -121,6 +124,13 @@ def _facts(runs: Sequence[Run], found: Sequence[Point]) -> list[str]:
 
 def _title(point: Point) -> str:
     return "softmax in every block" if point.linear is None else f"{point.linear} with softmax share {point.softmax}"
+
+
+def _main_figure(found: Sequence[Point]) -> dict[str, tuple[bytes, str]]:
+    """The figure that the report begins with: lines over shares, or for many kinds a row each."""
+    if len(tables.kinds(found)) <= len(plots.LOOKS):
+        return {"loss_against_ratio.png": (plots.loss_against_ratio(found), _ratio_caption(found))}
+    return {"loss_by_kind.png": (plots.loss_by_kind(found), "Every kind of linear block, the best at the top.")}
 
 
 def _ratio_caption(found: Sequence[Point]) -> str:
@@ -192,12 +202,12 @@ def as_page(report: Report) -> str:
         f'<p class="sub">{escape(report.settings["training"])}; {escape(report.settings["sequence cut over"])}</p>',
         f'<div class="warning"><strong>Incomplete or uneven</strong>{warnings}</div>' if warnings else "",
         "<ul>" + "".join(f"<li>{escape(fact)}</li>" for fact in report.facts) + "</ul>",
-        figure("loss_against_ratio.png"),
+        *[figure(name) for name in report.figures if name != CURVES],
         wide(report.ratios),
         "<h2>Every model</h2>",
         wide(report.losses),
         "<h2>Loss curves</h2>",
-        figure("loss_curves.png"),
+        figure(CURVES),
         "<h2>Communication</h2>" if report.costs else "",
         *[f"<p>{escape(text)}</p>{wide(table)}" for text, table in report.costs],
         "<h2>How it was made</h2>",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from analysis import cost
 from analysis.runs import Run
 from analysis.tables import Point, Table
-from layers.recurrence import Form
+from layers.cost import Cost, Summary
 from layers.spec import ModelConfig, block_specs, expand_pattern
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
@@ -45,50 +45,64 @@ def setting(run: Run) -> Setting:
     recipe, dp, P = run.recipe, int(run.provenance["dp"]), int(run.provenance["sp"])
     layout, passes = recipe["parallel"]["layout"], int(recipe["train"]["accumulation"])
     zigzag = layout == "zigzag" or (layout == "auto" and "N" in run.pattern)
+    B, L = int(recipe["train"]["batch"]) // dp // passes, int(recipe["data"]["length"])
+    if recipe["data"].get("pack"):  # one row of documents, whose softmax layers receive at most what is said here
+        B, L = 1, B * L
     return Setting(
         P=P,
         world=dp * P,
         spans=2 if zigzag else 1,
-        B=int(recipe["train"]["batch"]) // dp // passes,
+        B=B,
         passes=passes,
-        L=int(recipe["data"]["length"]),
+        L=L,
         kv_bytes=DTYPE_BYTES[recipe["train"]["dtype"]],
     )
 
 
-def layer_volumes(run: Run, cut: Setting) -> list[Volume | None]:
-    """The predicted volume of every block of the run's model, None for a mixer that has no model here."""
-    return [_volume(name, sizes, cut) for name, sizes in _layers(run)]
+def layer_volumes(run: Run, cut: Setting) -> list[Volume]:
+    """The predicted volume of every block's mixer in the run's model, on rank 0."""
+    return [volume(facts, cut) for _, facts in _layers(run)]
 
 
-def _layers(run: Run) -> list[tuple[str, dict[str, Any]]]:
-    """Every block's mixer by name, with the sizes that the formulas of the cost model take."""
+def _layers(run: Run) -> list[tuple[str, Cost]]:
+    """Every block's mixer by name, with its cost."""
     model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), run.recipe["model"]))
     assert isinstance(model, ModelConfig)
-    layers = []
-    for name, (spec, place) in zip(expand_pattern(model), block_specs(model), strict=True):
-        sizes: dict[str, Any] = {}
-        if name == "softmax":
-            sizes = {"G": place.kv_heads, "D": place.width()}
-        elif isinstance(form := getattr(spec, "form", lambda _: None)(place), Form):
-            sizes = {"H": form.heads, "K": form.key, "V": form.value, "normalize": form.normalize}
-            sizes["transition"] = form.decay
-        layers.append((name, sizes))
-    return layers
+    blocks = zip(expand_pattern(model), block_specs(model), strict=True)
+    return [(name, spec.cost(place)) for name, (spec, place) in blocks]
 
 
-def _volume(name: str, sizes: dict[str, Any], cut: Setting) -> Volume | None:
-    if name == "softmax":
-        shape = {"P": cut.P, "B": cut.B, "L": cut.L, "kv_bytes": cut.kv_bytes, **sizes}
-        return Volume(
-            forward=cost.softmax_all_gather_forward(**shape), backward=cost.softmax_all_gather_backward(**shape)
-        )
-    if "transition" in sizes:
-        shape = {"P": cut.P, "B": cut.B, "spans": cut.spans, **sizes}
-        forward = cost.linear_all_gather_forward(**shape)
-        del shape["transition"]  # it is not sent back
-        return Volume(forward=forward, backward=cost.linear_all_gather_backward(**shape))
-    return None
+def volume(facts: Cost, cut: Setting, rank: int = 0) -> Volume:
+    """What one layer with these cost facts sends where sequences are cut so."""
+    forward = backward = 0
+    ranks: dict[str, Any] = {"P": cut.P, "B": cut.B, "spans": cut.spans}
+    for one in facts.summaries:
+        forward += cost.linear_all_gather_forward(**ranks, **_state(one), transition=one.transition)
+        backward += cost.linear_all_gather_backward(**ranks, **_state(one))  # the transition is not sent back
+    halos = [(one.tokens, one.channels) for one in facts.halos]
+    for keys in facts.attention:
+        shape: dict[str, Any] = {
+            "P": cut.P,
+            "B": cut.B,
+            "L": cut.L,
+            "kv_bytes": cut.kv_bytes,
+            "G": keys.kv_heads,
+            "D": keys.width,
+        }
+        if keys.window is None:
+            forward += cost.softmax_all_gather_forward(**shape)
+            backward += cost.softmax_all_gather_backward(**shape)
+        else:
+            halos.append((keys.window - 1, 2 * keys.kv_heads * keys.width))
+    for tokens, channels in halos:
+        halo = {**ranks, "rank": rank, "tokens": tokens, "channels": channels}
+        forward += cost.halo_forward(**halo, element_bytes=cut.kv_bytes)
+        backward += cost.halo_backward(**halo)
+    return Volume(forward=forward, backward=backward)
+
+
+def _state(summary: Summary) -> dict[str, Any]:
+    return {"H": summary.heads, "K": summary.key, "V": summary.value, "normalize": summary.normalize}
 
 
 def cost_tables(points: Sequence[Point]) -> tuple[tuple[str, Table], ...]:
@@ -101,33 +115,39 @@ def cost_tables(points: Sequence[Point]) -> tuple[tuple[str, Table], ...]:
 
 def _layer_table(points: Sequence[Point]) -> tuple[str, Table]:
     cut = max((setting(point.runs[0]) for point in points), key=lambda one: one.spans)
-    kinds = {name: sizes for point in points for name, sizes in _layers(point.runs[0]) if sizes}
+    kinds = dict(layer for point in points for layer in _layers(point.runs[0]))
+    full = next((one for facts in kinds.values() for one in facts.attention if one.window is None), None)
     rows, notes = [], []
-    for name, sizes in sorted(kinds.items(), key=lambda item: (item[0] == "softmax", item[0])):
-        if name == "softmax":
-            shape = {"P": cut.P, "B": cut.B, "kv_bytes": cut.kv_bytes, **sizes}
-            methods = (
-                ("AllGather-KV (used here)", cost.softmax_all_gather_forward, cost.softmax_all_gather_backward),
-                ("ring attention", cost.ring_attention_forward, cost.ring_attention_backward),
-            )
-            for method, forward, backward in methods:
-                at = [f(L=L, **shape) for L in (cut.L, LONG) for f in (forward, backward)]
-                rows.append((name, method, *(f"{value:,}" for value in at)))
-        else:
-            state = {"P": cut.P, "B": cut.B, **{key: sizes[key] for key in "HKV"}}
-            both = _volume(name, sizes, cut)
-            assert both is not None
-            rows.append(
-                (name, "all-gather of states, LASP-2 (used here)", *2 * (f"{both.forward:,}", f"{both.backward:,}"))
-            )
-            rows.append((name, "ring of states, LASP-1", *4 * (f"{cost.lasp1_ring(**state):,}",)))
-            if "softmax" in kinds:
+
+    def row(name: str, exchange: str, *at: int) -> None:
+        rows.append((name, exchange, *(f"{value:,}" for value in at)))
+
+    for name, facts in sorted(kinds.items(), key=lambda item: (item[0] == "softmax", item[0])):
+        volumes = [volume(facts, replace(cut, L=length)) for length in (cut.L, LONG)]
+        used = " and ".join(
+            [
+                *["all-gather of states, LASP-2" for _ in facts.summaries],
+                *["AllGather-KV" for one in facts.attention if one.window is None],
+                *["halo" for one in (*facts.halos, *facts.attention) if getattr(one, "window", 0) is not None],
+            ]
+        )
+        row(name, f"{used} (used here)", *(bytes_ for one in volumes for bytes_ in (one.forward, one.backward)))
+        for one in facts.attention:
+            if one.window is None:
+                shape = {"P": cut.P, "B": cut.B, "kv_bytes": cut.kv_bytes, "G": one.kv_heads, "D": one.width}
+                ring = (cost.ring_attention_forward, cost.ring_attention_backward)
+                row(name, "ring attention", *(f(L=L, **shape) for L in (cut.L, LONG) for f in ring))
+        for summary in facts.summaries:
+            sizes = {"H": summary.heads, "K": summary.key, "V": summary.value}
+            row(name, "ring of states, LASP-1", *4 * (cost.lasp1_ring(P=cut.P, B=cut.B, **sizes),))
+            if full is not None:
                 tokens = cost.break_even_tokens(
-                    transition=sizes["transition"],
+                    **sizes,
+                    transition=summary.transition,
                     spans=cut.spans,
                     kv_bytes=cut.kv_bytes,
-                    **{key: sizes[key] for key in "HKV"},
-                    **kinds["softmax"],
+                    G=full.kv_heads,
+                    D=full.width,
                 )
                 notes.append(f"{name} receives less than softmax above {cut.P * tokens:,.0f} tokens")
     header = ("layer", "exchange", *(f"{way}, {L:,} tokens" for L in (cut.L, LONG) for way in ("forward", "backward")))
@@ -143,20 +163,17 @@ def _step_table(points: Sequence[Point]) -> tuple[str, Table]:
     for point in points:
         run = point.runs[0]
         cut, counted = setting(run), median(row.received_bytes for row in run.train)
-        volumes = layer_volumes(run, cut)
-        known = [volume for volume in volumes if volume is not None]
-        exchanges = cut.passes * sum(volume.forward + volume.backward for volume in known)
+        exchanges = cut.passes * sum(one.forward + one.backward for one in layer_volumes(run, cut))
         gradients = cost.gradient_all_reduce(P=cut.world, parameters=run.parameters)
-        complete = len(known) == len(volumes)
         rows.append(
             (
                 str(point.softmax),
                 point.linear or "none (all softmax)",
-                f"{exchanges:,}" if complete else "not modelled",
+                f"{exchanges:,}",
                 f"{gradients:,}",
-                f"{exchanges + gradients:,}" if complete else "not modelled",
+                f"{exchanges + gradients:,}",
                 f"{counted:,.0f}",
-                f"{counted - exchanges - gradients:+,.0f}" if complete else "",
+                f"{counted - exchanges - gradients:+,.0f}",
             )
         )
     header = (

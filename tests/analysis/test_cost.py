@@ -13,6 +13,7 @@ from hybrid_sp.collectives import Group
 from tests.support.ranks import run_ranks
 
 STATE: dict[str, int] = {"B": 2, "H": 4, "K": 6, "V": 5}
+HALO: dict[str, int] = {"tokens": 3, "channels": 5}
 KV: dict[str, int] = {"B": 2, "G": 2, "D": 8}
 
 
@@ -112,6 +113,11 @@ def count_exchanges(group: Group, length: int, layout: str) -> dict[str, tuple[i
     q, k, v = torch.rand(B, T, H, K), torch.rand(B, T, H, K), torch.rand(B, T, H, V)
     count("normalised", lambda *x: hsp.linear_attention(*x, normalize=True, shard=shard), q, k, v)
     count("final", lambda *x: hsp.linear_attention(*x, return_final_state=True, shard=shard), q, k, v)
+    q, k, v = torch.rand(B, T, H, K), torch.rand(B, T, H, K) / K, torch.rand(B, T, H, V)
+    beta = torch.rand(B, T, H)
+    count("matrix", lambda *x: hsp.delta_rule(*x, beta=beta, shard=shard), q, k, v)
+    x, weight = torch.rand(B, T, HALO["channels"]), torch.rand(HALO["channels"], HALO["tokens"] + 1)
+    count("halo", lambda *x: hsp.short_conv(*x, shard=shard), x, weight)
     q, k, v = torch.rand(B, T, 2 * G, D), torch.rand(B, T, G, D), torch.rand(B, T, G, D)
     count("softmax", lambda *x: hsp.softmax_attention(*x, shard=shard), q, k, v)
     return counted
@@ -124,7 +130,7 @@ def test_the_model_is_what_the_ledger_counts(P: int, length: int, layout: str) -
     backward = cost.linear_all_gather_backward(**shape)
     expected = {
         kind: (cost.linear_all_gather_forward(transition=kind, **shape), backward)
-        for kind in ("none", "fixed", "scalar", "vector")
+        for kind in ("none", "fixed", "scalar", "vector", "matrix")
     }
     expected["normalised"] = (
         cost.linear_all_gather_forward(normalize=True, **shape),
@@ -136,4 +142,6 @@ def test_the_model_is_what_the_ledger_counts(P: int, length: int, layout: str) -
         cost.softmax_all_gather_backward(P=P, L=length, kv_bytes=4, **KV),
     )
     for rank, counted in enumerate(run_ranks(count_exchanges, P, length, layout)):
+        halo = {"P": P, "B": STATE["B"], "spans": spans, "rank": rank, **HALO}
+        expected["halo"] = cost.halo_forward(**halo, element_bytes=4), cost.halo_backward(**halo)
         assert counted == expected, f"rank {rank} of {P}, {layout}"

@@ -18,7 +18,7 @@ SWEEP = """
 name: trial
 base: base.yaml
 nproc: 2
-axes: {model.ratio: [1/2], model.linear: [gla]}
+axes: {model.ratio: [1/2], model.linear: [gated_delta_net]}
 set: {data.length: 48, train.batch: 2, train.validation_sequences: 2, train.sample: 0, wandb.mode: disabled}
 """
 
@@ -31,18 +31,20 @@ def test_two_ranks_receive_what_the_cost_model_says(tmp_path: Path, monkeypatch:
     words = [sys.executable, "-m", "recipes.sweep", "trial.yaml"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "[1/1] ratio-1-2_linear-gla: finished after" in done.stdout
+    assert "[1/1] ratio-1-2_linear-gated-delta-net: finished after" in done.stdout
 
     folder = read_folder("runs/trial")
     assert folder.faults == ()
     (run,) = folder.runs
-    assert (run.pattern, run.linear, run.steps, run.tokens) == ("LN", "gla", 3, 3 * 2 * 48)
+    assert (run.pattern, run.linear, run.steps, run.tokens) == ("LN", "gated_delta_net", 3, 3 * 2 * 48)
     cut = traffic.setting(run)
     assert (cut.P, cut.spans, cut.B, cut.L) == (2, 2, 2, 48)
     assert report.main(["runs/trial"]) == 0
     text = Path("runs/trial/report/loss.md").read_text()
     row = next(
-        line for line in text.splitlines() if line.startswith("|") and "|" in line and " gla " in line and "+" in line
+        line
+        for line in text.splitlines()
+        if line.startswith("|") and "|" in line and " gated_delta_net " in line and "+" in line
     )
     model, counted, difference = (int(cell.replace(",", "")) for cell in row.strip("| ").split("|")[-3:])
     assert difference == counted - model
