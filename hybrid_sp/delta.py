@@ -20,7 +20,7 @@ from .kernels.chunks import Chunks, cut
 from .kernels.delta import Local
 from .layout import Shard
 from .overlap import Call, finish, start
-from .public import compute_dtype, operator, require, shard_of
+from .public import compute_dtype, operator, require, require_recurrence, require_state, shard_of
 
 
 @operator
@@ -117,19 +117,7 @@ def _check(
     backend: str,
 ) -> None:
     name = "delta_rule"
-    require(backend in ("auto", "torch"), name, f'backend must be "auto" or "torch", got {backend!r}')
-    require(q.ndim == k.ndim == v.ndim == 4, name, "q, k and v must be [batch, tokens, heads, dim]")
-    require(q.shape == k.shape, name, f"q and k must have one shape, got {tuple(q.shape)} and {tuple(k.shape)}")
-    require(
-        q.shape[:2] == v.shape[:2], name, f"v {tuple(v.shape)} must have the batch and tokens of q {tuple(q.shape)}"
-    )
-    require(
-        v.shape[2] % q.shape[2] == 0, name, f"v has {v.shape[2]} heads, not a multiple of the {q.shape[2]} key heads"
-    )
-    require(q.dtype == k.dtype == v.dtype, name, f"q, k, v must share a dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
-    require(q.dtype.is_floating_point, name, f"q, k, v must be floating point, got {q.dtype}")
-    shard.require_tokens(name, q=q.shape[1])
-    shard.require_batch(name, q)
+    require_recurrence(name, q, k, v, shard, backend)
     tokens, key = tuple(v.shape[:3]), q.shape[3]
     require(tuple(beta.shape) == tokens, name, f"beta must be {tokens}, got {tuple(beta.shape)}")
     require(beta.dtype.is_floating_point, name, f"beta must be floating point, got {beta.dtype}")
@@ -141,17 +129,7 @@ def _check(
             f"log_decay must be one of {allowed}, got {tuple(log_decay.shape)}",
         )
     if initial_state is not None:
-        shape, dtype = (q.shape[0], v.shape[2], key, v.shape[3]), compute_dtype(q)
-        require(
-            tuple(initial_state.shape) == shape,
-            name,
-            f"initial_state must have the shape {shape}, got {tuple(initial_state.shape)}",
-        )
-        require(
-            initial_state.dtype == dtype,
-            name,
-            f"initial_state must be {dtype} for {q.dtype}, got {initial_state.dtype}",
-        )
+        require_state(name, (initial_state,), [(q.shape[0], v.shape[2], key, v.shape[3])], compute_dtype(q))
 
 
 class _Carry:

@@ -19,7 +19,7 @@ from .kernels import linear as kernel
 from .kernels.chunks import Chunks, cut
 from .layout import Shard
 from .overlap import Call, finish, start
-from .public import compute_dtype, operator, require, shard_of
+from .public import compute_dtype, operator, require, require_recurrence, require_state, shard_of
 
 State = Tensor | tuple[Tensor, Tensor]
 
@@ -169,19 +169,7 @@ def _check(
     backend: str,
 ) -> None:
     name = "linear_attention"
-    require(backend in ("auto", "torch"), name, f'backend must be "auto" or "torch", got {backend!r}')
-    require(q.ndim == k.ndim == v.ndim == 4, name, "q, k and v must be [batch, tokens, heads, dim]")
-    require(q.shape == k.shape, name, f"q and k must have one shape, got {tuple(q.shape)} and {tuple(k.shape)}")
-    require(
-        q.shape[:2] == v.shape[:2], name, f"v {tuple(v.shape)} must have the batch and tokens of q {tuple(q.shape)}"
-    )
-    require(
-        v.shape[2] % q.shape[2] == 0, name, f"v has {v.shape[2]} heads, not a multiple of the {q.shape[2]} key heads"
-    )
-    require(q.dtype == k.dtype == v.dtype, name, f"q, k, v must share a dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
-    require(q.dtype.is_floating_point, name, f"q, k, v must be floating point, got {q.dtype}")
-    shard.require_tokens(name, q=q.shape[1])
-    shard.require_batch(name, q)
+    require_recurrence(name, q, k, v, shard, backend)
     heads, key = v.shape[2], q.shape[3]
     if log_decay is not None:
         allowed = [(heads,), (*v.shape[:3],), (*v.shape[:3], key)]
@@ -200,17 +188,7 @@ def _check(
     if initial_state is not None:
         parts = initial_state if isinstance(initial_state, tuple) else (initial_state,)
         shapes = [(q.shape[0], heads, key, v.shape[3]), (q.shape[0], heads, key)][: 2 if normalize else 1]
-        require(
-            [tuple(part.shape) for part in parts] == shapes,
-            name,
-            f"initial_state must have the shapes {shapes}, got {[tuple(part.shape) for part in parts]}",
-        )
-        dtype = compute_dtype(q)
-        require(
-            all(part.dtype == dtype for part in parts),
-            name,
-            f"initial_state must be {dtype} for {q.dtype}, got {[part.dtype for part in parts]}",
-        )
+        require_state(name, parts, shapes, compute_dtype(q))
 
 
 class _Carry:

@@ -33,6 +33,31 @@ def require(condition: bool, name: str, message: str) -> None:
         raise ValueError(f"{name}: {message}")
 
 
+def require_recurrence(name: str, q: Tensor, k: Tensor, v: Tensor, shard: Shard, backend: str) -> None:
+    """What a recurrence on states asks of q, k [B,T,G,K] and v [B,T,H,V]."""
+    require(backend in ("auto", "torch"), name, f'backend must be "auto" or "torch", got {backend!r}')
+    require(q.ndim == k.ndim == v.ndim == 4, name, "q, k and v must be [batch, tokens, heads, dim]")
+    require(q.shape == k.shape, name, f"q and k must have one shape, got {tuple(q.shape)} and {tuple(k.shape)}")
+    require(
+        q.shape[:2] == v.shape[:2], name, f"v {tuple(v.shape)} must have the batch and tokens of q {tuple(q.shape)}"
+    )
+    require(
+        v.shape[2] % q.shape[2] == 0, name, f"v has {v.shape[2]} heads, not a multiple of the {q.shape[2]} key heads"
+    )
+    require(q.dtype == k.dtype == v.dtype, name, f"q, k, v must share a dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    require(q.dtype.is_floating_point, name, f"q, k, v must be floating point, got {q.dtype}")
+    shard.require_tokens(name, q=q.shape[1])
+    shard.require_batch(name, q)
+
+
+def require_state(name: str, state: tuple[Tensor, ...], shapes: list[tuple[int, ...]], dtype: torch.dtype) -> None:
+    """That an initial state has these shapes and the dtype of states."""
+    given = [tuple(part.shape) for part in state]
+    require(given == shapes, name, f"initial_state must have the shapes {shapes}, got {given}")
+    dtypes = [part.dtype for part in state]
+    require(set(dtypes) == {dtype}, name, f"initial_state must be {dtype}, got {dtypes}")
+
+
 def shard_of(shard: Shard | None, x_BTHD: Tensor) -> Shard:
     """The shard, or for one device the one that holds all tokens of x."""
     return SequenceParallel(None).shard(x_BTHD.shape[1]) if shard is None else shard
