@@ -29,7 +29,10 @@ def linear_counts(group: Any, layout: str, decay: str, length: int, normalize: b
     v = torch.rand(B, T, H, V, requires_grad=True)
     g = (-torch.rand(shapes[decay])).requires_grad_() if decay in shapes else None
     with hsp.ledger() as book:
-        out = hsp.linear_attention(q, k, v, log_decay=g, shard=shard, normalize=normalize, return_final_state=final)
+        if decay == "delta":
+            out = hsp.delta_rule(q, k / K, v, beta=torch.rand(B, T, H), shard=shard)
+        else:
+            out = hsp.linear_attention(q, k, v, log_decay=g, shard=shard, normalize=normalize, return_final_state=final)
         loss = out[0].sum() + out[1].sum() if final and not normalize else (out[0] if final else out).sum()
         loss.backward()
     assert {row.collective for row in book.rows} <= {"all_gather"} and {row.tag for row in book.rows} <= {"linear"}
@@ -38,7 +41,9 @@ def linear_counts(group: Any, layout: str, decay: str, length: int, normalize: b
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
-@pytest.mark.parametrize(("decay", "transition"), [("none", 0), ("fixed", 0), ("scalar", 1), ("vector", K)])
+@pytest.mark.parametrize(
+    ("decay", "transition"), [("none", 0), ("fixed", 0), ("scalar", 1), ("vector", K), ("delta", K * K)]
+)
 def test_a_linear_layer_is_one_gather_each_way_of_constant_size(layout: str, decay: str, transition: int) -> None:
     spans = 1 if layout == "contiguous" else 2
     for world in (2, 4):
