@@ -1,0 +1,69 @@
+"""Operators at random: lengths, documents, heads, windows, chunk sizes and numbers of ranks that nobody chose."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import hybrid_sp as hsp
+from hybrid_sp import collectives
+from hybrid_sp.kernels import chunks
+from tests.hybrid_sp.cases import Case, measured, truth
+from tests.support.ranks import run_ranks
+
+SEEDS = range(8)
+CASES = 24  # of one seed
+NOTHING = 1e-13  # a gradient that cancels to nothing, as of documents of one normalised token, is rounding
+
+
+def random_case(draw: random.Random) -> Case:
+    length = draw.choice([8, 9, 13, 17, 33, 40, 70])
+    documents = None
+    if draw.random() < 0.6:
+        inner = draw.sample(range(1, length), draw.randint(0, 5) if draw.random() < 0.8 else length - 1)
+        documents = (0, *sorted(inner), length)
+    options: dict[str, Any] = {"length": length, "documents": documents, "seed": draw.randrange(1000)}
+    options |= {"layout": draw.choice(["contiguous", "zigzag"]), "overlap": draw.random() < 0.7}
+    options["operator"] = draw.choice(["linear", "linear", "delta", "softmax", "conv", "shift"])
+    if options["operator"] in ("linear", "delta"):
+        options |= {"groups": draw.choice([1, 2, 4]), "decay": draw.choice([None, "scalar", "vector"])}
+    if options["operator"] == "linear":
+        options |= {"bonus": draw.random() < 0.3, "normalize": draw.random() < 0.3}
+        if draw.random() < 0.2:
+            options["decay"] = "fixed"
+        if documents is None and draw.random() < 0.2:
+            return Case(**options | {"causal": False, "decay": None, "bonus": False})
+    if options["operator"] == "softmax":
+        options |= {"groups": draw.choice([1, 2, 4]), "causal": draw.random() < 0.7}
+        if options["causal"]:
+            options["window"] = draw.choice([None, 2, 3, 5, 8, 20, 100])
+        return Case(**options)
+    if options["operator"] == "conv":
+        options |= {"width": draw.choice([2, 3, 4, 7, 12]), "bias": draw.random() < 0.5}
+    return Case(**options, states=draw.random() < 0.5)
+
+
+def check(group: Any, cases: list[tuple[Case, dict[str, Tensor]]], chunk: int, rows: int) -> None:
+    default = chunks.CHUNK, chunks.BLOCK_ROWS
+    chunks.CHUNK, chunks.BLOCK_ROWS = chunk, rows
+    try:
+        for case, want in cases:
+            shard = hsp.SequenceParallel(group, layout=case.layout).shard(case.length, case.documents)
+            for name, got in measured(case, group).items():
+                here = want[name] if got.shape == want[name].shape else shard.take(want[name])
+                miss, allowed = torch.dist(got, here).item(), 1e-10 * here.norm().item() + NOTHING
+                assert miss <= allowed, f"{case} {name} on rank {collectives.rank(group)}: {miss:.1e}"
+    finally:
+        chunks.CHUNK, chunks.BLOCK_ROWS = default
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_random_calls_are_the_token_loop(seed: int) -> None:
+    draw = random.Random(seed)
+    world, chunk, rows = draw.randint(1, 4), draw.choice([1, 2, 4, 8, 64]), draw.choice([1, 64, 8192])
+    cases = [random_case(draw) for _ in range(CASES)]
+    run_ranks(check, world, [(case, truth(case)) for case in cases], chunk, rows, deadline=120)
