@@ -92,14 +92,14 @@ MUTANTS = [
         file="hybrid_sp/layout.py",
         old="for span in spans_of(rank, self.sp.size, self.sp.layout):\n                tokens =",
         new="for span in spans_of(rank, self.sp.size, self.sp.layout)[::-1]:\n                tokens =",
-        test=f"{PARITY}[2-zigzag-linear]",
+        test=f"{PARITY}[2-zigzag-softmax]",
     ),
     Mutant(
         name="a shorter rank's padding before its tokens",
         file="hybrid_sp/layout.py",
         old="(0, 0) * (x_local.ndim - 1 - dim % x_local.ndim) + (0, short)",
         new="(0, 0) * (x_local.ndim - 1 - dim % x_local.ndim) + (short, 0)",
-        test=f"{PARITY}[2-contiguous-linear]",
+        test=f"{PARITY}[2-contiguous-softmax]",
     ),
     # The schedule.
     Mutant(
