@@ -66,6 +66,17 @@ def test_decoding_is_the_parallel_forward(case: Case) -> None:
 
 
 @every_case
+def test_the_cache_of_a_linear_mixer_does_not_grow(case: Case) -> None:
+    mixer, sizes = case.build(), []
+    cache = mixer.init_cache(2)
+    for t in range(150):  # more than the widest window
+        _, cache = mixer(tokens(150)[:, t : t + 1], cache=cache)
+        sizes.append(sum(tensor.nbytes for tensor in cache.tensors))
+    grows = sizes[-1] > sizes[-20]
+    assert grows == (MIXERS[case.mixer].letter == "N")
+
+
+@every_case
 def test_a_token_changes_nothing_before_it_and_all_that_see_it(case: Case) -> None:
     mixer = case.build()
     x = tokens(70)
