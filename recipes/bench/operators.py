@@ -15,6 +15,7 @@ from recipes.bench.measure import (
     THREADS,
     Claim,
     Result,
+    Row,
     Sizes,
     Timed,
     forward_backward,
@@ -44,14 +45,7 @@ def linear(sizes: Sizes, out: Path) -> Result:
         bound = {4096: 5.0, 16384: 4.0}.get(length, 5.0)
         claims.append(Claim(what=f"vector over scalar decay, T={length}", measured=ratio, at_most=bound))
     claims.append(growth(rows, SCALAR, sizes.lengths))
-    return Result(
-        title=f"linear_attention, {SETTING}",
-        unit="seconds",
-        header=HEADER,
-        lines=lines_of(rows, SCALAR),
-        rows=list(rows.values()),
-        claims=claims,
-    )
+    return _result("linear_attention", SCALAR, rows, claims)
 
 
 def _linear_contenders(length: int, compared: bool) -> dict[str, Timed]:
@@ -81,6 +75,12 @@ def _linear_contenders(length: int, compared: bool) -> dict[str, Timed]:
     return timed
 
 
+def _result(operator: str, ours: str, rows: dict[tuple[str, int], Row], claims: list[Claim]) -> Result:
+    lines = lines_of(rows, ours)
+    title = f"{operator}, {SETTING}"
+    return Result(title=title, unit="seconds", header=HEADER, lines=lines, rows=list(rows.values()), claims=claims)
+
+
 DELTA, CHUNKED = "delta_rule [B,T,H]", "transformers torch_chunk_gated_delta_rule"
 
 
@@ -94,14 +94,7 @@ def delta(sizes: Sizes, out: Path) -> Result:
         bound = {4096: 2.3, 16384: 5.0}.get(length, 0.5)
         claims.append(Claim(what=f"times faster than {CHUNKED}, T={length}", measured=ratio, at_least=bound))
     claims.append(growth(rows, DELTA, sizes.lengths))
-    return Result(
-        title=f"delta_rule, {SETTING}",
-        unit="seconds",
-        header=HEADER,
-        lines=lines_of(rows, DELTA),
-        rows=list(rows.values()),
-        claims=claims,
-    )
+    return _result("delta_rule", DELTA, rows, claims)
 
 
 def _delta_contenders(length: int, compared: bool) -> dict[str, Timed]:
