@@ -103,5 +103,9 @@ class SequenceParallel:
         cu_seqlens: bounds of packed documents as host ints, 0 ... length, strictly rising; None: the sequence is one
         document. Raises ValueError for other bounds, and if the sequence has fewer tokens than spans.
         """
-        bounds = None if cu_seqlens is None else tuple(operator.index(bound) for bound in cu_seqlens)
-        return Shard(self, length, bounds)
+        if cu_seqlens is None:
+            return Shard(self, length)
+        try:
+            return Shard(self, length, tuple(operator.index(bound) for bound in cu_seqlens))
+        except TypeError:
+            raise ValueError(f"cu_seqlens must be whole numbers, got {cu_seqlens!r}") from None

@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 import hybrid_sp as hsp
 from hybrid_sp import collectives, halo
@@ -177,34 +176,6 @@ def test_local_work_runs_while_the_halo_is_in_flight(width: int) -> None:
     assert run_ranks(logged, 2, True, width) == [mirrored] * 2
     waiting = ["launch forward", "wait forward", "local forward", "launch backward", "wait backward", "local backward"]
     assert run_ranks(logged, 2, False, width) == [waiting] * 2
-
-
-def checkpointed(group: Any) -> tuple[int, int]:
-    """Collectives of two layers without and with a checkpoint that records; the gradients agree."""
-    case = conv(4)
-    shard = hsp.SequenceParallel(group, layout="zigzag", check=True).shard(case.length)
-
-    def run(**options: Any) -> tuple[int, list[Tensor]]:
-        x = leaves_of(case, shard)
-
-        def body(h: Tensor) -> Tensor:
-            for _ in range(2):
-                y, [final] = case.call(x | {"x": h}, shard)
-                h = h + y * final.sum()
-            return h
-
-        with hsp.ledger() as book:
-            out = checkpoint(body, x["x"], **options) if options else body(x["x"])
-            grads = torch.autograd.grad(out.square().sum(), list(x.values()))
-        return book.calls, list(grads)
-
-    plain, replayed = run(), run(use_reentrant=False, context_fn=hsp.checkpoint_contexts)
-    assert all(torch.equal(a, b) for a, b in zip(plain[1], replayed[1], strict=True))
-    return plain[0], replayed[0]
-
-
-def test_a_recomputed_forward_asks_nobody_again() -> None:
-    assert run_ranks(checkpointed, 2) == [(4, 4)] * 2
 
 
 def partial_gradients(group: Any) -> None:

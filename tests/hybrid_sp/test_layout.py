@@ -46,6 +46,11 @@ def test_bounds_of_documents_that_do_not_fit_are_refused(bounds: list[int]) -> N
         hsp.SequenceParallel(None).shard(4, cu_seqlens=bounds)
 
 
+def test_bounds_of_documents_are_whole_numbers() -> None:
+    with pytest.raises(ValueError, match=r"cu_seqlens must be whole numbers, got \[0, 2.5, 4\]"):
+        hsp.SequenceParallel(None).shard(4, cu_seqlens=[0, 2.5, 4])  # type: ignore[list-item]
+
+
 def check_documents(group: Any, layout: str) -> None:
     """Positions, labels and boundaries of random documents, token by token."""
     random = torch.Generator().manual_seed(0)

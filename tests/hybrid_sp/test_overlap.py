@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import hybrid_sp as hsp
-from hybrid_sp import collectives, delta, linear, softmax
+from hybrid_sp import collectives, delta, halo, linear, softmax
 from hybrid_sp.collectives import Header, Pending
 from tests.support.ranks import RankError, run_ranks
 
 KINDS = ("linear", "delta", "softmax")
+ALL = (*KINDS, "window", "conv")  # the order of these two is in test_window.py and test_halo.py
 RELEASE_SECONDS = 1.0
 
 
@@ -89,8 +90,13 @@ def leaves(shard: hsp.Shard, heads: int = 2) -> list[Tensor]:
 
 
 def attend(kind: str, x: list[Tensor], shard: hsp.Shard) -> Tensor:
-    if kind == "softmax":
-        return hsp.softmax_attention(*x[:3], shard=shard)
+    if kind in ("softmax", "window"):
+        return hsp.softmax_attention(*x[:3], window=3 if kind == "window" else None, shard=shard)
+    if kind == "conv":
+        mixed = (x[0] + x[1] + x[2] * x[3].unsqueeze(-1)).flatten(2)
+        y = hsp.short_conv(mixed, torch.linspace(-1, 1, 32).view(8, 4), shard=shard)
+        assert isinstance(y, Tensor)
+        return y.unflatten(2, (2, 4))
     if kind == "delta":
         out = hsp.delta_rule(x[0], F.normalize(x[1], dim=-1), x[2], beta=x[3].exp(), log_decay=x[3], shard=shard)
         assert isinstance(out, Tensor)
@@ -171,19 +177,23 @@ def fail_between(group: Any, kind: str) -> int:
     def broken(*_: Any) -> Any:
         raise ArithmeticError("between start and finish")
 
-    kernels = linear.kernel.intra_forward, delta.kernel.intra_forward, softmax.attend
-    linear.kernel.intra_forward, delta.kernel.intra_forward, softmax.attend = broken, broken, broken
+    places = [(linear.kernel, "intra_forward"), (delta.kernel, "intra_forward"), (softmax, "attend")]
+    places.append((halo.kernel, "local_forward"))
+    kernels = [getattr(module, name) for module, name in places]
+    for module, name in places:
+        setattr(module, name, broken)
     try:
         with counted() as made, pytest.raises(ArithmeticError):
             attend(kind, x, shard)
     finally:
-        linear.kernel.intra_forward, delta.kernel.intra_forward, softmax.attend = kernels
+        for (module, name), kernel in zip(places, kernels, strict=True):
+            setattr(module, name, kernel)
     attend(kind, x, shard).sum().backward()
     assert made
     return in_flight(made)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL)
 def test_an_exception_between_start_and_finish_drains(kind: str) -> None:
     assert run_ranks(fail_between, 2, kind) == [0, 0]
 
@@ -264,6 +274,7 @@ def checkpointed(group: Any, layers: list[str], twice: bool) -> tuple[int, int, 
 def test_a_recomputed_forward_asks_nobody_again() -> None:
     assert run_ranks(checkpointed, 2, ["linear"] * 3, False) == [(6, 9, 6)] * 2
     assert run_ranks(checkpointed, 2, ["linear", "softmax", "delta"], False) == [(6, 9, 6)] * 2
+    assert run_ranks(checkpointed, 2, ["window", "conv", "window"], False) == [(6, 9, 6)] * 2
 
 
 def reentrant(group: Any) -> tuple[int, int]:
@@ -292,7 +303,7 @@ def test_records_are_read_by_index_not_used_up() -> None:
 
 def test_second_derivatives_and_transforms_raise() -> None:
     shard = hsp.SequenceParallel(None).shard(8)
-    for kind in KINDS:
+    for kind in ALL:
         x = leaves(shard)
         (dq,) = torch.autograd.grad(attend(kind, x, shard).square().sum(), x[0], create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable|differentiate twice"):
@@ -303,7 +314,7 @@ def test_second_derivatives_and_transforms_raise() -> None:
             torch.func.jvp(lambda q, x=x, kind=kind: attend(kind, [q, *x[1:]], shard), (x[0],), (x[0],))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL)
 def test_autocast_changes_nothing(kind: str) -> None:
     shard = hsp.SequenceParallel(None).shard(70)
     x = [leaf.detach().float() for leaf in leaves(shard)]
@@ -312,7 +323,7 @@ def test_autocast_changes_nothing(kind: str) -> None:
     assert inside.dtype == torch.float32 and torch.equal(inside, attend(kind, x, shard))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL)
 def test_compile_leaves_the_operator_out(kind: str) -> None:
     shard = hsp.SequenceParallel(None).shard(20)
     graphs: list[Any] = []
@@ -326,9 +337,9 @@ def test_compile_leaves_the_operator_out(kind: str) -> None:
 
     x = leaves(shard)
     out = torch.compile(block, backend=backend)(*x)
-    # One graph before the operator and one after: a single break. (What `attend` does to the inputs of the delta rule
-    # is a function of its own, and so a third graph.)
-    assert len(graphs) == (3 if kind == "delta" else 2)
+    # One graph before the operator and one after: a single break. (What `attend` does around the delta rule and the
+    # convolution is a function of its own, with graphs of its own.)
+    assert len(graphs) == {"delta": 3, "conv": 4}.get(kind, 2)
     want = block(*x)
     assert torch.equal(out, want)
     for got, expected in zip(
@@ -341,7 +352,7 @@ def partial_gradients(group: Any, kind: str) -> None:
     """Each input alone: as the only one that asked for, and as the only one that needs a gradient."""
     shard = hsp.SequenceParallel(group, layout="zigzag", check=True).shard(30)
     x = leaves(shard)
-    used = x[:3] if kind == "softmax" else x
+    used = x[:3] if kind in ("softmax", "window") else x
     whole = torch.autograd.grad(attend(kind, x, shard).square().sum(), used)
     for i, want in enumerate(whole):
         (asked,) = torch.autograd.grad(attend(kind, x, shard).square().sum(), x[i])
@@ -350,7 +361,7 @@ def partial_gradients(group: Any, kind: str) -> None:
         assert torch.equal(asked, want) and torch.equal(needed, want), f"input {i} on rank {collectives.rank(group)}"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL)
 def test_an_input_alone_has_the_gradient_that_it_has_among_all(kind: str) -> None:
     for world in (1, 2):
         run_ranks(partial_gradients, world, kind)

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 import hybrid_sp as hsp
 from hybrid_sp import collectives, softmax
@@ -170,51 +169,6 @@ def test_own_keys_are_attended_to_while_the_others_are_in_flight() -> None:
         *("launch forward", "wait forward", *own, *others),
         *(*d_others, "launch backward", "wait backward", *d_own),
     ]
-
-
-def checkpointed(group: Any) -> tuple[int, int]:
-    """Collectives of two layers without and with a checkpoint that records; the gradients agree."""
-    case = attention(4)
-    shard = hsp.SequenceParallel(group, layout="zigzag", check=True).shard(case.length)
-
-    def run(**options: Any) -> tuple[int, list[Tensor]]:
-        x = leaves_of(case, shard)
-
-        def body(q: Tensor) -> Tensor:
-            for _ in range(2):
-                q = q + case.call(x | {"q": q}, shard)[0]
-            return q
-
-        with hsp.ledger() as book:
-            out = checkpoint(body, x["q"], **options) if options else body(x["q"])
-            grads = torch.autograd.grad(out.square().sum(), list(x.values()))
-        return book.calls, list(grads)
-
-    plain, replayed = run(), run(use_reentrant=False, context_fn=hsp.checkpoint_contexts)
-    assert all(torch.equal(a, b) for a, b in zip(plain[1], replayed[1], strict=True))
-    return plain[0], replayed[0]
-
-
-def test_a_recomputed_forward_asks_nobody_again() -> None:
-    assert run_ranks(checkpointed, 2) == [(4, 4)] * 2
-
-
-def partial_gradients(group: Any) -> None:
-    """Each input alone: as the only one that is asked for, and as the only one that needs a gradient."""
-    case = attention(4, documents=ENDS)
-    shard = hsp.SequenceParallel(group, layout="zigzag", check=True).shard(case.length, case.documents)
-    leaves = leaves_of(case, shard)
-    whole = torch.autograd.grad(case.call(leaves, shard)[0].square().sum(), list(leaves.values()))
-    for name, want in zip(leaves, whole, strict=True):
-        (asked,) = torch.autograd.grad(case.call(leaves, shard)[0].square().sum(), leaves[name])
-        alone = {n: leaf.detach().requires_grad_(n == name) for n, leaf in leaves.items()}
-        (needed,) = torch.autograd.grad(case.call(alone, shard)[0].square().sum(), alone[name])
-        assert torch.equal(asked, want) and torch.equal(needed, want), f"{name} on rank {shard.sp.rank}"
-
-
-def test_an_input_alone_has_the_gradient_that_it_has_among_all() -> None:
-    for world in (1, 2):
-        run_ranks(partial_gradients, world)
 
 
 def leaks(group: Any, layout: str) -> None:
