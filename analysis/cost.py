@@ -9,8 +9,11 @@ in the model's dtype of `kv_bytes` per element. Send and receive buffers of the 
 from __future__ import annotations
 
 from math import ceil
+from typing import Any
 
 STATE_BYTES = 4  # fp32
+EXCHANGES = ("all_gather", "ring", "pipeline", "doubling")  # of states, by linear layers
+BASELINES = ("ulysses", "megatron", "ring_attention")  # of linear layers
 TRANSITIONS = ("none", "fixed", "scalar", "vector", "matrix")
 
 
@@ -57,12 +60,115 @@ def linear_all_gather_backward(
     return (P - 1) * (spans + final_state) * B * H * state * STATE_BYTES
 
 
-def lasp1_ring(*, P: int, B: int, H: int, K: int, V: int) -> int:
-    """LASP-1, forward or backward: B * H * K V * 4 in one hop (0 for P = 1), but after up to P-1 hops in series.
+def linear_chain_forward(
+    *,
+    P: int,
+    B: int,
+    H: int,
+    K: int,
+    V: int,
+    spans: int = 1,
+    rank: int = 0,
+    normalize: bool = False,
+    final_state: bool = False,
+) -> int:
+    """LASP's ring and ZeCO's pipeline, forward: h * B * H * (K V + z) * 4, h of the rank's spans another rank precedes.
 
-    The state on its way is already decayed, so no transition travels. Source: LASP (arXiv 2404.02882).
+    The state on its way is already decayed, so no transition travels. Its hops are in series. The owner of the last
+    span sends a final state to all: h + 1 for h, on the others. Sources: arXiv 2404.02882, arXiv 2507.01004.
     """
-    return B * H * K * V * STATE_BYTES if P > 1 else 0
+    hops = halo_spans(P=P, spans=spans, rank=rank)[0] + (final_state and rank != span_owner(-1, P=P, spans=spans))
+    return hops * B * H * (K * V + (K if normalize else 0)) * STATE_BYTES
+
+
+def linear_chain_backward(
+    *,
+    P: int,
+    B: int,
+    H: int,
+    K: int,
+    V: int,
+    spans: int = 1,
+    rank: int = 0,
+    normalize: bool = False,
+    final_state: bool = False,
+) -> int:
+    """The same backward, with h of the rank's spans that another rank follows. Where a final state has a gradient, the
+    owner of the last span receives that of every other rank: h + P - 1 for h."""
+    hops = halo_spans(P=P, spans=spans, rank=rank)[1]
+    hops += (P - 1) * (final_state and rank == span_owner(-1, P=P, spans=spans))
+    return hops * B * H * (K * V + (K if normalize else 0)) * STATE_BYTES
+
+
+def linear_doubling_forward(
+    *,
+    P: int,
+    B: int,
+    H: int,
+    K: int,
+    V: int,
+    transition: str = "none",
+    spans: int = 1,
+    rank: int = 0,
+    normalize: bool = False,
+    final_state: bool = False,
+) -> int:
+    """Doubling forward: for each of the rank's spans i and each d = 1, 2, 4, ... <= i for which another rank owns span
+    i - d, B * H * (K V + z) * 4, and B * H * a * 4 of a transition unless i < 2 d. A final state as in a chain.
+
+    At most ceil(log2(n P)) such messages per span. Source: Hillis and Steele (1986).
+    """
+    count, state, windows, transitions = P * spans, K * V + (K if normalize else 0), 0, 0
+    for i in (i for i in range(count) if span_owner(i, P=P, spans=spans) == rank):
+        rounds = [1 << r for r in range(i.bit_length())]
+        far = [d for d in rounds if span_owner(i - d, P=P, spans=spans) != rank]
+        windows += len(far)
+        transitions += sum(i >= 2 * d for d in far)
+    windows += final_state and rank != span_owner(-1, P=P, spans=spans)
+    return B * H * (windows * state + transitions * transition_elements(transition, K)) * STATE_BYTES
+
+
+def linear_doubling_backward(
+    *,
+    P: int,
+    B: int,
+    H: int,
+    K: int,
+    V: int,
+    transition: str = "none",
+    spans: int = 1,
+    rank: int = 0,
+    normalize: bool = False,
+    final_state: bool = False,
+) -> int:
+    """Doubling backward: the same in the other order of spans, transitions included, so that a contiguous rank is in
+    the place of rank P-1-r; zigzag is its own mirror image. Gradients of a final state as in a chain."""
+    shape: dict[str, Any] = {"P": P, "B": B, "H": H, "K": K, "V": V, "spans": spans}
+    mirrored = P - 1 - rank if spans == 1 else rank
+    summed = (P - 1) * (final_state and rank == span_owner(-1, P=P, spans=spans))
+    state = B * H * (K * V + (K if normalize else 0)) * STATE_BYTES
+    return linear_doubling_forward(**shape, transition=transition, rank=mirrored, normalize=normalize) + summed * state
+
+
+def linear_exchange(exchange: str, *, transition: str = "none", rank: int = 0, **shape: Any) -> tuple[int, int]:
+    """What a linear layer receives forward and backward by the exchange of states of that name; `shape` are P, B, H, K,
+    V, spans, normalize and final_state. Raises ValueError for another name."""
+    match exchange:
+        case "all_gather":
+            forward = {name: value for name, value in shape.items() if name != "final_state"}
+            return linear_all_gather_forward(**forward, transition=transition), linear_all_gather_backward(**shape)
+        case "ring" | "pipeline":
+            return linear_chain_forward(**shape, rank=rank), linear_chain_backward(**shape, rank=rank)
+        case "doubling":
+            shape |= {"transition": transition, "rank": rank}
+            return linear_doubling_forward(**shape), linear_doubling_backward(**shape)
+    raise ValueError(f"exchange is {exchange!r}; it must be one of {', '.join(EXCHANGES)}")
+
+
+def span_owner(span: int, *, P: int, spans: int = 1) -> int:
+    """The rank of a span, counted from the end if negative: contiguous r of span r, zigzag of spans r and 2P-1-r."""
+    span %= P * spans
+    return span if spans == 1 else min(span, 2 * P - 1 - span)
 
 
 # Halos: the tokens before each span. Bytes received do not depend on L
@@ -138,9 +244,92 @@ def ulysses(*, P: int, B: int, L: int, H: int, G: int, D: int, element_bytes: in
 
     Raises ValueError unless P divides H and G (heads are what it cuts). Source: DeepSpeed-Ulysses (arXiv 2309.14509).
     """
+    return _own_heads(P, H, G) * B * span_tokens(L, P) * (2 * H + 2 * G) * D * element_bytes // P
+
+
+def softmax_exchange(
+    exchange: str, *, P: int, B: int, L: int, H: int, G: int, D: int, kv_bytes: int = 2, keep_kv: bool = True
+) -> tuple[int, int]:
+    """What a softmax layer without a window receives forward and backward: "all_gather", "ring", "ulysses" or
+    "megatron", which gathers all heads where Ulysses sends each rank its own, P times the bytes."""
+    shape: dict[str, Any] = {"P": P, "B": B, "L": L, "G": G, "D": D}
+    match exchange:
+        case "all_gather":
+            back = softmax_all_gather_backward(**shape, kv_bytes=kv_bytes, keep_kv=keep_kv)
+            return softmax_all_gather_forward(**shape, kv_bytes=kv_bytes), back
+        case "ring":
+            shape["kv_bytes"] = kv_bytes
+            return ring_attention_forward(**shape), ring_attention_backward(**shape)
+        case "ulysses" | "megatron":
+            bytes_ = ulysses(**shape, H=H, element_bytes=kv_bytes) * (P if exchange == "megatron" else 1)
+            return bytes_, bytes_
+    raise ValueError(f"exchange of softmax layers is {exchange!r}; it must be all_gather, ring, ulysses or megatron")
+
+
+# Linear layers under the baselines: bytes received grow with L
+
+
+def linear_ulysses(
+    *, P: int, B: int, L: int, H: int, G: int, K: int, V: int, gates: int = 0, element_bytes: int = 2
+) -> int:
+    """Ulysses, forward or backward: all-to-all of q, k [G, K], v, o [H, V] and `gates` fp32 numbers per value head (the
+    log decays and beta of every token), (P-1)/P * B * T * ((2 G K + 2 H V) * element_bytes + H * gates * 4)."""
+    row = (2 * G * K + 2 * H * V) * element_bytes + H * gates * STATE_BYTES
+    return _own_heads(P, H, G) * B * span_tokens(L, P) * row // P
+
+
+def left_product(
+    *,
+    P: int,
+    B: int,
+    L: int,
+    H: int,
+    G: int,
+    K: int,
+    V: int,
+    transition: str = "none",
+    spans: int = 1,
+    element_bytes: int = 2,
+) -> tuple[int, int]:
+    """Ring attention of linear layers, forward and backward, with a = 1 for decays of every token, else 0:
+    (P-1) * B * (T * ((G K + H V) * element_bytes + H a * 4) + n * H a * 4), K and V with their decays and the spans'
+    totals; backward the same and P * B * T * (G K + H V + H a) * 4, the gradients. 0 for P = 1.
+
+    Raises ValueError for transitions that it does not take. Source: Ring Attention (arXiv 2310.01889), as LASP-2 (arXiv
+    2502.07563) compares it.
+    """
+    if transition not in TRANSITIONS[:3]:
+        raise ValueError(f"linear ring attention takes no transition {transition!r}, only {', '.join(TRANSITIONS[:3])}")
+    T, decays = span_tokens(L, P), H * transition_elements(transition, K) * STATE_BYTES
+    around = (P - 1) * B * (T * ((G * K + H * V) * element_bytes + decays) + spans * decays)
+    home = P * B * T * ((G * K + H * V) * STATE_BYTES + decays) if P > 1 else 0
+    return around, around + home
+
+
+def linear_baseline(
+    baseline: str,
+    *,
+    transition: str = "none",
+    spans: int = 1,
+    gates: int = 0,
+    **shape: Any,
+) -> tuple[int, int]:
+    """What a linear layer receives forward and backward by a baseline; `shape` are P, B, L, H, G, K, V, element_bytes.
+    Raises ValueError for another name."""
+    match baseline:
+        case "ring_attention":
+            return left_product(**shape, transition=transition, spans=spans)
+        case "ulysses" | "megatron":
+            bytes_ = linear_ulysses(**shape, gates=gates) * (shape["P"] if baseline == "megatron" else 1)
+            return bytes_, bytes_
+    raise ValueError(f"baseline is {baseline!r}; it must be one of {', '.join(BASELINES)}")
+
+
+def _own_heads(P: int, H: int, G: int) -> int:
+    """P - 1, where P ranks can cut these heads."""
     if H % P or G % P:
         raise ValueError(f"Ulysses cuts heads: {P} ranks must divide {H} and {G} key-value heads; take fewer")
-    return (P - 1) * B * span_tokens(L, P) * (2 * H + 2 * G) * D * element_bytes // P
+    return P - 1
 
 
 def break_even_tokens(

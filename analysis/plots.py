@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -119,6 +119,22 @@ def loss_by_kind(points: Sequence[Point]) -> bytes:
         axes.set_xlabel("validation loss (bits per byte)")
         axes.set_title(_title(points), loc="left", x=-0.2)
         figure.legend(loc="outside lower center", ncols=len(shares) + 1)
+        return _png(figure)
+
+
+def bars(rows: Sequence[str], columns: Mapping[str, Sequence[float]]) -> bytes:
+    """A panel of horizontal bars for each column of numbers, the first row at the top."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(8.6, 1.0 + 0.3 * len(rows)), layout="constrained")
+        panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+        for axes, (name, numbers) in zip(panels, columns.items(), strict=True):
+            drawn = axes.barh(range(len(rows)), numbers, color=LOOKS[0].color, height=0.6)
+            axes.bar_label(drawn, fmt="{:,.4g}", padding=3, fontsize=8.5)
+            axes.set_yticks(range(len(rows)), rows)
+            axes.margins(x=0.18)
+            axes.set_xlabel(name)
+            axes.grid(axis="y", visible=False)
+        panels[0].invert_yaxis()
         return _png(figure)
 
 

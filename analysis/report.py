@@ -1,8 +1,8 @@
-"""The report of a sweep over the ratio of hybrid models: `python -m analysis.report FOLDER [--out DIR]`.
+"""The report of a sweep over ratios of hybrid models or strategies: `python -m analysis.report FOLDER [--out DIR]`.
 
 It writes `loss.md` and `loss.csv` (a row per model), `runs.csv` (a row per run), `runs.json` (recipe, provenance and
 curves of each run), `loss_against_ratio.png`, `loss_curves.png` and `report.html`, one page that holds all of it and
-links to nothing.
+links to nothing. Of runs that differ in strategy `strategies.csv` and `strategies.png` say what each of them costs.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from analysis import plots, tables, traffic
-from analysis.runs import Folder, Run, differing_keys, read_folder
+from analysis import plots, strategies, tables, traffic
+from analysis.runs import STRATEGY_KEYS, Folder, Run, differing_keys, read_folder
 from analysis.tables import Point, Table
 
 CSS = """
@@ -52,8 +52,9 @@ class Report:
     warnings: tuple[str, ...]
     commands: tuple[str, ...]
     settings: dict[str, str]
+    strategic: bool  # whether runs differ in strategy, which `main` then compares; else it compares ratios
+    main: Table
     losses: Table
-    ratios: Table
     runs: Table
     costs: tuple[tuple[str, Table], ...]
     figures: dict[str, tuple[bytes, str]]
@@ -63,13 +64,14 @@ class Report:
 def build(folder: Folder, command: str) -> Report:
     """Turn a sweep's folder into a report. `command` is the line that made it, to be printed in it.
 
-    Raises ValueError if its runs differ in more than mixers and seed, for then no single cause explains a difference.
+    Raises ValueError if its runs differ in more than mixers, seed and strategy, for then no single cause explains a
+    difference.
     """
-    differing = differing_keys(folder.runs)
+    differing = [key for key in differing_keys(folder.runs) if key not in STRATEGY_KEYS]
     if differing:
         raise ValueError(
             f"the runs in {folder.path} also differ in {', '.join(differing)}; this report compares kinds and shares "
-            "of mixers, so put runs that are equal in all else into one folder"
+            "of mixers, and strategies, so put runs that are equal in all else into one folder"
         )
     runs = sorted(folder.runs, key=lambda run: (run.linear is None, run.linear or "", run.softmax, run.seed))
     found = tables.points(runs)
@@ -80,8 +82,9 @@ def build(folder: Folder, command: str) -> Report:
         warnings=tuple(_warnings(folder)),
         commands=tuple([str(folder.plan["command"])] if folder.plan else []) + (command,),
         settings=_settings(runs),
+        strategic=bool(found[0].strategy),
+        main=strategies.table(found) if found[0].strategy else tables.ratio_table(found),
         losses=tables.loss_table(found),
-        ratios=tables.ratio_table(found),
         runs=tables.run_table(runs),
         costs=traffic.cost_tables(found),
         figures={
@@ -111,6 +114,8 @@ def _facts(runs: Sequence[Run], found: Sequence[Point]) -> list[str]:
     tokens = sorted({run.tokens for run in runs})
     if len(tokens) == 1:
         facts.append(f"Every run read the same {tokens[0]:,} bytes of training text in {runs[0].steps} steps.")
+    if found[0].strategy:
+        facts += [strategies.sameness(runs), strategies.LEGEND]
     for point in found:
         if len(point.runs) > 1:
             facts.append(
@@ -123,11 +128,17 @@ def _facts(runs: Sequence[Run], found: Sequence[Point]) -> list[str]:
 
 
 def _title(point: Point) -> str:
-    return "softmax in every block" if point.linear is None else f"{point.linear} with softmax share {point.softmax}"
+    mixers = "softmax in every block" if point.linear is None else f"{point.linear} with softmax share {point.softmax}"
+    return ", ".join([mixers, *(f"{key}={value}" for key, value in point.strategy.items())])
 
 
 def _main_figure(found: Sequence[Point]) -> dict[str, tuple[bytes, str]]:
-    """The figure that the report begins with: lines over shares, or for many kinds a row each."""
+    """The figure that the report begins with: lines over shares, or for many kinds or strategies a row each."""
+    if found[0].strategy:
+        rows = [" ".join(row[: -len(strategies.NUMBERS)]) for row in strategies.table(found).rows]
+        columns = {"tokens a second": [*map(strategies.speed, found)], "ms exposed": [*map(strategies.exposed, found)]}
+        caption = "The median step of every strategy; exposed is the time in which rank 0 stood still for others."
+        return {"strategies.png": (plots.bars(rows, columns), caption)}
     if len(tables.kinds(found)) <= len(plots.LOOKS):
         return {"loss_against_ratio.png": (plots.loss_against_ratio(found), _ratio_caption(found))}
     return {"loss_by_kind.png": (plots.loss_by_kind(found), "Every kind of linear block, the best at the top.")}
@@ -168,11 +179,12 @@ def _settings(runs: Sequence[Run]) -> dict[str, str]:
     model, data, train, parallel = (recipe[key] for key in ("model", "data", "train", "parallel"))
     layout = "zigzag if any block is softmax" if parallel["layout"] == "auto" else parallel["layout"]
     minutes = sum(run.seconds for run in runs) / 60
+    of = " of the first run" if differing_keys(runs) else ""
     return {
         "model": f"{len(runs[0].pattern)} blocks, width {model['dim']}, {model['heads']} heads",
         "training": f"{runs[0].steps} steps of {train['batch']} sequences of {data['length']} bytes, {train['dtype']}",
         "sequence cut over": f"{provenance['sp']} ranks, layout {layout}; data parallel {provenance['dp']}",
-        "exchanges": f"linear blocks: {parallel['linear']}, softmax blocks: {parallel['softmax']}",
+        f"exchanges{of}": f"linear blocks: {parallel['linear']}, softmax blocks: {parallel['softmax']}",
         "text": f"{provenance['corpus']['bytes']:,} bytes in {provenance['corpus']['files']} files, "
         f"SHA-256 {_text_hash(runs[0])}...",
         "time": f"{len(runs)} runs, {minutes:.1f} minutes in sum, {provenance['machine']['cpus']} CPU cores",
@@ -197,13 +209,15 @@ def as_page(report: Report) -> str:
 
     warnings = "".join(f"<p>{escape(line)}</p>" for line in report.warnings)
     settings = "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in report.settings.items())
+    ratio = "loss against the ratio of linear to softmax blocks"
+    question = "one training by several strategies" if report.strategic else ratio
     parts = [
-        f"<h1>{escape(report.name)}: loss against the ratio of linear to softmax blocks</h1>",
+        f"<h1>{escape(report.name)}: {question}</h1>",
         f'<p class="sub">{escape(report.settings["training"])}; {escape(report.settings["sequence cut over"])}</p>',
         f'<div class="warning"><strong>Incomplete or uneven</strong>{warnings}</div>' if warnings else "",
         "<ul>" + "".join(f"<li>{escape(fact)}</li>" for fact in report.facts) + "</ul>",
         *[figure(name) for name in report.figures if name != CURVES],
-        wide(report.ratios),
+        wide(report.main),
         "<h2>Every model</h2>",
         wide(report.losses),
         "<h2>Loss curves</h2>",
@@ -231,7 +245,7 @@ def as_text(report: Report) -> str:
         parts.append("Incomplete or uneven:\n\n" + "\n".join(f"- {line}" for line in report.warnings))
     parts += [
         "\n".join(f"- {fact}" for fact in report.facts),
-        tables.as_markdown(report.ratios).rstrip(),
+        tables.as_markdown(report.main).rstrip(),
         tables.as_markdown(report.losses).rstrip(),
         *[f"{text}\n\n{tables.as_markdown(table).rstrip()}" for text, table in report.costs],
         "\n".join(f"- {key}: {value}" for key, value in report.settings.items()),
@@ -246,6 +260,7 @@ def write(report: Report, runs: Sequence[Run], out: Path) -> list[Path]:
     files: dict[str, bytes] = {
         "loss.md": as_text(report).encode(),
         "loss.csv": tables.as_csv(report.losses).encode(),
+        **({"strategies.csv": tables.as_csv(report.main).encode()} if report.strategic else {}),
         "runs.csv": tables.as_csv(report.runs).encode(),
         "runs.json": (json.dumps(records, separators=(",", ":")).replace('},{"name"', '},\n{"name"') + "\n").encode(),
         **{name: data for name, (data, _) in report.figures.items()},
@@ -280,7 +295,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(tables.as_markdown(report.losses))
+    print(tables.as_markdown(report.main if report.strategic else report.losses))
     print(*report.facts, sep="\n")
     for warning in report.warnings:
         print(f"warning: {warning}", file=sys.stderr)

@@ -10,22 +10,28 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
+from hybrid_sp.mesh import KINDS
+from recipes import config
 from recipes.sweep import PLAN
 
 RUN_FILES = ("recipe.yaml", "provenance.json", "metrics.jsonl", "summary.json", "train.log")
 FREE_KEYS = ("name", "out", "wandb", "model.linear", "model.ratio", "model.pattern", "model.mixers", "train.seed")
+STRATEGY_KEYS = (*config.STRATEGY_KEYS, "train.recompute", "train.recompute_blocks")  # how a training is computed
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainPoint:
-    """One training step: loss in nats per token, tokens read so far over all ranks, bytes that rank 0 received."""
+    """One training step: loss in nats per token, tokens read so far over all ranks, bytes that rank 0 received.
+
+    What older runs have not recorded is None, or missing in `received_by_kind` of layer.
+    """
 
     step: int
     tokens: int
@@ -33,6 +39,9 @@ class TrainPoint:
     tokens_per_second: float
     received_bytes: int
     exposed_ms: float
+    received_by_kind: Mapping[str, int] = field(default_factory=dict)
+    calls: int | None = None
+    memory_mb: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,6 +232,9 @@ def _read_metrics(file: Path) -> tuple[tuple[TrainPoint, ...], tuple[ValidationP
                     tokens_per_second=float(row["tokens_per_second"]),
                     received_bytes=int(row["comm/bytes"]),
                     exposed_ms=float(row["comm/exposed_ms"]),
+                    received_by_kind={kind: row[key] for kind in KINDS if (key := f"comm/bytes_{kind}") in row},
+                    calls=row.get("comm/calls"),
+                    memory_mb=row.get("memory_mb"),
                 )
             elif row["kind"] == "validation":
                 bits = float(row["bits_per_byte"])
@@ -233,6 +245,17 @@ def _read_metrics(file: Path) -> tuple[tuple[TrainPoint, ...], tuple[ValidationP
 
 
 # What several runs share
+
+
+def strategies(runs: Sequence[Run]) -> list[dict[str, str]]:
+    """The strategy of each run, in the keys in which they differ, its values spelled as behind `key=`."""
+    keys = [key for key in differing_keys(runs) if key in STRATEGY_KEYS]
+    values = [dict(_flatten(run.recipe)) for run in runs]
+    return [{key: _text(one[key]) if key in one else "not recorded" for key in keys} for one in values]
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def differing_keys(runs: Sequence[Run]) -> list[str]:

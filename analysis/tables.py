@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
 from html import escape
 
-from analysis.runs import Run
+from analysis.runs import Run, strategies
 
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
     """All seeds of one model: `linear` is the kind of its linear blocks (None: none), `softmax` the others' share.
 
+    strategy is how it was computed, in the keys in which runs differ (empty where they do not).
     bits_per_byte and loss (nats per byte) are means over seeds, low and high the lowest and highest bits per byte.
     """
 
     linear: str | None
     softmax: Fraction
     runs: tuple[Run, ...]
+    strategy: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def bits_per_byte(self) -> float:
@@ -54,24 +56,30 @@ class Table:
 
 
 def points(runs: Sequence[Run]) -> list[Point]:
-    """Group runs by kind of linear mixer and share of softmax blocks, sorted by both; pure softmax comes last.
+    """Group runs by kind of linear mixer, share of softmax blocks and strategy, sorted by the first two; pure softmax
+    comes last.
 
     Raises ValueError if two runs of one point have the same seed: then something else differs, which a mean would hide.
     """
-    groups: dict[tuple[str | None, Fraction], list[Run]] = {}
-    for run in runs:
-        groups.setdefault((run.linear, run.softmax), []).append(run)
+    groups: dict[tuple[str | None, Fraction, tuple[tuple[str, str], ...]], list[Run]] = {}
+    for run, strategy in zip(runs, strategies(runs), strict=True):
+        groups.setdefault((run.linear, run.softmax, tuple(strategy.items())), []).append(run)
     for members in groups.values():
         seeds = [run.seed for run in members]
         if len(set(seeds)) < len(seeds):
             names = ", ".join(run.name for run in members)
             raise ValueError(
-                f"runs {names} have the same mixers and one seed {seeds}; report them from separate folders"
+                f"runs {names} have the same mixers, strategy and seed {seeds}; report them from separate folders"
             )
     keys = sorted(groups, key=lambda key: (key[0] is None, key[0] or "", key[1]))
     return [
-        Point(linear=linear, softmax=share, runs=tuple(sorted(groups[linear, share], key=lambda run: run.seed)))
-        for linear, share in keys
+        Point(
+            linear=key[0],
+            softmax=key[1],
+            strategy=dict(key[2]),
+            runs=tuple(sorted(groups[key], key=lambda run: run.seed)),
+        )
+        for key in keys
     ]
 
 
@@ -84,6 +92,7 @@ def loss_table(found: Sequence[Point]) -> Table:
     """One row per point: loss in nats and bits per byte, margin to the unigram entropy, seeds and their spread."""
     rows = [
         (
+            *point.strategy.values(),
             str(point.softmax),
             point.linear or "none (all softmax)",
             point.runs[0].pattern,
@@ -109,7 +118,8 @@ def loss_table(found: Sequence[Point]) -> Table:
         "parameters",
         "seconds per run",
     )
-    return Table(header=header, rows=tuple(rows), numbers=frozenset({*header} - {"linear blocks", "pattern"}))
+    numbers = frozenset({*header} - {"linear blocks", "pattern"})
+    return Table(header=(*found[0].strategy, *header), rows=tuple(rows), numbers=numbers)
 
 
 def ratio_table(found: Sequence[Point]) -> Table:

@@ -12,16 +12,35 @@ from omegaconf import OmegaConf
 from analysis import cost
 from analysis.runs import Run
 from analysis.tables import Point, Table
-from layers.cost import Cost, Summary
+from hybrid_sp.collectives import Link
+from hybrid_sp.exchange import auto
+from layers.cost import Attention, Cost, Summary
 from layers.spec import ModelConfig, block_specs, expand_pattern
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 LONG = 65_536  # a second length, for comparison
+STATES = {  # what the exchanges of states are called in a table
+    "all_gather": "all-gather of states, LASP-2",
+    "ring": "ring of states, LASP-1",
+    "pipeline": "ring of states in blocks, ZeCO",
+    "doubling": "doubling of composed states",
+}
+TOKENS = {  # and the exchanges of tokens
+    "all_gather": "AllGather-KV",
+    "ring": "ring attention",
+    "ring_attention": "ring attention by left product",
+    "ulysses": "all-to-all of heads, Ulysses",
+    "megatron": "gathers of all heads, Megatron-SP",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """How one run is cut: P ranks in its sp group, n spans on each, B sequences in one pass, L tokens in a sequence."""
+    """How one run is cut: P ranks in its sp group, n spans on each, B sequences in one pass, L tokens in a sequence.
+
+    linear is the exchange of states, or "auto", and link the network by which that has chosen; softmax is the exchange
+    of keys. Both may be a baseline.
+    """
 
     P: int
     world: int
@@ -30,6 +49,10 @@ class Setting:
     passes: int  # forward-backward passes in one step
     L: int
     kv_bytes: int
+    linear: str = "all_gather"
+    link: Link | None = None
+    softmax: str = "all_gather"
+    keep_kv: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +71,7 @@ def setting(run: Run) -> Setting:
     B, L = int(recipe["train"]["batch"]) // dp // passes, int(recipe["data"]["length"])
     if recipe["data"].get("pack"):  # one row of documents, whose softmax layers receive at most what is said here
         B, L = 1, B * L
+    link = recipe["parallel"].get("link") or run.provenance.get("exchange", {}).get("link")
     return Setting(
         P=P,
         world=dp * P,
@@ -56,12 +80,24 @@ def setting(run: Run) -> Setting:
         passes=passes,
         L=L,
         kv_bytes=DTYPE_BYTES[recipe["train"]["dtype"]],
+        linear=recipe["parallel"]["linear"],
+        link=Link(**link) if link else None,
+        softmax=recipe["parallel"]["softmax"],
+        keep_kv=recipe["parallel"].get("keep_kv", True),
     )
 
 
 def layer_volumes(run: Run, cut: Setting) -> list[Volume]:
     """The predicted volume of every block's mixer in the run's model, on rank 0."""
     return [volume(facts, cut) for _, facts in _layers(run)]
+
+
+def exchanged(run: Run) -> int:
+    """The predicted bytes that rank 0 receives in one step in the exchanges of all blocks."""
+    cut = setting(run)
+    if cut.P == 1:  # nor is there a link by which "auto" chooses
+        return 0
+    return cut.passes * sum(one.forward + one.backward for one in layer_volumes(run, cut))
 
 
 def _layers(run: Run) -> list[tuple[str, Cost]]:
@@ -77,23 +113,18 @@ def volume(facts: Cost, cut: Setting, rank: int = 0) -> Volume:
     forward = backward = 0
     ranks: dict[str, Any] = {"P": cut.P, "B": cut.B, "spans": cut.spans}
     for one in facts.summaries:
-        forward += cost.linear_all_gather_forward(**ranks, **_state(one), transition=one.transition)
-        backward += cost.linear_all_gather_backward(**ranks, **_state(one))  # the transition is not sent back
+        there, back = _linear(one, cut, rank)
+        forward, backward = forward + there, backward + back
     halos = [(one.tokens, one.channels) for one in facts.halos]
     for keys in facts.attention:
-        shape: dict[str, Any] = {
-            "P": cut.P,
-            "B": cut.B,
-            "L": cut.L,
-            "kv_bytes": cut.kv_bytes,
-            "G": keys.kv_heads,
-            "D": keys.width,
-        }
-        if keys.window is None:
-            forward += cost.softmax_all_gather_forward(**shape)
-            backward += cost.softmax_all_gather_backward(**shape)
-        else:
+        if keys.window is not None and _as_halo(keys, cut):
             halos.append((keys.window - 1, 2 * keys.kv_heads * keys.width))
+            if not cut.keep_kv:
+                halo = {**ranks, "rank": rank, "tokens": halos[-1][0], "channels": halos[-1][1]}
+                backward += cost.halo_forward(**halo, element_bytes=cut.kv_bytes)
+            continue
+        there, back = _softmax(keys, cut)
+        forward, backward = forward + there, backward + back
     for tokens, channels in halos:
         halo = {**ranks, "rank": rank, "tokens": tokens, "channels": channels}
         forward += cost.halo_forward(**halo, element_bytes=cut.kv_bytes)
@@ -101,8 +132,45 @@ def volume(facts: Cost, cut: Setting, rank: int = 0) -> Volume:
     return Volume(forward=forward, backward=backward)
 
 
+def _linear(summary: Summary, cut: Setting, rank: int) -> tuple[int, int]:
+    ranks: dict[str, Any] = {"P": cut.P, "B": cut.B, "spans": cut.spans}
+    chosen = exchange(summary, cut)
+    if chosen in cost.BASELINES:
+        state = _state(summary)
+        del state["normalize"]  # it is summed where the queries are
+        tokens: dict[str, Any] = {"L": cut.L, "G": summary.groups or summary.heads, "element_bytes": cut.kv_bytes}
+        return cost.linear_baseline(chosen, **ranks, **state, **tokens, gates=summary.gates)
+    return cost.linear_exchange(chosen, **ranks, **_state(summary), rank=rank)
+
+
+def _softmax(keys: Attention, cut: Setting) -> tuple[int, int]:
+    """Without the few tokens of a window, which are a halo."""
+    heads = {"H": keys.heads, "G": keys.kv_heads, "D": keys.width}
+    return cost.softmax_exchange(
+        cut.softmax, P=cut.P, B=cut.B, L=cut.L, **heads, kv_bytes=cut.kv_bytes, keep_kv=cut.keep_kv
+    )
+
+
+def exchange(summary: Summary, cut: Setting) -> str:
+    """The exchange of a linear layer with such summaries; "auto" chooses by the link, as the run has done."""
+    if cut.linear != "auto":
+        return cut.linear
+    if cut.link is None:
+        raise ValueError('the link by which linear="auto" has chosen is neither in the recipe nor in the provenance')
+    each = cut.B * summary.heads * cost.STATE_BYTES
+    state = each * (summary.key * summary.value + summary.key * summary.normalize)
+    transition = each * cost.transition_elements(summary.transition, summary.key)
+    return auto.fastest(auto.seconds(cut.link, cut.P, cut.spans, state, transition, final=False))
+
+
+def _as_halo(keys: Attention, cut: Setting) -> bool:
+    """Whether only the tokens of a window travel."""
+    return keys.window is not None and cut.softmax == "all_gather"
+
+
 def _state(summary: Summary) -> dict[str, Any]:
-    return {"H": summary.heads, "K": summary.key, "V": summary.value, "normalize": summary.normalize}
+    sizes = {"H": summary.heads, "K": summary.key, "V": summary.value}
+    return {**sizes, "transition": summary.transition, "normalize": summary.normalize}
 
 
 def cost_tables(points: Sequence[Point]) -> tuple[tuple[str, Table], ...]:
@@ -114,35 +182,39 @@ def cost_tables(points: Sequence[Point]) -> tuple[tuple[str, Table], ...]:
 
 
 def _layer_table(points: Sequence[Point]) -> tuple[str, Table]:
-    cut = max((setting(point.runs[0]) for point in points), key=lambda one: one.spans)
+    cuts = [setting(point.runs[0]) for point in points]
+    cut = max(cuts, key=lambda one: one.spans)
+    strategies = [one for one in cuts if one.spans == cut.spans]
     kinds = dict(layer for point in points for layer in _layers(point.runs[0]))
     full = next((one for facts in kinds.values() for one in facts.attention if one.window is None), None)
     rows, notes = [], []
 
-    def row(name: str, exchange: str, *at: int) -> None:
+    def row(name: str, exchange: str, at: Sequence[int]) -> None:
         rows.append((name, exchange, *(f"{value:,}" for value in at)))
 
+    def volumes(facts: Cost, cut: Setting) -> list[int]:
+        """Forward and backward at both lengths, on the rank that receives the most."""
+        return [
+            max(getattr(volume(facts, replace(cut, L=length), rank), way) for rank in range(cut.P))
+            for length in (cut.L, LONG)
+            for way in ("forward", "backward")
+        ]
+
     for name, facts in sorted(kinds.items(), key=lambda item: (item[0] == "softmax", item[0])):
-        volumes = [volume(facts, replace(cut, L=length)) for length in (cut.L, LONG)]
-        used = " and ".join(
-            [
-                *["all-gather of states, LASP-2" for _ in facts.summaries],
-                *["AllGather-KV" for one in facts.attention if one.window is None],
-                *["halo" for one in (*facts.halos, *facts.attention) if getattr(one, "window", 0) is not None],
-            ]
-        )
-        row(name, f"{used} (used here)", *(bytes_ for one in volumes for bytes_ in (one.forward, one.backward)))
+        for used, each in {_used(facts, one): one for one in strategies}.items():
+            row(name, f"{used} (used here)", volumes(facts, each))
         for one in facts.attention:
-            if one.window is None:
-                shape = {"P": cut.P, "B": cut.B, "kv_bytes": cut.kv_bytes, "G": one.kv_heads, "D": one.width}
-                ring = (cost.ring_attention_forward, cost.ring_attention_backward)
-                row(name, "ring attention", *(f(L=L, **shape) for L in (cut.L, LONG) for f in ring))
+            if one.window is None and all(other.softmax != "ring" for other in strategies):
+                row(name, TOKENS["ring"], volumes(Cost(attention=(one,)), replace(cut, softmax="ring")))
+        chosen = {exchange(one, each) for one in facts.summaries for each in strategies}
+        for other in [other for other in STATES if facts.summaries and other not in chosen]:
+            row(name, STATES[other], volumes(Cost(summaries=facts.summaries), replace(cut, linear=other)))
         for summary in facts.summaries:
-            sizes = {"H": summary.heads, "K": summary.key, "V": summary.value}
-            row(name, "ring of states, LASP-1", *4 * (cost.lasp1_ring(P=cut.P, B=cut.B, **sizes),))
             if full is not None:
                 tokens = cost.break_even_tokens(
-                    **sizes,
+                    H=summary.heads,
+                    K=summary.key,
+                    V=summary.value,
                     transition=summary.transition,
                     spans=cut.spans,
                     kv_bytes=cut.kv_bytes,
@@ -152,21 +224,35 @@ def _layer_table(points: Sequence[Point]) -> tuple[str, Table]:
                 notes.append(f"{name} receives less than softmax above {cut.P * tokens:,.0f} tokens")
     header = ("layer", "exchange", *(f"{way}, {L:,} tokens" for L in (cut.L, LONG) for way in ("forward", "backward")))
     text = (
-        f"Cost model: bytes that one rank of {cut.P} receives for one layer, {cut.B} sequences a pass, "
-        f"{cut.spans} spans on a rank. " + ("Forward, " + "; ".join(notes) + "." if notes else "")
+        f"Cost model: bytes that the busiest rank of {cut.P} receives for one layer, {cut.B} sequences a pass, "
+        f"{cut.spans} spans on a rank. " + ("Forward, by all-gather, " + "; ".join(notes) + "." if notes else "")
     )
     return text, Table(header=header, rows=tuple(rows), numbers=frozenset(header[2:]))
+
+
+def _used(facts: Cost, cut: Setting) -> str:
+    """What the exchanges of a layer are called."""
+    chosen = [exchange(one, cut) for one in facts.summaries]
+    again = "" if cut.keep_kv or cut.softmax != "all_gather" else ", again in backward"
+    return " and ".join(
+        [
+            *[(TOKENS if one in cost.BASELINES else STATES)[one] for one in chosen],
+            *[f"{TOKENS[cut.softmax]}{again}" for one in facts.attention if not _as_halo(one, cut)],
+            *["halo" for _ in facts.halos],
+            *[f"halo{again}" for one in facts.attention if _as_halo(one, cut)],
+        ]
+    )
 
 
 def _step_table(points: Sequence[Point]) -> tuple[str, Table]:
     rows = []
     for point in points:
         run = point.runs[0]
-        cut, counted = setting(run), median(row.received_bytes for row in run.train)
-        exchanges = cut.passes * sum(one.forward + one.backward for one in layer_volumes(run, cut))
-        gradients = cost.gradient_all_reduce(P=cut.world, parameters=run.parameters)
+        counted, exchanges = median(row.received_bytes for row in run.train), exchanged(run)
+        gradients = cost.gradient_all_reduce(P=setting(run).world, parameters=run.parameters)
         rows.append(
             (
+                *point.strategy.values(),
                 str(point.softmax),
                 point.linear or "none (all softmax)",
                 f"{exchanges:,}",
@@ -189,4 +275,5 @@ def _step_table(points: Sequence[Point]) -> tuple[str, Table]:
         "Bytes that rank 0 receives in one training step, by the cost model and as counted (median step). "
         "Sums of losses, token counts and the like are not modelled."
     )
-    return text, Table(header=header, rows=tuple(rows), numbers=frozenset({*header} - {"linear blocks"}))
+    numbers = frozenset({*header} - {"linear blocks"})
+    return text, Table(header=(*points[0].strategy, *header), rows=tuple(rows), numbers=numbers)

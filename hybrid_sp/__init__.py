@@ -11,7 +11,6 @@ Tensors are [batch, tokens on this rank, heads, dim]. Names of tensors and comme
 An `axis` is of a mesh, a `dim` of a tensor. A rank owns spans of the sequence; a span is cut into chunks.
 """
 
-from .collectives import ledger
 from .delta import delta_rule
 from .gradients import sum_gradients
 from .halo import short_conv, token_shift
@@ -20,6 +19,7 @@ from .linear import linear_attention
 from .mesh import SequenceParallel, init_mesh
 from .overlap import checkpoint_contexts
 from .softmax import softmax_attention
+from .timeline import ledger
 
 __all__ = [
     "SequenceParallel",

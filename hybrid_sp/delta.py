@@ -8,13 +8,15 @@ The schedule is `_causal` below, that of linear attention with dense transitions
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .exchange import EXCHANGES
+from .exchange import exchange_of
+from .heads import FORMS, by_heads
 from .kernels import delta as kernel
 from .kernels.chunks import Chunks, cut
 from .kernels.delta import Local
@@ -59,18 +61,22 @@ def delta_rule(
     return_final_state  also return the state after the last token, equal on all ranks; in backward the gradients that
                         the ranks give it are summed. States are fp32 (fp64 for fp64)
 
-    Returns o [B,T,H,V], or (o, final_state). Communicates one all-gather forward, of K*V + K*K numbers per span, row of
-    the batch and head, and one of K*V backward. Raises ValueError for shapes and dtypes that do not fit, before any
-    communication.
+    Returns o [B,T,H,V], or (o, final_state). Communicates one exchange each way (`SequenceParallel.linear`): as an
+    all-gather K*V + K*K numbers per span, row of the batch and head forward, and K*V backward. Raises ValueError for
+    shapes and dtypes that do not fit, before any communication.
 
     Sources: the rule, arXiv 2102.11174, section 4.2; its chunkwise form, arXiv 2406.06484, section 3; decays, arXiv
     2412.06464 ([B,T,H]) and 2510.26692 ([B,T,H,K]); the exchange, LASP-2, arXiv 2502.07563, algorithms 2 and 4.
     """
     shard = shard_of(shard, q)
     _check(q, k, v, beta, log_decay, shard, initial_state, backend)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if shard.sp.linear in FORMS:
+        alone = functools.partial(delta_rule, scale=scale, return_final_state=return_final_state, backend=backend)
+        tokens = {"q": q, "k": k, "v": v, "beta": beta, "log_decay": log_decay}
+        return by_heads("delta_rule", alone, shard, "linear", tokens, initial_state)
     dtype = compute_dtype(q)
     g = None if log_decay is None else log_decay.to(dtype)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     o, final = _causal(
         q.to(dtype), k.to(dtype), v.to(dtype), beta.to(dtype), g, initial_state, return_final_state, scale, shard
     )
@@ -94,14 +100,14 @@ def _causal(
     exchanged = shard.span_count > 1 or initial is not None or final  # else nobody reads a summary
     entering = S_final = None
     with Call(shard, "linear") as call:
-        carry = _Carry()
+        carry = _Carry(call)
         h, leaving, transitions, D, A, inverse, w, r0 = _States.apply(carry, k, v, beta, g, exchanged, chunks)
         if exchanged:
-            exchange = EXCHANGES[shard.sp.linear].causal(shard, None, final)
-            token = start(call, exchange, leaving, transitions)
+            exchange = exchange_of(shard, leaving, transitions, known=None, entered=initial is not None, final=final)
+            token = start(call, exchange, leaving, transitions, initial)
         o_intra, e = _Intra.apply(carry, q, k, v, beta, g, h, D, inverse, w, r0, scale, chunks)
         if exchanged:
-            entering, S_final = finish(call, exchange, token, initial)
+            entering, S_final = finish(call, exchange, token)
         o, S_final = _Inter.apply(carry, o_intra, e, h, D, entering, S_final, scale, chunks)
     return o, S_final if final else None
 
@@ -117,6 +123,8 @@ def _check(
     backend: str,
 ) -> None:
     name = "delta_rule"
+    left = shard.sp.linear == "ring_attention"
+    require(not left, name, 'linear="ring_attention" takes linear_attention alone: the delta rule has no left product')
     require_recurrence(name, q, k, v, shard, backend)
     tokens, key = tuple(v.shape[:3]), q.shape[3]
     require(tuple(beta.shape) == tokens, name, f"beta must be {tokens}, got {tuple(beta.shape)}")
@@ -136,7 +144,8 @@ class _Carry:
     """What one backward pass hands from phase to phase, beside what autograd hands: `_Inter` the entering states to
     `_Intra`, and that its part of the gradients to `_States`, which adds its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, call: Call) -> None:
+        self.call = call
         self.entering: Tensor | None = None
         self.local: list[Local] = []
 
@@ -155,7 +164,8 @@ class _States(torch.autograd.Function):
         entered: bool,
         chunks: Chunks,
     ) -> tuple[Tensor | None, ...]:
-        states = kernel.states_forward(k, v, beta, g, entered, chunks)
+        with carry.call.phase("states", "forward", k):
+            states = kernel.states_forward(k, v, beta, g, entered, chunks)
         ctx.mark_non_differentiable(*(x for x in states[2:] if x is not None))
         ctx.save_for_backward(k, v, beta, g, states.A, states.inverse)
         ctx.carry, ctx.chunks = carry, chunks
@@ -167,7 +177,8 @@ class _States(torch.autograd.Function):
     def backward(ctx: Any, dh: Tensor, d_leaving: Tensor | None, *_: None) -> Any:
         k, v, beta, g, A, inverse = ctx.saved_tensors
         local, ctx.carry.local = ctx.carry.local, []
-        grads = kernel.states_backward(dh, d_leaving, k, v, beta, g, A, inverse, local, ctx.chunks)
+        with ctx.carry.call.phase("states", "backward", k):
+            grads = kernel.states_backward(dh, d_leaving, k, v, beta, g, A, inverse, local, ctx.chunks)
         return None, *grads, None, None
 
 
@@ -191,7 +202,8 @@ class _Intra(torch.autograd.Function):
         scale: float,
         chunks: Chunks,
     ) -> tuple[Tensor, Tensor]:
-        o_intra, e = kernel.intra_forward(q, k, beta, g, w, r0, chunks)
+        with carry.call.phase("intra", "forward", q):
+            o_intra, e = kernel.intra_forward(q, k, beta, g, w, r0, chunks)
         ctx.mark_dirty(w)
         ctx.mark_non_differentiable(e)
         ctx.save_for_backward(q, k, v, beta, g, h, D, inverse)
@@ -203,7 +215,10 @@ class _Intra(torch.autograd.Function):
     def backward(ctx: Any, do: Tensor, _: None) -> Any:
         q, k, v, beta, g, h, D, inverse = ctx.saved_tensors
         S_in, ctx.carry.entering = ctx.carry.entering, None
-        dq, ctx.carry.local = kernel.intra_backward(do, q, k, v, beta, g, h, D, inverse, S_in, ctx.scale, ctx.chunks)
+        with ctx.carry.call.phase("intra", "backward", q):
+            dq, ctx.carry.local = kernel.intra_backward(
+                do, q, k, v, beta, g, h, D, inverse, S_in, ctx.scale, ctx.chunks
+            )
         return None, dq, *(None,) * 11
 
 
@@ -227,12 +242,14 @@ class _Inter(torch.autograd.Function):
         ctx.save_for_backward(e, h, D, S_in)
         ctx.carry, ctx.scale, ctx.chunks = carry, scale, chunks
         ctx.mark_dirty(o_intra)
-        return kernel.inter_forward(o_intra, e, h, D, S_in, scale, chunks), S_final
+        with carry.call.phase("inter", "forward", h):
+            return kernel.inter_forward(o_intra, e, h, D, S_in, scale, chunks), S_final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor, d_final: Tensor | None) -> Any:
         e, h, D, S_in = ctx.saved_tensors
-        dh, dS_in = kernel.inter_backward(do, e, h, D, S_in, ctx.scale, ctx.chunks)
+        with ctx.carry.call.phase("inter", "backward", h):
+            dh, dS_in = kernel.inter_backward(do, e, h, D, S_in, ctx.scale, ctx.chunks)
         ctx.carry.entering = S_in
         return None, do, None, dh, None, dS_in, d_final, None, None

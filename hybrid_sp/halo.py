@@ -137,10 +137,10 @@ def _causal(
     starts, reaches = _starts(shard)
     with Call(shard, "conv") as call:
         token = start(call, exchange, x, None)
-        y = _Local.apply(exchange, token, x, weight, bias, starts)
-        rows, _ = finish(call, exchange, token, None)
+        y = _Local.apply(call, exchange, token, x, weight, bias, starts)
+        rows, _ = finish(call, exchange, token)
         states = _states(rows, plan, x, width - 1, initial)
-        y = _AddHalo.apply(y, torch.stack(states[: len(reaches)]), weight, reaches)
+        y = _AddHalo.apply(call, y, torch.stack(states[: len(reaches)]), weight, reaches)
     return y, states[-1].to(x.dtype) if final else None
 
 
@@ -181,6 +181,7 @@ class _Local(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        call: Call,
         exchange: Halo,
         token: Tensor,
         x: Tensor,
@@ -188,37 +189,43 @@ class _Local(torch.autograd.Function):
         bias: Tensor | None,
         starts: list[int],
     ) -> Tensor:
-        ctx.exchange, ctx.starts = exchange, starts
+        ctx.call, ctx.exchange, ctx.starts = call, exchange, starts
         ctx.save_for_backward(x, weight)
-        return kernel.local_forward(x, Taps(weight, starts, x.shape[1]), bias, exchange.dtype)
+        with call.phase("own", "forward", x):
+            return kernel.local_forward(x, Taps(weight, starts, x.shape[1]), bias, exchange.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, weight = ctx.saved_tensors
-        want_x, _, want_weight, want_bias = ctx.needs_input_grad[1:5]
+        want_x, _, want_weight, want_bias = ctx.needs_input_grad[2:6]
         taps = Taps(weight, ctx.starts, x.shape[1])
-        ctx.exchange.own, d_weight = kernel.local_backward(dy, x, taps, want_x, want_weight)
-        d_bias = dy.sum((0, 1)) if want_bias else None
-        return None, dy.new_empty(0) if want_x else None, None, d_weight, d_bias, None
+        with ctx.call.phase("own", "backward", x):
+            ctx.exchange.own, d_weight = kernel.local_backward(dy, x, taps, want_x, want_weight)
+            d_bias = dy.sum((0, 1)) if want_bias else None
+        return None, None, dy.new_empty(0) if want_x else None, None, d_weight, d_bias, None
 
 
 class _AddHalo(torch.autograd.Function):
     """Adds the part of the tokens before each span, in the place of y."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, halo: Tensor, weight: Tensor | None, reaches: list[tuple[int, int]]) -> Tensor:
-        ctx.reaches = reaches
+    def forward(
+        ctx: Any, call: Call, y: Tensor, halo: Tensor, weight: Tensor | None, reaches: list[tuple[int, int]]
+    ) -> Tensor:
+        ctx.call, ctx.reaches = call, reaches
         ctx.save_for_backward(halo, weight)
         ctx.mark_dirty(y)
-        return kernel.halo_forward(y, halo, Taps(weight, [], y.shape[1]), reaches)
+        with call.phase("halo", "forward", y):
+            return kernel.halo_forward(y, halo, Taps(weight, [], y.shape[1]), reaches)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         halo, weight = ctx.saved_tensors
-        d_halo, d_weight = kernel.halo_backward(dy, halo, Taps(weight, [], dy.shape[1]), ctx.reaches)
-        return dy, d_halo, None if weight is None else d_weight, None
+        with ctx.call.phase("halo", "backward", dy):
+            d_halo, d_weight = kernel.halo_backward(dy, halo, Taps(weight, [], dy.shape[1]), ctx.reaches)
+        return None, dy, d_halo, None if weight is None else d_weight, None
 
 
 def _check(name: str, x: Tensor, shard: Shard) -> None:

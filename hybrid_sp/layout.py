@@ -215,11 +215,15 @@ class Shard:
 
     def split(self, x: Tensor, dim: int) -> Tensor:
         """The padded parts of all ranks, [P, ...], from the whole sequence: the adjoint of `join`."""
-        parts = []
+        shape = [self.sp.size, *x.shape]
+        shape[dim % x.ndim + 1] = self._longest
+        parts = x.new_zeros(shape)
         for rank in range(self.sp.size):
-            spans = [x.narrow(dim, start, end - start) for start, end in self.spans_at(rank)]
-            parts.append(self.pad(torch.cat(spans, dim), dim))
-        return torch.stack(parts)
+            offset = 0
+            for start, end in self.spans_at(rank):
+                parts[rank].narrow(dim, offset, end - start).copy_(x.narrow(dim, start, end - start))
+                offset += end - start
+        return parts
 
 
 class _Gather(torch.autograd.Function):

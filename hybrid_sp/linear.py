@@ -7,6 +7,7 @@ The schedule is `_causal` below; the mathematics of a phase is in `kernels/linea
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
@@ -14,10 +15,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .exchange import EXCHANGES
+from .exchange import AllGatherSum, exchange_of
+from .heads import FORMS, by_heads
 from .kernels import linear as kernel
 from .kernels.chunks import Chunks, cut
 from .layout import Shard
+from .left_product import left_product
 from .overlap import Call, finish, start
 from .public import compute_dtype, operator, require, require_recurrence, require_state, shard_of
 
@@ -65,8 +68,9 @@ def linear_attention(
     return_final_state  also return the state after the last token, equal on all ranks; in backward the gradients that
                         the ranks give it are summed. States are fp32 (fp64 for fp64)
 
-    Returns o [B,T,H,V], or (o, final_state). Communicates one all-gather forward and one backward, of a size that does
-    not depend on T. Raises ValueError for shapes and dtypes that do not fit, before any communication.
+    Returns o [B,T,H,V], or (o, final_state). Communicates one exchange each way (`SequenceParallel.linear`; of states
+    without a mask always an all-gather), of a size that does not depend on T unless it is a baseline. Raises ValueError
+    for shapes and dtypes that do not fit, and for what a baseline cannot do, before any communication.
 
     Sources: LASP-2, arXiv 2502.07563, algorithms 1 to 4; decays as in arXiv 2307.08621 ([H]), 2405.21060 ([B,T,H]),
     2312.06635 ([B,T,H,K]); bonus, arXiv 2404.05892, equation 18.
@@ -74,27 +78,61 @@ def linear_attention(
     shard = shard_of(shard, q)
     _check(q, k, v, log_decay, bonus, shard, causal, initial_state, return_final_state, normalize, backend)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    dtype = compute_dtype(q)
-    width = v.shape[-1]
-    q_, k_, v_ = q.to(dtype), k.to(dtype), v.to(dtype)
-    g = None if log_decay is None else log_decay.to(dtype)
-    u = None if bonus is None else bonus.to(dtype)
-    if normalize:
-        v_ = torch.cat([v_, v_.new_ones(*v_.shape[:-1], 1)], -1)
-    initial = initial_state if isinstance(initial_state, Tensor) else None
-    if isinstance(initial_state, tuple):
-        initial = torch.cat([initial_state[0], initial_state[1].unsqueeze(-1)], -1)
-
-    if causal:
-        o, final = _causal(q_, k_, v_, g, u, initial, return_final_state, scale, shard)
+    if shard.sp.linear in FORMS:
+        alone = functools.partial(
+            linear_attention,
+            scale=scale,
+            causal=causal,
+            normalize=normalize,
+            return_final_state=return_final_state,
+            backend=backend,
+        )
+        fixed = log_decay is not None and log_decay.ndim == 1
+        tokens = {"q": q, "k": k, "v": v, "log_decay": None if fixed else log_decay}
+        parameters = {"bonus": bonus} | ({"log_decay": log_decay} if fixed else {})
+        return by_heads("linear_attention", alone, shard, "linear", tokens, initial_state, parameters)
+    if shard.sp.linear == "ring_attention":
+        states = {"bonus": bonus, "initial_state": initial_state, "final state": return_final_state or None}
+        o, final = left_product(q, k, v, log_decay, shard, causal, normalize, scale, states), None
     else:
-        o, final = _bidirectional(q_, k_, v_, scale, shard), None
+        o, final = _by_states(
+            q, k, v, log_decay, bonus, initial_state, return_final_state, scale, causal, normalize, shard
+        )
+    width = v.shape[-1]
     if normalize:
         o = o[..., :width] / (o[..., width:] + EPSILON)
     o = o.to(q.dtype)
     if final is None:
         return o
     return o, (final[..., :width], final[..., width]) if normalize else final
+
+
+def _by_states(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    bonus: Tensor | None,
+    initial_state: State | None,
+    final: bool,
+    scale: float,
+    causal: bool,
+    normalize: bool,
+    shard: Shard,
+) -> tuple[Tensor, Tensor | None]:
+    """o and the final state in the dtype of sums; with normalize their last column is the normaliser's."""
+    dtype = compute_dtype(q)
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    g = None if log_decay is None else log_decay.to(dtype)
+    u = None if bonus is None else bonus.to(dtype)
+    if normalize:
+        v = torch.cat([v, v.new_ones(*v.shape[:-1], 1)], -1)
+    initial = initial_state if isinstance(initial_state, Tensor) else None
+    if isinstance(initial_state, tuple):
+        initial = torch.cat([initial_state[0], initial_state[1].unsqueeze(-1)], -1)
+    if causal:
+        return _causal(q, k, v, g, u, initial, final, scale, shard)
+    return _bidirectional(q, k, v, scale, shard), None
 
 
 def _causal(
@@ -121,15 +159,16 @@ def _causal(
         known[list(shard.broken)] = float("-inf")
     entering = S_final = None
     with Call(shard, "linear") as call:
-        carry = _Carry()
+        carry = _Carry(call)
         h, leaving, totals = _States.apply(carry, k, v, g, chunks)
         exchanged = shard.span_count > 1 or initial is not None or final  # else nobody reads a summary
         if exchanged:
-            exchange = EXCHANGES[shard.sp.linear].causal(shard, known, final)
-            token = start(call, exchange, leaving, _span_decays(totals, chunks))
+            decays = _span_decays(totals, chunks)
+            exchange = exchange_of(shard, leaving, decays, known=known, entered=initial is not None, final=final)
+            token = start(call, exchange, leaving, decays, initial)
         o_intra = _Intra.apply(carry, q, k, v, g, bonus, h, totals, scale, chunks)
         if exchanged:
-            entering, S_final = finish(call, exchange, token, initial)
+            entering, S_final = finish(call, exchange, token)
         o, S_final = _Inter.apply(carry, o_intra, q, g, bonus is not None, h, totals, entering, S_final, scale, chunks)
     return o, S_final if final else None
 
@@ -138,10 +177,10 @@ def _bidirectional(q: Tensor, k: Tensor, v: Tensor, scale: float, shard: Shard) 
     """LASP-2, algorithms 1 and 3: every query reads the sum over all spans, and nothing hides the gather."""
     heads = v.shape[2]
     q, k = (x.repeat_interleave(heads // x.shape[2], 2) for x in (q, k))
-    exchange = EXCHANGES[shard.sp.linear].bidirectional(shard)
+    exchange = AllGatherSum(shard)
     with Call(shard, "linear") as call:
         token = start(call, exchange, torch.einsum("bthk,bthv->bhkv", k, v), None)
-        total, _ = finish(call, exchange, token, None)
+        total, _ = finish(call, exchange, token)
     return torch.einsum("bthk,bhkv->bthv", q * scale, total)
 
 
@@ -195,7 +234,8 @@ class _Carry:
     """What one backward pass hands from phase to phase, beside what autograd hands: `_Inter` the entering states to
     `_Intra`, and that its dk, dv, dg to `_States`, which adds its own. So every gradient is summed and written once."""
 
-    def __init__(self) -> None:
+    def __init__(self, call: Call) -> None:
+        self.call = call
         self.entering: Tensor | None = None
         self.grads: tuple[Tensor, Tensor, Tensor | None] | None = None
 
@@ -212,7 +252,8 @@ class _States(torch.autograd.Function):
     def forward(
         ctx: Any, carry: _Carry, k: Tensor, v: Tensor, g: Tensor | None, chunks: Chunks
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        h, leaving, totals = kernel.states_forward(k, v, g, chunks)
+        with carry.call.phase("states", "forward", k):
+            h, leaving, totals = kernel.states_forward(k, v, g, chunks)
         ctx.carry, ctx.chunks = carry, chunks
         ctx.save_for_backward(k, v, g, h, totals)
         ctx.set_materialize_grads(False)
@@ -223,7 +264,9 @@ class _States(torch.autograd.Function):
     def backward(ctx: Any, dh: Tensor | None, d_leaving: Tensor | None, d_totals: Tensor | None) -> Any:
         k, v, g, h, totals = ctx.saved_tensors
         grads = ctx.carry.take_grads()
-        return None, *kernel.states_backward(dh, d_leaving, d_totals, k, v, g, h, totals, ctx.chunks, grads), None
+        with ctx.carry.call.phase("states", "backward", k):
+            grads = kernel.states_backward(dh, d_leaving, d_totals, k, v, g, h, totals, ctx.chunks, grads)
+        return None, *grads, None
 
 
 class _Intra(torch.autograd.Function):
@@ -245,16 +288,18 @@ class _Intra(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(q, k, v, g, bonus, h, totals)
         ctx.carry, ctx.scale, ctx.chunks = carry, scale, chunks
-        return kernel.intra_forward(q, k, v, g, bonus, chunks)
+        with carry.call.phase("intra", "forward", q):
+            return kernel.intra_forward(q, k, v, g, bonus, chunks)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor) -> Any:
         q, k, v, g, bonus, h, totals = ctx.saved_tensors
         entering, ctx.carry.entering = ctx.carry.entering, None
-        dq, d_bonus, ctx.carry.grads = kernel.intra_backward(
-            do, q, k, v, g, bonus, h, totals, entering, ctx.scale, ctx.chunks
-        )
+        with ctx.carry.call.phase("intra", "backward", q):
+            dq, d_bonus, ctx.carry.grads = kernel.intra_backward(
+                do, q, k, v, g, bonus, h, totals, entering, ctx.scale, ctx.chunks
+            )
         return None, dq, None, None, None, d_bonus, None, None, None, None
 
 
@@ -280,12 +325,14 @@ class _Inter(torch.autograd.Function):
         ctx.save_for_backward(q, g, h, totals, S_in)
         ctx.carry, ctx.exclusive, ctx.scale, ctx.chunks = carry, exclusive, scale, chunks
         ctx.mark_dirty(o_intra)
-        return kernel.inter_forward(o_intra, q, g, exclusive, h, totals, S_in, scale, chunks), S_final
+        with carry.call.phase("inter", "forward", q):
+            return kernel.inter_forward(o_intra, q, g, exclusive, h, totals, S_in, scale, chunks), S_final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor, d_final: Tensor | None) -> Any:
         q, g, h, totals, S_in = ctx.saved_tensors
-        dh, d_totals, dS_in = kernel.inter_backward(do, q, g, ctx.exclusive, h, totals, S_in, ctx.scale, ctx.chunks)
+        with ctx.carry.call.phase("inter", "backward", q):
+            dh, d_totals, dS_in = kernel.inter_backward(do, q, g, ctx.exclusive, h, totals, S_in, ctx.scale, ctx.chunks)
         ctx.carry.entering = S_in
         return None, do, None, None, None, dh, d_totals, dS_in, d_final, None, None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -14,11 +14,14 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from . import collectives
+from .collectives import Link
 from .exchange import EXCHANGES
 from .layout import LAYOUTS, Shard
 
-# Choices of the public API that are not built yet.
-_PLANNED = {"linear": ("ring", "pipeline", "doubling", "auto"), "softmax": ("ring", "ulysses", "megatron")}
+KINDS = ("linear", "softmax", "conv")  # of layers that communicate
+
+# Strategies that are no exchange of states or keys, but another form of the operator.
+_BASELINES = {"linear": ("ulysses", "megatron", "ring_attention"), "softmax": ("ring", "ulysses", "megatron")}
 
 
 def init_mesh(dp: int = 1, sp: int = 1, device: str = "cpu", timeout: timedelta = timedelta(minutes=10)) -> DeviceMesh:
@@ -34,15 +37,19 @@ def init_mesh(dp: int = 1, sp: int = 1, device: str = "cpu", timeout: timedelta 
         raise ValueError(f"dp x sp must be the number of processes: got dp={dp}, sp={sp} for {world} processes")
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        options: dict[str, Any] = {"timeout": timeout, "pg_options": collectives.group_options(backend, timeout)}
         if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
+            dist.init_process_group(backend, **options)
         else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, **options)
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     ranks = torch.arange(world).view(dp, sp)
-    rows, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout)
-    columns, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout=timeout)
+    groups = []
+    for members in (ranks.tolist(), ranks.T.tolist()):
+        own = collectives.group_options(str(dist.get_backend_config()), timeout)
+        groups.append(dist.new_subgroups_by_enumeration(members, timeout=timeout, pg_options=own)[0])
+    rows, columns = groups
     return DeviceMesh.from_group([columns, rows], device, mesh=ranks, mesh_dim_names=("dp", "sp"))
 
 
@@ -61,10 +68,20 @@ class SequenceParallel:
     group     a process group (`mesh["sp"].get_group()`), or None for one device
     layout    "contiguous": rank r owns span r of P. "zigzag": it owns spans r and 2P-1-r of 2P, which gives every
               rank the same work in causal softmax attention
-    linear    exchange of states: "all_gather" is LASP-2 (arXiv 2502.07563)
-    softmax   exchange of keys and values: "all_gather"
-    overlap   compute while collectives are in flight; False waits at once (for ablations; the results are bit-equal)
+    linear    exchange of states: "all_gather" is LASP-2 (arXiv 2502.07563), "ring" LASP (2404.02882), "pipeline"
+              ZeCO (2507.01004), "doubling" a scan in ceil(log2(spans)) rounds; "auto" is the one of these that is the
+              fastest on the link (`exchange.choose`). All give the same results
+    softmax   exchange of keys and values: "all_gather" is AllGather-KV (arXiv 2407.21783)
+              Baselines, in their original form: "ulysses" (arXiv 2309.14509) and "megatron" (Megatron-SP's volumes) cut
+              heads inside the operator, for both; Ring Attention (arXiv 2310.01889) is softmax="ring", and with the
+              left product (q k^T) v linear="ring_attention". What they cannot do is refused by the operator
+    kv_heads_per_gather   "all_gather" of softmax: key heads that travel at a time, the next in flight while these are
+              attended to; None, or more than there are: all. One of 8 needs a third of the memory for what is gathered
+    keep_kv   "all_gather" of softmax: keep what was gathered for backward; False gathers it again there
+    overlap   compute while collectives are in flight; False waits at once (for ablations; the results are bit-equal).
+              Or the kinds of layer that do, of "linear", "softmax" and "conv"
     check     compare a header on all ranks before each collective; costs a small collective, on in tests
+    link      the network for linear="auto"; None measures it
     """
 
     group: Any
@@ -73,21 +90,31 @@ class SequenceParallel:
     softmax: str = "all_gather"
     kv_heads_per_gather: int | None = None
     keep_kv: bool = True
-    overlap: bool = True
+    overlap: bool | Collection[str] = True
     check: bool = False
+    link: Link | None = None
 
     def __post_init__(self) -> None:
-        allowed = {"layout": LAYOUTS, "linear": tuple(EXCHANGES), "softmax": ("all_gather",)}
+        allowed = {
+            "layout": LAYOUTS,
+            "linear": (*EXCHANGES, "auto", *_BASELINES["linear"]),
+            "softmax": ("all_gather", *_BASELINES["softmax"]),
+        }
         for name, choices in allowed.items():
             value = getattr(self, name)
-            if value in _PLANNED.get(name, ()):
-                raise NotImplementedError(f'SequenceParallel({name}="{value}") is not built yet; use {choices}')
             if value not in choices:
                 raise ValueError(f"SequenceParallel.{name} must be one of {choices}, got {value!r}")
-        if self.kv_heads_per_gather is not None:
-            raise NotImplementedError("SequenceParallel(kv_heads_per_gather=...) is not built yet; leave it None")
-        if not self.keep_kv:
-            raise NotImplementedError("SequenceParallel(keep_kv=False) is not built yet; leave it True")
+        if not isinstance(self.overlap, bool) and (isinstance(self.overlap, str) or set(self.overlap) - set(KINDS)):
+            raise ValueError(
+                f"SequenceParallel.overlap must be True, False or a list of kinds of {KINDS}, got {self.overlap!r}"
+            )
+        heads = self.kv_heads_per_gather
+        if heads is not None and (isinstance(heads, bool) or not isinstance(heads, int) or heads < 1):
+            raise ValueError(f"SequenceParallel.kv_heads_per_gather must be None or at least 1, got {heads!r}")
+
+    def overlaps(self, kind: str) -> bool:
+        """Whether layers of this kind compute while their collectives are in flight."""
+        return self.overlap if isinstance(self.overlap, bool) else kind in self.overlap
 
     @property
     def rank(self) -> int:

@@ -13,6 +13,7 @@ operator call share; an `Exchange` says what is sent and what is done with what 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
@@ -20,9 +21,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd import Variable
 from torch.autograd.function import once_differentiable
 
+from . import timeline
 from .collectives import Header, Pending
 from .layout import Shard
 
@@ -30,70 +31,71 @@ from .layout import Shard
 class Exchange(Protocol):
     """What `start` and `finish` do with the summaries of one call of an operator.
 
-    `launch` sends them; `arrive` makes of what is received the entering states, the final state, and the transitions
-    that backward needs beside the entering states. `launch_backward` sends the gradients of the first two, and
-    `arrive_backward` makes of what is received the gradients of what `launch` sent.
+    `launch` sends them; `arrive` makes of what is received the entering states, the final state, and what else backward
+    needs to keep, such as transitions. `launch_backward` sends the gradients of the first two, and `arrive_backward`
+    makes of what is received the gradients of what `launch` was given; those of `initial` are this rank's part.
     """
 
-    def launch(self, header: Header, state: Tensor, transition: Tensor | None) -> Pending: ...
+    def launch(self, header: Header, state: Tensor, transition: Tensor | None, initial: Tensor | None) -> Pending: ...
 
-    def arrive(self, received: Any, initial: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]: ...
+    def arrive(self, received: Any) -> tuple[Tensor, Tensor, Tensor | None]: ...
 
-    def launch_backward(self, header: Header, d_entering: Tensor, d_final: Tensor) -> Pending: ...
+    def launch_backward(self, header: Header, d_entering: Tensor, d_final: Tensor, kept: Tensor | None) -> Pending: ...
 
     def arrive_backward(
-        self, received: Any, entering: Tensor, transitions: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]: ...
-
-    def initial_backward(self, transitions: Tensor | None, d_entering: Tensor, d_final: Tensor) -> Tensor: ...
+        self, received: Any, entering: Tensor, kept: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]: ...
 
 
 class Call:
-    """One operator call: its collectives in flight, one per direction and pass, and what they are called.
+    """One operator call: what it has in flight, first in first out, and what that is called.
 
-    As a context manager around start ... finish it drains the forward collective if an exception falls between, so
-    that the other ranks are not left waiting.
+    The queues are "forward", "backward" for gradients, and "again" for what backward asks for a second time. As a
+    context manager around start ... finish it drains what is in flight if an exception falls between, so that the other
+    ranks are not left waiting.
     """
 
     def __init__(self, shard: Shard, tag: str) -> None:
         self.shard, self.sp, self.tag, self.number = shard, shard.sp, tag, next(shard.calls)
-        self._forward: Pending | None = None
-        self._backward: Pending | None = None
+        self._in_flight: dict[str, deque[Pending]] = {name: deque() for name in ("forward", "backward", "again")}
 
     def header(self, direction: str, note: str = "") -> Header:
         note = f"{note} {self.shard.sequence}".strip()
         return Header(tag=self.tag, direction=direction, call=self.number, check=self.sp.check, note=note)
 
+    def phase(self, name: str, direction: str, x: Tensor) -> AbstractContextManager[None]:
+        """Note what is computed inside, on the device of x, on the timeline; waits in it are left out."""
+        return timeline.computing(name, self.tag, direction, self.number, x.device)
+
     def launch_forward(self, launch: Callable[[], Pending]) -> None:
         """Launch; not in the recomputation of a checkpoint that has recorded the result."""
         if not _replaying():
-            self._forward = self._in_flight(launch())
+            self._put("forward", launch())
 
     def forward_result(self) -> Any:
-        pending, self._forward = self._forward, None
-        assert pending is not None, "finish without start"
-        return pending.wait()
+        return self._take("forward")
 
-    def launch_backward(self, launch: Callable[[], Pending]) -> None:
-        """Launch the gradients' collective. `backward_result` waits for it; or, where autograd needs no gradient
-        beyond this point and never gets there, the end of the backward pass."""
-        self._backward = self._in_flight(launch())
-        Variable._execution_engine.queue_callback(self._drain_backward)
+    def launch_backward(self, launch: Callable[[], Pending], queue: str = "backward") -> None:
+        self._put(queue, launch())
 
-    def backward_result(self) -> Any:
-        pending, self._backward = self._backward, None
-        assert pending is not None, "backward of start without backward of finish"
-        return pending.wait()
+    def backward_result(self, queue: str = "backward") -> Any:
+        return self._take(queue)
 
-    def _in_flight(self, pending: Pending) -> Pending:
-        if self.sp.overlap:
-            return pending
-        result = pending.wait()
-        return Pending(lambda: result)
+    def _put(self, queue: str, pending: Pending) -> None:
+        if not self.sp.overlaps(self.tag):
+            result = pending.wait()
+            pending = Pending(lambda: result)
+        self._in_flight[queue].append(pending)
 
-    def _drain_backward(self) -> None:
-        if self._backward is not None:
-            self.backward_result()
+    def _take(self, queue: str) -> Any:
+        assert self._in_flight[queue], f"nothing is in flight: {queue}"
+        return self._in_flight[queue].popleft().wait()
+
+    def drain(self) -> None:
+        """Wait for whatever is in flight, and discard it."""
+        for queue in self._in_flight.values():
+            while queue:
+                queue.popleft().drain()
 
     def __enter__(self) -> Call:
         return self
@@ -101,61 +103,72 @@ class Call:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None and self._forward is not None:
-            self._forward.drain()
+        if kind is not None:
+            self.drain()
 
 
-def start(call: Call, exchange: Exchange, state: Tensor, transition: Tensor | None) -> Tensor:
+def start(
+    call: Call, exchange: Exchange, state: Tensor, transition: Tensor | None, initial: Tensor | None = None
+) -> Tensor:
     """Launch the exchange of this rank's summaries. Returns the token for `finish`."""
-    return _Start.apply(call, exchange, state, transition)
+    return _Start.apply(call, exchange, state, transition, initial)
 
 
-def finish(call: Call, exchange: Exchange, token: Tensor, initial: Tensor | None) -> tuple[Tensor, Tensor]:
+def finish(call: Call, exchange: Exchange, token: Tensor) -> tuple[Tensor, Tensor]:
     """Wait, and return the states that enter this rank's spans and the final state."""
-    return _Finish.apply(call, exchange, token, initial)
+    return _Finish.apply(call, exchange, token)
 
 
 class _Start(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: Call, exchange: Exchange, state: Tensor, transition: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, call: Call, exchange: Exchange, state: Tensor, transition: Tensor | None, initial: Tensor | None
+    ) -> Tensor:
         ctx.call, ctx.exchange = call, exchange
         note = "grad" if any(ctx.needs_input_grad) else "no grad"
-        call.launch_forward(lambda: exchange.launch(call.header("forward", note), state, transition))
+        call.launch_forward(lambda: exchange.launch(call.header("forward", note), state, transition, initial))
         return state.new_empty(0)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_token: Tensor) -> tuple[None, None, Tensor, Tensor | None]:
-        d_state, d_transition = ctx.exchange.arrive_backward(*ctx.call.backward_result())
-        return None, None, d_state, d_transition if ctx.needs_input_grad[3] else None
+    def backward(ctx: Any, d_token: Tensor) -> tuple[None, None, Tensor | None, Tensor | None, Tensor | None]:
+        received = ctx.call.backward_result()
+        with ctx.call.phase("fold", "backward", d_token):
+            grads = ctx.exchange.arrive_backward(*received)
+        d_state, d_transition, d_initial = (
+            grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad[2:], strict=True)
+        )
+        return None, None, d_state, d_transition, d_initial
 
 
 class _Finish(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, call: Call, exchange: Exchange, token: Tensor, initial: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, call: Call, exchange: Exchange, token: Tensor) -> tuple[Tensor, Tensor]:
         ctx.call, ctx.exchange = call, exchange
-        entering, final, transitions = recorded(lambda: exchange.arrive(call.forward_result(), initial))
-        ctx.save_for_backward(entering, transitions)
+
+        def arrive() -> tuple[Tensor, Tensor, Tensor | None]:
+            received = call.forward_result()
+            with call.phase("fold", "forward", token):
+                return exchange.arrive(received)
+
+        entering, final, kept = recorded(arrive)
+        ctx.save_for_backward(entering, kept)
         return entering, final
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_entering: Tensor, d_final: Tensor) -> tuple[None, None, Tensor | None, Tensor | None]:
-        entering, transitions = ctx.saved_tensors
-        d_token = d_initial = None
-        if ctx.needs_input_grad[2]:
-            header = ctx.call.header("backward")
-            ctx.call.launch_backward(
-                lambda: ctx.exchange.launch_backward(header, d_entering, d_final).then(
-                    lambda received: (received, entering, transitions)
-                )
+    def backward(ctx: Any, d_entering: Tensor, d_final: Tensor) -> tuple[None, None, Tensor | None]:
+        if not ctx.needs_input_grad[2]:
+            return None, None, None
+        entering, kept = ctx.saved_tensors
+        ctx.call.drain()  # what an earlier pass over this graph launched, and failed before it waited
+        header = ctx.call.header("backward")
+        ctx.call.launch_backward(
+            lambda: ctx.exchange.launch_backward(header, d_entering, d_final, kept).then(
+                lambda received: (received, entering, kept)
             )
-            d_token = d_entering.new_empty(0)
-        if ctx.needs_input_grad[3]:
-            d_initial = ctx.exchange.initial_backward(transitions, d_entering, d_final)
-        return None, None, d_token, d_initial
+        )
+        return None, None, d_entering.new_empty(0)
 
 
 class _Recording(threading.local):
@@ -198,10 +211,11 @@ def _recording_to(tape: list[Any], position: int | None) -> Iterator[None]:
 def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """`context_fn` for torch.utils.checkpoint (use_reentrant=False): the recomputation communicates nothing.
 
-    The forward records the states that entered the layers; the recomputation reads them by index instead of asking the
-    other ranks again (LASP's state caching, arXiv 2404.02882). Three checkpointed linear layers make 6 collectives
-    instead of 9, with the same gradients. Reentrant checkpoints, and those without this, are correct and communicate
-    again.
+    The forward records what the layers received, the states that entered them, halos and gathered keys (with
+    keep_kv=False the output instead); the recomputation reads it by index instead of asking the other ranks again
+    (LASP's state caching, arXiv 2404.02882). Three checkpointed linear layers make 6 collectives instead of 9, with the
+    same gradients. Reentrant checkpoints, those without this, and the baselines that are another form of the operator
+    (`heads.py`, `ring.py`) are correct and communicate again.
     """
     tape: list[Any] = []
     return _recording_to(tape, None), _Replay(tape)

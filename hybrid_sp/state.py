@@ -93,8 +93,32 @@ def fold_initial(
     return d_state
 
 
-def transition_gradient(transition: Tensor, d_leaving: Tensor, entering: Tensor) -> Tensor:
-    """Gradient of a log decay a: (A S_in) . dS_out, summed over the dims that the decay does not have. That of a dense
-    transition is never formed: the delta rule's backward takes each span's true S_in and dS_out."""
+def transition_gradient(transition: Tensor | None, d_leaving: Tensor, entering: Tensor) -> Tensor | None:
+    """Gradient of the log decays a of spans: (A S_in) . dS_out, summed over the dims that the decays do not have.
+
+    None for A = I, and for dense transitions, where it is never formed: the delta rule's backward takes each span's
+    true S_in and dS_out. Decays that are the same for all rows of the batch are given as [s, 1, ...].
+    """
+    if transition is None or transition.ndim == d_leaving.ndim:
+        return None
+    transition = transition.expand(*d_leaving.shape[:3], *transition.shape[3:])
     product = apply(transition, entering) * d_leaving
     return product.sum(tuple(range(transition.ndim - product.ndim, 0)))
+
+
+def packed(summary: AffineState) -> Tensor:
+    """State and transition as one row of numbers per head, to be sent: [..., H, K*V + those of the transition]."""
+    rows = summary.state.flatten(-2)
+    if summary.transition is None:
+        return rows
+    return torch.cat([rows, summary.transition.reshape(*rows.shape[:-1], -1)], -1)
+
+
+def unpacked(rows: Tensor, like: AffineState) -> AffineState:
+    """What `packed` has packed; `like` has its shapes, from the heads on."""
+    heads, shape = like.state.ndim - 2, like.state.shape[-2:]
+    states = rows[..., : shape.numel()].unflatten(-1, shape)
+    if like.transition is None:
+        return AffineState(None, states)
+    numbers = rows[..., shape.numel() :]
+    return AffineState(numbers.reshape(*rows.shape[:-1], *like.transition.shape[heads:]), states)

@@ -39,13 +39,18 @@ class Attention:
 @dataclass(frozen=True, kw_only=True)
 class Summary:
     """What a rank tells the others of a span in a recurrence: per head a state [key, value] and a transition: none or
-    fixed (not sent), scalar, vector or matrix. `normalize` adds a state [key]."""
+    fixed (not sent), scalar, vector or matrix. `normalize` adds a state [key].
+
+    Baselines send tokens instead: queries and keys of `groups` heads (None: as many as values), and per value head so
+    many `gates`, the log decays and beta of a token."""
 
     heads: int
     key: int
     value: int
     transition: str = "none"
     normalize: bool = False
+    groups: int | None = None
+    gates: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

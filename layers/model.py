@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+import hybrid_sp as hsp
 from hybrid_sp.layout import Shard
 from layers.block import Block
 from layers.cache import LayerCache
@@ -17,11 +19,18 @@ Cache = tuple[LayerCache, ...]  # one per block
 
 
 class HybridLM(nn.Module):
-    """Token embedding, blocks, final RMSNorm and output head, tied to the embedding if the config says so."""
+    """Token embedding, blocks, final RMSNorm and output head, tied to the embedding if the config says so.
 
-    def __init__(self, config: ModelConfig) -> None:
+    Of the blocks in `recompute` (their numbers) no activations are kept for backward, which computes them again from
+    the block's input. What the block received from other ranks is kept, so nothing but a baseline communicates again
+    (`hybrid_sp.checkpoint_contexts`). Outputs and gradients stay as they are.
+    """
+
+    def __init__(self, config: ModelConfig, recompute: Collection[int] = ()) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.recompute = config, frozenset(recompute)
+        if not self.recompute <= set(range(config.depth)):
+            raise ValueError(f"recompute {sorted(self.recompute)} names blocks beyond 0 to {config.depth - 1}")
         blocks = [Block(spec, place, mlp_width(config)) for spec, place in block_specs(config)]
         self.blocks: Sequence[Block] = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.embedding = nn.Embedding(config.vocab, config.dim)
@@ -60,8 +69,11 @@ class HybridLM(nn.Module):
     def hidden(self, tokens_BT: Tensor, shard: Shard | None = None) -> Tensor:
         """What the head reads, [B, T, D]."""
         x_BTD = self.embedding(tokens_BT)
-        for block in self.blocks:
-            x_BTD, _ = block(x_BTD, shard)
+        for number, block in enumerate(self.blocks):
+            if number in self.recompute and torch.is_grad_enabled():
+                x_BTD, _ = checkpoint(block, x_BTD, shard, use_reentrant=False, context_fn=hsp.checkpoint_contexts)
+            else:
+                x_BTD, _ = block(x_BTD, shard)
         return self.norm(x_BTD)
 
     def forward(self, tokens_BT: Tensor, shard: Shard | None = None) -> Tensor:

@@ -82,8 +82,16 @@ class Form:
     def summary(self) -> Summary:
         """What is sent of a span."""
         transition = "matrix" if self.delta else self.decay
-        sizes = {"heads": self.heads, "key": self.key, "value": self.value}
-        return Summary(**sizes, transition=transition, normalize=self.normalize)
+        gates = self.delta + {"scalar": 1, "vector": self.key}.get(self.decay, 0)
+        return Summary(
+            heads=self.heads,
+            key=self.key,
+            value=self.value,
+            transition=transition,
+            normalize=self.normalize,
+            groups=self.groups,
+            gates=gates,
+        )
 
     def cost(self, dim: int) -> Cost:
         """The cost of a mixer of this form, without what its rule adds."""

@@ -16,8 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 import hybrid_sp as hsp
-from hybrid_sp.collectives import Group
-from layers.spec import ModelConfig, expand_pattern, model_facts
+from hybrid_sp.collectives import Group, Link
+from hybrid_sp.mesh import KINDS
+from layers.spec import ModelConfig, block_specs, expand_pattern, model_facts, pattern_letters
 
 
 class RecipeError(ValueError):
@@ -43,6 +44,9 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if every process of this machine can have its own
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"  # of weights; bfloat16 has float32 masters in AdamW
     threads: int | None = None  # CPU threads of one process; null: what torch or torchrun chose
+    recompute: Literal["none", "full", "selective"] = "none"  # of all or some blocks keep the input alone for backward
+    recompute_blocks: Any = None  # of selective: null: every second block; numbers such as [0, 3]; L or N: its blocks
+    trace: bool = False  # write trace.json, for ui.perfetto.dev: what the layers of every rank did in one step
     keep_memory: bool = True  # on a CPU, keep the memory of freed tensors for the next: faster, up to 1.6 times as much
 
 
@@ -62,9 +66,12 @@ class ParallelConfig:
     dp: int = 1
     sp: int | None = None  # null: the number of processes divided by dp
     layout: Literal["auto", "contiguous", "zigzag"] = "auto"  # auto: zigzag if any block is softmax
-    linear: str = "all_gather"
-    softmax: str = "all_gather"
-    overlap: bool = True
+    linear: str = "all_gather"  # how linear blocks exchange states; auto: the fastest on the link
+    softmax: str = "all_gather"  # how softmax blocks exchange keys and values
+    kv_heads_per_gather: int | None = None  # key heads of softmax blocks that travel at a time; null: all
+    keep_kv: bool = True  # keep gathered keys and values for backward; false: gather them again there
+    overlap: Any = True  # compute while something is in flight; or the kinds that do: [linear, softmax, conv]
+    link: Link | None = None  # of linear=auto: {latency: seconds, bandwidth: bytes a second}; null: measured
     check: bool = False
     timeout: float = 600.0  # seconds that a rank waits for another before it gives up
 
@@ -96,10 +103,16 @@ class Recipe:
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
 
+HEADWISE = ("ulysses", "megatron")  # strategies under which a rank computes some heads of the whole sequence
+
 # Keys that leave the trained weights as they are (up to rounding): they may differ when a run is resumed.
 FREE_KEYS = (
     "name", "out", "parallel.", "checkpoint.", "wandb.", "train.device", "train.threads", "train.validate_every",
-    "train.validation_sequences", "train.sample", "train.keep_memory",
+    "train.validation_sequences", "train.sample", "train.keep_memory", "train.recompute", "train.trace",
+)  # fmt: skip
+# Of these, what experiments are about: the names of runs say them.
+STRATEGY_KEYS = (
+    "parallel.linear", "parallel.softmax", "parallel.kv_heads_per_gather", "parallel.keep_kv", "parallel.overlap",
 )  # fmt: skip
 
 
@@ -107,8 +120,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe file, its bases and ``key=value`` overrides into a Recipe.
 
     A name that nobody gives is the file's own, followed by what the command line changed in the sections model, data,
-    train and optim, so that different runs do not share a folder. Raises RecipeError, naming the key and the nearest
-    valid one, for an unknown key, a wrong type or a file that cannot be read.
+    train and optim and in the strategies of parallel, so that different runs do not share a folder. Raises RecipeError,
+    naming the key and the nearest valid one, for an unknown key, a wrong type or a file that cannot be read.
     """
     path = Path(path)
     merged = _merge(OmegaConf.structured(Recipe), OmegaConf.create({"name": path.stem}), str(path))
@@ -187,9 +200,21 @@ def sequence_parallel(recipe: Recipe, group: Group) -> hsp.SequenceParallel:
         layout=layout(recipe),
         linear=parallel.linear,
         softmax=parallel.softmax,
-        overlap=parallel.overlap,
+        kv_heads_per_gather=parallel.kv_heads_per_gather,
+        keep_kv=parallel.keep_kv,
+        overlap=parallel.overlap if isinstance(parallel.overlap, bool) else tuple(parallel.overlap),
         check=parallel.check,
+        link=parallel.link,
     )
+
+
+def recomputed_blocks(recipe: Recipe) -> tuple[int, ...]:
+    """The numbers of the blocks that ``train.recompute`` and ``train.recompute_blocks`` stand for."""
+    depth, chosen = recipe.model.depth, recipe.train.recompute_blocks
+    if recipe.train.recompute == "selective" and chosen is not None:
+        letters = pattern_letters(expand_pattern(recipe.model))
+        return tuple(i for i in range(depth) if (letters[i] == chosen if isinstance(chosen, str) else i in chosen))
+    return {"none": (), "full": tuple(range(depth)), "selective": tuple(range(1, depth, 2))}[recipe.train.recompute]
 
 
 def validate(recipe: Recipe, world: int) -> None:
@@ -203,8 +228,10 @@ def validate(recipe: Recipe, world: int) -> None:
         "must be a relative path of letters, digits and . _ - =, for it becomes the run's folder under `out`",
     )
     _validate_numbers(recipe)
+    _validate_choices(recipe)
     _validate_model(recipe)
     dp, sp = mesh_shape(recipe, world)
+    _validate_strategies(recipe, sp)
     train, length = recipe.train, recipe.data.length
     spans = sp * (2 if layout(recipe) == "zigzag" else 1)
     _require(
@@ -235,6 +262,13 @@ def _validate_numbers(recipe: Recipe) -> None:
         "checkpoint.keep": recipe.checkpoint.keep, "optim.lr": optim.lr, "parallel.timeout": recipe.parallel.timeout,
         "optim.clip": 1.0 if optim.clip is None else optim.clip,
     }  # fmt: skip
+    if (heads := recipe.parallel.kv_heads_per_gather) is not None:
+        positive["parallel.kv_heads_per_gather"] = heads
+    if (link := recipe.parallel.link) is not None:
+        positive["parallel.link.bandwidth"] = link.bandwidth
+        _require(
+            0 <= link.latency < float("inf"), f"parallel.link.latency={link.latency}", "must be seconds, at least 0"
+        )
     for key, value in positive.items():
         _require(0 < value < float("inf"), f"{key}={value}", "must be a finite number above 0")
     rest = {"optim.weight_decay": optim.weight_decay, "optim.warmup": optim.warmup, "train.sample": train.sample}
@@ -244,6 +278,53 @@ def _validate_numbers(recipe: Recipe) -> None:
         0 <= optim.min_lr <= optim.lr, f"optim.min_lr={optim.min_lr}", f"must lie between 0 and optim.lr={optim.lr}"
     )
     _require(all(0 <= beta < 1 for beta in optim.betas), f"optim.betas={optim.betas}", "must lie in [0, 1)")
+
+
+def _validate_choices(recipe: Recipe) -> None:
+    """Keys that take values of more than one type."""
+    overlap, blocks, depth = recipe.parallel.overlap, recipe.train.recompute_blocks, recipe.model.depth
+    _require(
+        isinstance(overlap, bool) or (isinstance(overlap, list | tuple) and set(overlap) <= set(KINDS)),
+        f"parallel.overlap={overlap}",
+        f"must be true, false or a list of kinds of layer such as [linear, softmax]; kinds: {', '.join(KINDS)}",
+    )
+    _require(
+        blocks is None or recipe.train.recompute == "selective",
+        f"train.recompute_blocks={blocks}",
+        f"needs train.recompute=selective, not {recipe.train.recompute}",
+    )
+    numbers = isinstance(blocks, Sequence) and all(type(i) is int and 0 <= i < depth for i in blocks)
+    _require(
+        blocks is None or blocks in ("L", "N") or (numbers and not isinstance(blocks, str)),
+        f"train.recompute_blocks={blocks}",
+        f"must be L, N or a list of block numbers from 0 to {depth - 1}, or null for every second block",
+    )
+
+
+def _validate_strategies(recipe: Recipe, sp: int) -> None:
+    """What a strategy asks of the blocks: that their (key) heads can be cut, or that their decays are of one kind."""
+    chosen = {"linear": recipe.parallel.linear, "softmax": recipe.parallel.softmax}
+    for name, (spec, place) in zip(expand_pattern(recipe.model), block_specs(recipe.model), strict=True):
+        facts = spec.cost(place)
+        heads = {  # the fewest, those of keys: they divide those of values and queries
+            "linear": [one.groups or one.heads for one in facts.summaries],
+            "softmax": [one.kv_heads for one in facts.attention],
+        }
+        for kind, strategy in chosen.items():
+            for count in heads[kind] if strategy in HEADWISE else ():
+                _require(
+                    count % sp == 0,
+                    f"parallel.{kind}={strategy}",
+                    f"cuts the {count} (key) heads of {name} into {sp} parts; set parallel.sp to a divisor of {count}, "
+                    f"change the heads of the model, or set parallel.{kind}=all_gather",
+                )
+        for summary in facts.summaries if chosen["linear"] == "ring_attention" else ():
+            _require(
+                summary.transition in ("none", "fixed", "scalar"),
+                "parallel.linear=ring_attention",
+                f"takes no {name}: it multiplies q and k, and so takes one decay per head at most, and no delta rule; "
+                "set parallel.linear=all_gather or another mixer",
+            )
 
 
 def _validate_model(recipe: Recipe) -> None:
@@ -294,6 +375,8 @@ def _merge(merged: DictConfig, layer: DictConfig, source: str) -> DictConfig:
         try:
             merged = OmegaConf.merge(merged, {section: {leaf: value} if leaf else value})  # type: ignore[assignment]
         except ConfigKeyError as error:
+            if _nearest(key) == key:  # the fault is in the value, which has keys of its own
+                raise RecipeError(f"{source}: {key}={value!r}: {str(error).splitlines()[0]}") from error
             raise RecipeError(f"{source}: unknown key {key!r}; the nearest is {_nearest(key)!r}") from error
         except OmegaConfBaseException as error:
             raise RecipeError(f"{source}: {key}={value!r}: {str(error).splitlines()[0]}") from error
@@ -302,6 +385,8 @@ def _merge(merged: DictConfig, layer: DictConfig, source: str) -> DictConfig:
 
 def _recipe(merged: DictConfig, source: str) -> Recipe:
     try:
+        if missing := OmegaConf.missing_keys(merged):
+            raise RecipeError(f"{source}: {', '.join(sorted(missing))} is missing")
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise RecipeError(f"{source}: {str(error).splitlines()[0]}") from error
@@ -329,5 +414,7 @@ def _nearest(key: str) -> str:
 
 def _changes(values: dict[str, str]) -> list[str]:
     """What overrides change in a run, for its name: model.ratio=1/8 is ratio-1-8."""
-    named = {key: value for key, value in values.items() if not key.startswith(FREE_KEYS)}
+    named = {
+        key: value for key, value in values.items() if key.startswith(STRATEGY_KEYS) or not key.startswith(FREE_KEYS)
+    }
     return [re.sub(r"[^\w.]+", "-", f"{key.rpartition('.')[2]}-{value}").strip("-") for key, value in named.items()]

@@ -1,6 +1,7 @@
 """The run folder and everything that a run tells the outside: files, wandb and the lines in the terminal.
 
-    recipe.yaml  provenance.json  diff.patch  metrics.jsonl  loss.png  sample.txt  summary.json  checkpoints/  wandb/
+    recipe.yaml  provenance.json  diff.patch  metrics.jsonl  loss.png  sample.txt  trace.json  summary.json
+    checkpoints/  wandb/
 
 ``summary.json`` is written last; its status is "finished", "stopped" (by a signal; resumable) or "failed".
 """
@@ -23,12 +24,24 @@ from typing import Any
 
 import torch
 
+from hybrid_sp.mesh import KINDS
+from hybrid_sp.timeline import Ledger
+from hybrid_sp.trace import Event, write_trace
 from recipes import config
 from recipes.config import Recipe, RecipeError
 from recipes.data import nats_to_bits
 
 PACKAGES = ("torch", "einops", "omegaconf", "wandb", "matplotlib", "numpy", "triton", "fla-core", "flash-attn")
-FILES = ("loss.png", "sample.txt", "metrics.jsonl", "summary.json", "recipe.yaml", "provenance.json", "wandb")
+FILES = (
+    "loss.png",
+    "sample.txt",
+    "trace.json",
+    "metrics.jsonl",
+    "summary.json",
+    "recipe.yaml",
+    "provenance.json",
+    "wandb",
+)
 LINE_EVERY = 2.0  # seconds between progress lines
 
 
@@ -139,6 +152,11 @@ class Record:
                 self._line_due = time.monotonic() + LINE_EVERY
                 print(self._progress(values), flush=True)
 
+    def trace(self, events_of_ranks: list[list[Event]]) -> None:
+        """What every rank's layers did in one step."""
+        if self.active:
+            write_trace(self.folder / "trace.json", events_of_ranks)
+
     def validation(self, values: dict[str, Any]) -> None:
         if self.active:
             self._write({"kind": "validation", **values})
@@ -177,6 +195,18 @@ class Record:
             f"step {step:>6}/{steps}  loss {values['loss']:.4f}  grad norm {values['grad_norm']:.3f}  "
             f"lr {values['lr']:.2e}  {values['tokens_per_second']:,.0f} tokens/s  {_clock(left)} left"
         )
+
+
+def communication(book: Ledger) -> dict[str, float]:
+    """What one rank's step has communicated, for its line of metrics: calls, bytes received, and milliseconds in which
+    it stood still; of all, and by kind."""
+
+    def exposed(*tags: str) -> float:
+        return round(1e3 * sum(wait.end - wait.begin for wait in book.waits if not tags or wait.tag in tags), 3)
+
+    received = {f"comm/bytes_{tag}": sum(row.bytes for row in book.select(tag=tag)) for tag in (*KINDS, "gradients")}
+    stood = {f"comm/exposed_{kind}_ms": exposed(kind) for kind in KINDS}
+    return {"comm/exposed_ms": exposed(), **stood, "comm/calls": book.calls, "comm/bytes": book.bytes, **received}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

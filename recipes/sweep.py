@@ -26,7 +26,7 @@ from typing import IO, Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from layers.spec import expand_pattern
+from layers.spec import block_specs, expand_pattern
 from recipes import config
 
 PLAN = "sweep.json"
@@ -218,8 +218,14 @@ def _resolve(base: Path, sweep: Sweep, place: Mapping[str, Any]) -> config.Recip
 
 
 def _experiment(recipe: config.Recipe) -> str:
-    """What a recipe computes, as a string to compare: the model by its pattern and by the options of mixers in it."""
+    """What a recipe computes, as a string to compare: the model by its pattern and by the options of mixers in it, and
+    the strategies of the kinds of layer that it has."""
     pattern, values = list(expand_pattern(recipe.model)), _recipe_values(recipe)
+    facts = [spec.cost(place) for spec, place in block_specs(recipe.model)]
+    if not any(one.summaries for one in facts):
+        values |= {"parallel.linear": None, "parallel.link": None}
+    if not any(one.attention for one in facts):
+        values |= {"parallel.softmax": None, "parallel.kv_heads_per_gather": None, "parallel.keep_kv": None}
     mixers = {kind: options for kind, options in recipe.model.mixers.items() if kind in pattern}
     model = {"model.linear": None, "model.ratio": None, "model.pattern": pattern, "model.mixers": mixers}
     return json.dumps(values | model, sort_keys=True, default=str)

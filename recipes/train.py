@@ -23,13 +23,16 @@ import torch
 import hybrid_sp as hsp
 from hybrid_sp import collectives
 from hybrid_sp.mesh import DeviceMesh, whole_group
+from hybrid_sp.trace import rank_events
 from layers.model import HybridLM
 from layers.spec import expand_pattern, pattern_letters
 from recipes import checkpoint, config, data, generate, optim, record
 from recipes.allocator import keep_freed_memory
 from recipes.config import Recipe, RecipeError
+from recipes.strategy import strategy, with_link
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+TRACED = 3  # the step that `train.trace` shows, counted from the start of the program: the first ones warm it up
 PATIENCE = 30.0  # seconds that other ranks leave to the first one to say what is wrong with the recipe
 
 
@@ -45,6 +48,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0 if arguments else 2
     try:
         train(config.load(arguments[0], arguments[1:]))
+        collectives.leave(None)  # every rank has come to the end of `train`
     except RecipeError as error:
         if not record.first_process():
             time.sleep(PATIENCE)  # torchrun ends this process as soon as the first rank has given its exit code
@@ -73,16 +77,18 @@ def train(recipe: Recipe) -> dict[str, Any]:
         keep_freed_memory()
     if recipe.train.threads is not None:
         torch.set_num_threads(recipe.train.threads)
-    dp, sp = config.mesh_shape(recipe, world)
-    mesh = hsp.init_mesh(dp=dp, sp=sp, device=device, timeout=timedelta(seconds=recipe.parallel.timeout))
+    dp, ranks = config.mesh_shape(recipe, world)
+    mesh = hsp.init_mesh(dp=dp, sp=ranks, device=device, timeout=timedelta(seconds=recipe.parallel.timeout))
     group = whole_group(mesh)
     if len(set(collectives.gather_objects(corpus.fingerprint, group))) > 1:
         raise RecipeError("data.files: processes read different text; give every machine the same files and Python")
-    facts = {"dp": dp, "sp": sp, "world": world, "layout": config.layout(recipe), "device": device}
+    facts = {"dp": dp, "sp": ranks, "world": world, "layout": config.layout(recipe), "device": device}
+    sp = with_link(config.sequence_parallel(recipe, mesh["sp"].get_group()), group)
     about = {"fingerprint": corpus.fingerprint, "files": corpus.files, "bytes": len(corpus.train)}
     records = record.Record(folder, recipe)
-    checkpoint.on_first_rank(lambda: records.prepare({**facts, "corpus": about}), group)
-    run = Run(recipe, corpus, records, mesh, group, device)
+    exchange = strategy(recipe, sp).facts()
+    checkpoint.on_first_rank(lambda: records.prepare({**facts, "exchange": exchange, "corpus": about}), group)
+    run = Run(recipe, corpus, records, mesh, group, sp, device)
     run.say_what_runs()
     try:
         stopped = run.loop()
@@ -107,14 +113,15 @@ class Run:
         records: record.Record,
         mesh: DeviceMesh,
         group: collectives.Group,
+        sequence_parallel: hsp.SequenceParallel,
         device: str,
     ) -> None:
         """Starts anew, or after the newest sound checkpoint of the run folder."""
         self.recipe, self.corpus, self.record, self.group, self.device = recipe, corpus, records, group, device
         self.rank = collectives.rank(group)
         self.replica, self.replicas = mesh.get_local_rank("dp"), mesh["dp"].size()
-        self.sequence_parallel = config.sequence_parallel(recipe, mesh["sp"].get_group())
-        self.model = HybridLM(recipe.model)
+        self.sequence_parallel = sequence_parallel
+        self.model = HybridLM(recipe.model, config.recomputed_blocks(recipe))
         self.model.init_weights(recipe.train.seed)
         self.model.to(device=device, dtype=DTYPES[recipe.train.dtype])
         torch.manual_seed(recipe.train.seed * 1_000_003 + self.rank)  # each rank draws its own numbers, if any
@@ -127,6 +134,7 @@ class Run:
             checkpoint.load(self.found.path, state, group)
             checkpoint.set_random_state(state["rng"])
             self.optimizer.publish()
+        self.traced = min(self.step + TRACED, recipe.train.steps) if recipe.train.trace else None
         checkpoint.on_first_rank(lambda: records.begin(self.step), group)
 
     @property
@@ -143,6 +151,7 @@ class Run:
             f"{self.parameters:,} parameters, {train.dtype}\n"
             f"mesh       {world} process{'es' * (world > 1)} on {self.device}: dp {self.replicas} x sp {sp.size}, "
             f"{sp.layout} layout, {torch.get_num_threads()} CPU threads each\n"
+            f"exchange   {strategy(recipe, sp)}\n"
             f"data       {len(corpus.train):,} bytes to train on and {len(corpus.validation):,} held out, of "
             f"{corpus.files} files; byte-unigram entropy {corpus.unigram_bits:.3f} bits/byte\n"
             f"training   {train.steps} steps of {train.batch} x {recipe.data.length} = "
@@ -227,11 +236,11 @@ class Run:
                 "lr": lr,
                 "tokens": step * step_tokens,
                 "tokens_per_second": round(step_tokens / seconds, 1),
-                "comm/exposed_ms": round(1e3 * book.blocked_seconds, 3),
-                "comm/calls": book.calls,
-                "comm/bytes": book.bytes,
+                **record.communication(book),
             }
         )
+        if step == self.traced:
+            self.record.trace(collectives.gather_objects(rank_events(book, self.rank), self.group))
         return stops > 0
 
     def shares(self, sequences: int, parts: int = 1) -> Iterator[range]:

@@ -7,14 +7,22 @@ without a mask (P-1) * B*H*K*V both ways.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import collectives
 from ..collectives import Header, Pending
-from ..state import AffineState, fold_backward, fold_forward, fold_initial, transition_gradient
+from ..state import (
+    AffineState,
+    fold_backward,
+    fold_forward,
+    fold_initial,
+    packed,
+    transition_gradient,
+    unpacked,
+)
 
 if TYPE_CHECKING:
     from ..layout import Shard
@@ -22,56 +30,60 @@ if TYPE_CHECKING:
 
 class AllGather:
     """One call of a linear operator. `known` holds the log decays [n, ...] of all spans where every rank can compute
-    them, and they are not sent; `final` says whether the state that leaves the sequence is wanted."""
+    them, and they are not sent; `entered` says whether an initial state is given, `final` whether the state that leaves
+    the sequence is wanted."""
 
-    def __init__(self, shard: Shard, known: Tensor | None, final: bool) -> None:
-        self.shard, self.known, self.final = shard, known, final
+    def __init__(self, shard: Shard, known: Tensor | None, entered: bool, final: bool) -> None:
+        self.shard, self.known, self.entered, self.final = shard, known, entered, final
 
-    def launch(self, header: Header, state: Tensor, transition: Tensor | None) -> Pending:
+    def launch(self, header: Header, state: Tensor, transition: Tensor | None, initial: Tensor | None) -> Pending:
         """Send this rank's summaries, state [s,B,H,K,V] and transition [s,B,H(,K(,K))]; receive those of all spans."""
-        sent = state.flatten(-2)
-        if transition is not None and self.known is None:
-            sent = torch.cat([sent, transition.reshape(*sent.shape[:-1], -1)], -1)
-        shape = state.shape[-2:]
+        sent = AffineState(transition if self.known is None else None, state)
 
-        def unpack(x_Ps: Tensor) -> AffineState:
-            x_n = torch.stack([x_Ps[owner] for owner in self.shard.owners])
-            states = x_n[..., : shape.numel()].unflatten(-1, shape)
-            transitions = self.known
-            if transition is not None and transitions is None:
-                transitions = x_n[..., shape.numel() :].reshape(len(x_n), *transition.shape[1:])
-            return AffineState(transitions, states)
+        def unpack(x_Ps: Tensor) -> tuple[AffineState, Tensor | None]:
+            transitions, states = unpacked(torch.stack([x_Ps[owner] for owner in self.shard.owners]), sent)
+            return AffineState(transitions if self.known is None else self.known, states), initial
 
-        return collectives.start_all_gather(sent, self.shard.sp.group, header).then(unpack)
+        return collectives.start_all_gather(packed(sent), self.shard.sp.group, header).then(unpack)
 
-    def arrive(self, spans: AffineState, initial: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def arrive(self, received: tuple[AffineState, Tensor | None]) -> tuple[Tensor, Tensor, Tensor | None]:
         """States that enter this rank's spans [s,B,H,K,V], the final state, and the transitions for the way back."""
+        spans, initial = received
         states = fold_forward(spans, initial)
         return torch.stack([states[i] for i in self.shard.own]), states[-1], spans.transition
 
-    def launch_backward(self, header: Header, d_entering: Tensor, d_final: Tensor) -> Pending:
+    def launch_backward(self, header: Header, d_entering: Tensor, d_final: Tensor, kept: Tensor | None) -> Pending:
         """Send the gradients of this rank's entering states, and of the final state; receive all, the latter summed."""
         sent = torch.cat([d_entering, d_final.unsqueeze(0)]) if self.final else d_entering
 
-        def unpack(x_Ps: Tensor) -> tuple[list[Tensor], Tensor | None]:
-            return [x_Ps[owner] for owner in self.shard.owners], x_Ps[:, -1].sum(0) if self.final else None
+        def unpack(x_Ps: Tensor) -> _Gradients:
+            d_final_sum = x_Ps[:, -1].sum(0) if self.final else None
+            return _Gradients([x_Ps[owner] for owner in self.shard.owners], d_final_sum, d_final)
 
         return collectives.start_all_gather(sent, self.shard.sp.group, header).then(unpack)
 
     def arrive_backward(
-        self, received: tuple[list[Tensor], Tensor | None], entering: Tensor, transitions: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Gradients of this rank's summaries: of the states, and of the log decays (None for dense transitions)."""
-        d_leaving_n = fold_backward(transitions, *received)
-        d_leaving = torch.stack([d_leaving_n[i] for i in self.shard.own])
-        if transitions is None or transitions.ndim == d_leaving.ndim:
-            return d_leaving, None
-        own = transitions[list(self.shard.own)]
-        return d_leaving, transition_gradient(own.expand(*d_leaving.shape[:3], *own.shape[3:]), d_leaving, entering)
+        self, received: _Gradients, entering: Tensor, transitions: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Gradients of this rank's summaries, of the states and of the log decays (None for dense transitions), and
+        this rank's part of that of the initial state."""
+        own = list(self.shard.own)
+        d_leaving_n = fold_backward(transitions, received.d_entering, received.d_final)
+        d_leaving = torch.stack([d_leaving_n[i] for i in own])
+        d_initial = None
+        if self.entered:
+            d_own = [received.d_entering[i] for i in own]
+            d_initial = fold_initial(transitions, own, d_own, received.d_final_here if self.final else None)
+        here = None if transitions is None else transitions[own]
+        return d_leaving, transition_gradient(here, d_leaving, entering), d_initial
 
-    def initial_backward(self, transitions: Tensor | None, d_entering: Tensor, d_final: Tensor) -> Tensor:
-        """This rank's part of the gradient of the initial state. Nothing is communicated."""
-        return fold_initial(transitions, self.shard.own, list(d_entering), d_final if self.final else None)
+
+class _Gradients(NamedTuple):
+    """Of the states that enter all spans, of the final state summed over ranks, and this rank's part of the latter."""
+
+    d_entering: list[Tensor]
+    d_final: Tensor | None
+    d_final_here: Tensor
 
 
 class AllGatherSum:
@@ -80,23 +92,20 @@ class AllGatherSum:
     def __init__(self, shard: Shard) -> None:
         self.shard = shard
 
-    def launch(self, header: Header, state: Tensor, transition: Tensor | None) -> Pending:
+    def launch(self, header: Header, state: Tensor, transition: Tensor | None, initial: Tensor | None) -> Pending:
         """Send the sum [B,H,K,V] over this rank's tokens; receive that over all tokens."""
         return collectives.start_all_gather(state, self.shard.sp.group, header).then(lambda state_P: state_P.sum(0))
 
-    def arrive(self, total: Tensor, initial: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def arrive(self, total: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """The state that every query reads. There is no final state."""
         return total, total.new_empty(0), None
 
-    def launch_backward(self, header: Header, d_total: Tensor, d_final: Tensor) -> Pending:
+    def launch_backward(self, header: Header, d_total: Tensor, d_final: Tensor, kept: Tensor | None) -> Pending:
         """Send this rank's gradient of the sum; receive all ranks'."""
-        return self.launch(header, d_total, None)
+        return self.launch(header, d_total, None, None)
 
     def arrive_backward(
-        self, d_state: Tensor, entering: Tensor, transitions: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+        self, d_state: Tensor, entering: Tensor, kept: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The gradient of every rank's summary."""
-        return d_state, None
-
-    def initial_backward(self, transitions: Tensor | None, d_entering: Tensor, d_final: Tensor) -> Tensor:
-        raise AssertionError("without a mask there is no initial state")
+        return d_state, None, None

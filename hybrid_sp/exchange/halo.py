@@ -121,28 +121,25 @@ class Halo:
         self.plan, self.shape, self.dtype = plan, x.shape, dtype
         self.own: Tensor | None = None
 
-    def launch(self, header: Header, x: Tensor, transition: Tensor | None) -> Pending:
+    def launch(self, header: Header, x: Tensor, transition: Tensor | None, initial: Tensor | None) -> Pending:
         """Send the tokens of x that other ranks read."""
         return self.plan.fetch(header, self.plan.pick(x))
 
-    def arrive(self, rows: Tensor, initial: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def arrive(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """The tokens of this rank's ranges [B,rows,D]. There is no final state: it is one of the ranges."""
         return rows.to(self.dtype).transpose(0, 1), rows.new_empty(0), None
 
-    def launch_backward(self, header: Header, d_rows: Tensor, d_final: Tensor) -> Pending:
+    def launch_backward(self, header: Header, d_rows: Tensor, d_final: Tensor, kept: Tensor | None) -> Pending:
         """Send the gradients of the tokens to their owners."""
         self.own = None  # of an earlier pass that did not get as far as the gradient of x
         return self.plan.give_back(header, d_rows.transpose(0, 1))
 
     def arrive_backward(
-        self, received: Tensor, rows: Tensor, transitions: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+        self, received: Tensor, rows: Tensor, kept: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The gradient of x."""
         dx, self.own = self.own, None
         if dx is None:  # nothing but the rows reached the loss
             dx = received.new_zeros(self.shape)
         self.plan.add(dx, received)
-        return dx, None
-
-    def initial_backward(self, transitions: Tensor | None, d_entering: Tensor, d_final: Tensor) -> Tensor:
-        raise AssertionError("the operator puts the initial state before the rows itself")
+        return dx, None, None

@@ -46,14 +46,14 @@ class RWKV6Spec:
                 raise ValueError(f"{option} of rwkv6 is {getattr(self, option)}; it must be greater than 0")
 
     def cost(self, place: Place) -> Cost:
-        dim, state = place.dim, place.dim * place.width()
+        dim, width = place.dim, place.width()
         return Cost(
             matrices=dim * (5 * dim + 2 * len(MIXED) * self.shift_rank + 2 * self.decay_rank),
             vectors=dim * (1 + len(MIXED) + 4),  # mu; mu_i; w, u and the norm
-            mixing=4 * state + 2 * dim,  # S + k^T v and r S; r (u k)
-            state=state,
+            mixing=4 * dim * width + 2 * dim,  # S + k^T v and r S; r (u k)
+            state=dim * width,
             recent=dim,
-            summaries=(Summary(heads=place.heads, key=place.width(), value=place.width(), transition="vector"),),
+            summaries=(Summary(heads=place.heads, key=width, value=width, transition="vector", gates=width),),
             halos=(Halo(tokens=1, channels=dim),),
         )
 

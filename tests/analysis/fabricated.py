@@ -25,8 +25,10 @@ def write_run(
     bits: float = 2.5,
     steps: int = 60,
     changes: dict[str, Any] | None = None,
+    metrics: dict[str, Any] | None = None,
 ) -> Path:
-    """Write one finished run that ends at `bits` bits per byte; `changes` are further recipe values by dotted key."""
+    """Write one finished run that ends at `bits` bits per byte; `changes` are further recipe values by dotted key,
+    `metrics` further numbers of every training step."""
     folder.mkdir(parents=True)
     recipe = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(Recipe)))
     values = {
@@ -69,6 +71,7 @@ def write_run(
                 "comm/exposed_ms": 0.5,
                 "comm/calls": 40,
                 "comm/bytes": 100_000,
+                **(metrics or {}),
             }
         )
         if step % 10 == 0:

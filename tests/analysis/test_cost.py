@@ -19,7 +19,7 @@ KV: dict[str, int] = {"B": 2, "G": 2, "D": 8}
 
 def test_published_examples() -> None:
     # LASP-2 section 3.4 with d the whole width: B=16, H=16, d=2048 is 1.07 billion elements, 2.14 GB in 16 bits.
-    example = cost.lasp1_ring(P=64, B=16, H=16, K=2048, V=2048)
+    example = cost.linear_chain_forward(P=64, B=16, H=16, K=2048, V=2048, rank=1)
     assert example / cost.STATE_BYTES == pytest.approx(1.07e9, rel=4e-3)
     # Equal precision: states against keys and values of head dim 128, with as many key heads and with a quarter.
     assert cost.break_even_tokens(H=32, K=128, V=128, G=32, D=128, kv_bytes=4) == 64
@@ -50,7 +50,12 @@ def test_transitions_travel_forward_only(kind: str, elements: int) -> None:
 def test_scaling_in_ranks_and_length() -> None:
     for P in (1, 2, 5):
         assert cost.linear_all_gather_backward(P=P, **STATE) == (P - 1) * 2 * 4 * 30 * 4
-        assert cost.lasp1_ring(P=P, **STATE) == min(P - 1, 1) * 2 * 4 * 30 * 4, "one hop, however many ranks"
+        for rank in range(P):
+            chain = (
+                cost.linear_chain_forward(P=P, rank=rank, **STATE),
+                cost.linear_chain_backward(P=P, rank=P - 1 - rank, **STATE),
+            )
+            assert chain == (min(rank, 1) * 2 * 4 * 30 * 4,) * 2, "one hop, however many ranks"
         assert cost.ring_attention_forward(P=P, L=100, **KV) == cost.softmax_all_gather_forward(P=P, L=100, **KV)
     assert cost.softmax_all_gather_forward(P=4, L=800, **KV) == 2 * cost.softmax_all_gather_forward(P=4, L=400, **KV)
     assert cost.softmax_all_gather_forward(P=4, L=9, **KV) == 2 * 3 * 2 * 3 * 2 * 8 * 2, "padded to the longest rank"
@@ -86,9 +91,9 @@ def test_an_unknown_transition_lists_the_known() -> None:
         cost.transition_elements("diagonal", 4)
 
 
-def count_exchanges(group: Group, length: int, layout: str) -> dict[str, tuple[int, int]]:
+def count_exchanges(group: Group, length: int, layout: str, exchange: str) -> dict[str, tuple[int, int]]:
     """Bytes that this rank receives forward and backward, by kind of layer, as the ledger counts them."""
-    shard = hsp.SequenceParallel(group, layout=layout, check=True).shard(length)
+    shard = hsp.SequenceParallel(group, layout=layout, linear=exchange, check=True).shard(length)
     B, H, K, V = STATE.values()
     T, G, D = shard.tokens, KV["G"], KV["D"]
     decays: dict[str, Any] = {
@@ -123,25 +128,24 @@ def count_exchanges(group: Group, length: int, layout: str) -> dict[str, tuple[i
     return counted
 
 
+@pytest.mark.parametrize("exchange", cost.EXCHANGES)
 @pytest.mark.parametrize(("P", "length", "layout"), [(2, 24, "contiguous"), (2, 24, "zigzag"), (3, 25, "contiguous")])
-def test_the_model_is_what_the_ledger_counts(P: int, length: int, layout: str) -> None:
+def test_the_model_is_what_the_ledger_counts(P: int, length: int, layout: str, exchange: str) -> None:
     spans = 2 if layout == "zigzag" else 1
-    shape = {"P": P, "spans": spans, **STATE}
-    backward = cost.linear_all_gather_backward(**shape)
-    expected = {
-        kind: (cost.linear_all_gather_forward(transition=kind, **shape), backward)
-        for kind in ("none", "fixed", "scalar", "vector", "matrix")
-    }
-    expected["normalised"] = (
-        cost.linear_all_gather_forward(normalize=True, **shape),
-        cost.linear_all_gather_backward(normalize=True, **shape),
-    )
-    expected["final"] = (expected["none"][0], cost.linear_all_gather_backward(final_state=True, **shape))
-    expected["softmax"] = (
+    softmax = (
         cost.softmax_all_gather_forward(P=P, L=length, kv_bytes=4, **KV),
         cost.softmax_all_gather_backward(P=P, L=length, kv_bytes=4, **KV),
     )
-    for rank, counted in enumerate(run_ranks(count_exchanges, P, length, layout)):
+    kinds: dict[str, dict[str, Any]] = {kind: {"transition": kind} for kind in cost.TRANSITIONS}
+    kinds |= {"normalised": {"normalize": True}, "final": {"final_state": True}}
+    for rank, counted in enumerate(run_ranks(count_exchanges, P, length, layout, exchange)):
+        shape = {"P": P, "spans": spans, "rank": rank, **STATE}
+        expected = {name: cost.linear_exchange(exchange, **shape, **kind) for name, kind in kinds.items()}
         halo = {"P": P, "B": STATE["B"], "spans": spans, "rank": rank, **HALO}
         expected["halo"] = cost.halo_forward(**halo, element_bytes=4), cost.halo_backward(**halo)
-        assert counted == expected, f"rank {rank} of {P}, {layout}"
+        assert counted == expected | {"softmax": softmax}, f"rank {rank} of {P}, {layout}"
+
+
+def test_an_unknown_exchange_lists_the_known() -> None:
+    with pytest.raises(ValueError, match="'gossip'.*all_gather, ring, pipeline, doubling"):
+        cost.linear_exchange("gossip", P=2, **STATE)

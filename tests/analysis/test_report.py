@@ -259,3 +259,66 @@ def test_a_single_kind_without_pure_softmax(tmp_path: Path) -> None:
     assert "Every model was trained with one seed" in words
     assert "Not every run is below it: b is 14.6 % above." in words
     assert "There is no sweep.json" in words
+
+
+# Strategies
+
+
+def by_strategy(folder: Path, **metrics: int) -> Path:
+    """Two seeds by all-gather and one by ring, which has rounded otherwise; a seed's steps take other times."""
+    for seed in (0, 1):
+        write_run(folder / f"gather-{seed}", seed=seed, bits=2.5 + seed / 50, metrics=metrics)
+    ring = {"tokens_per_second": 7000.0, "comm/exposed_ms": 2.25, "memory_mb": 310.0} | metrics
+    changes = {"parallel.linear": "ring", "parallel.overlap": ["softmax"]}
+    write_run(folder / "ring", bits=2.5001, changes=changes, metrics=ring)
+    return folder
+
+
+def test_strategies_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = by_strategy(tmp_path / "trial", **{"comm/bytes_linear": 5000, "comm/bytes_softmax": 1200})
+    assert report.main([str(folder)]) == 0
+    assert "not recorded" not in capsys.readouterr().out
+    ring, gather = sorted(
+        csv.DictReader(io.StringIO((folder / "report/strategies.csv").read_text())), key=lambda row: row["tokens/s"]
+    )
+    assert "parallel.softmax" not in ring and "linear blocks" not in ring, "only what differs"
+    assert (ring.pop("parallel.linear"), ring.pop("parallel.overlap")) == ("ring", '["softmax"]')
+    assert (gather["parallel.linear"], gather["loss (bits/byte)"]) == ("all_gather", "2.5100")
+    model = int(ring.pop("exchanges (model)").replace(",", ""))
+    assert 0 < model < int(gather["exchanges (model)"].replace(",", ""))  # a ring sends no decays
+    assert list(ring.values()) == ["7,000", "2.25", "40", "5,000", "1,200", "6,200", "310", "2.5001"]
+    words = "".join(Page((folder / "report/report.html").read_text()).words)
+    assert "trial: one training by several strategies" in words
+    assert "same training up to rounding: the first step's losses differ by at most 9.5e-06" in words
+    assert "the final ones by 0.0001; which strategy's is lowest is chance" in words
+    assert "ring of states, LASP-1 (used here)" in words and "all-gather of states, LASP-2 (used here)" in words
+    assert (folder / "report/strategies.png").is_file()
+
+
+def test_strategies_of_several_models_and_older_runs(tmp_path: Path) -> None:
+    folder = by_strategy(tmp_path / "trial")
+    write_run(folder / "pure", ratio="1")
+    write_run(folder / "off", bits=2.9, changes={"parallel.linear": "ring", "train.recompute": "full"})
+    assert report.main([str(folder)]) == 0
+    rows = list(csv.DictReader(io.StringIO((folder / "report/strategies.csv").read_text())))
+    assert [row["softmax share"] for row in rows] == ["1/4", "1/4", "1/4", "1"]
+    assert {row["softmax (bytes)"] for row in rows} == {"not recorded"} and {row["calls"] for row in rows} == {"40"}
+    assert [row["train.recompute"] for row in rows].count("full") == 1
+    assert "but these did not: the first step's" in (folder / "report/loss.md").read_text()
+
+
+def test_strategies_without_a_common_seed_or_other_ranks(tmp_path: Path) -> None:
+    for seed, linear in enumerate(("auto", "ring")):
+        folder = write_run(tmp_path / linear, seed=seed, changes={"parallel.linear": linear})
+        provenance = json.loads((folder / "provenance.json").read_text())
+        write_json(folder / "provenance.json", provenance | {"sp": 1, "world": 1})
+    assert report.main([str(tmp_path)]) == 0
+    assert "No model has one seed under two strategies" in (tmp_path / "report/loss.md").read_text()
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "report/strategies.csv").read_text())))
+    assert [(row["parallel.linear"], row["exchanges (model)"]) for row in rows] == [("auto", "0"), ("ring", "0")]
+
+
+def test_the_figure_of_strategies_has_their_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    left, right = figure_of(monkeypatch, plots.bars, ["a", "b"], {"speed": [3.0, 4.0], "ms": [1.0, 2.0]}).axes
+    assert [bar.get_width() for bar in left.patches] == [3.0, 4.0]  # type: ignore[attr-defined]
+    assert [tick.get_text() for tick in left.get_yticklabels()] == ["a", "b"] and right.get_xlabel() == "ms"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
 import hybrid_sp as hsp
-from analysis.traffic import Setting, volume
-from hybrid_sp.collectives import Group
+from analysis.traffic import Setting, exchange, volume
+from hybrid_sp.collectives import Group, Link
+from hybrid_sp.exchange import EXCHANGES
 from hybrid_sp.layout import LAYOUTS
 from layers.registry import MIXERS, Place, mixer_spec
 from tests.support.ranks import run_ranks
@@ -15,13 +19,14 @@ from tests.support.ranks import run_ranks
 PLACE = Place(dim=16, heads=4, kv_heads=2, layer=1, depth=4, norm_eps=1e-6, rope_base=100.0)
 OPTIONS = {"sliding_window": {"window": 5}}  # fits into a span
 LENGTH = 48
+LINK = Link(latency=1e-6, bandwidth=1e9)  # on which "auto" finds different exchanges for different mixers
 
 
-def count(group: Group, layout: str) -> dict[str, tuple[int, int]]:
+def count(group: Group, layout: str, link: Link, names: list[str], **strategies: Any) -> dict[str, tuple[int, int]]:
     """Bytes that this rank receives forward and backward for one layer of each mixer, two sequences at a time."""
-    shard = hsp.SequenceParallel(group, layout=layout, check=True).shard(LENGTH)
+    shard = hsp.SequenceParallel(group, layout=layout, link=link, check=True, **strategies).shard(LENGTH)
     counted = {}
-    for name in MIXERS:
+    for name in names:
         mixer = mixer_spec(name, **OPTIONS.get(name, {})).build(PLACE)
         x = torch.randn(2, shard.tokens, PLACE.dim, requires_grad=True)
         with hsp.ledger() as book:
@@ -31,12 +36,59 @@ def count(group: Group, layout: str) -> dict[str, tuple[int, int]]:
     return counted
 
 
+@pytest.mark.parametrize("linear", [*EXCHANGES, "auto"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("P", [1, 2, 3])
-def test_every_mixer_sends_what_its_cost_says(P: int, layout: str) -> None:
+def test_every_mixer_sends_what_its_cost_says(P: int, layout: str, linear: str) -> None:
     spans = LAYOUTS.index(layout) + 1
-    cut = Setting(P=P, world=P, spans=spans, B=2, passes=1, L=LENGTH, kv_bytes=4)
-    for rank, counted in enumerate(run_ranks(count, P, layout)):
+    cut = Setting(P=P, world=P, spans=spans, B=2, passes=1, L=LENGTH, kv_bytes=4, linear=linear, link=LINK)
+    for rank, counted in enumerate(run_ranks(count, P, layout, LINK, list(MIXERS), linear=linear)):
         for name, bytes_ in counted.items():
             said = volume(mixer_spec(name, **OPTIONS.get(name, {})).cost(PLACE), cut, rank)
-            assert bytes_ == (said.forward, said.backward), f"{name} on rank {rank} of {P}, {layout}"
+            assert bytes_ == (said.forward, said.backward), f"{name} on rank {rank} of {P}, {layout}, {linear}"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_keys_that_are_not_kept_are_sent_again(layout: str) -> None:
+    names = ["softmax", "sliding_window"]
+    cut = Setting(P=3, world=3, spans=LAYOUTS.index(layout) + 1, B=2, passes=1, L=LENGTH, kv_bytes=4, keep_kv=False)
+    for rank, counted in enumerate(run_ranks(count, 3, layout, LINK, names, keep_kv=False, kv_heads_per_gather=1)):
+        for name, bytes_ in counted.items():
+            said = volume(mixer_spec(name, **OPTIONS.get(name, {})).cost(PLACE), cut, rank)
+            assert bytes_ == (said.forward, said.backward), f"{name} on rank {rank}, {layout}"
+
+
+@pytest.mark.parametrize(
+    ("linear", "softmax"),
+    [("ulysses", "ulysses"), ("megatron", "megatron"), ("ring_attention", "ring")],
+)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_baselines_send_what_their_cost_says(layout: str, linear: str, softmax: str) -> None:
+    ring = softmax == "ring"
+    P, spans = 3 if ring else 2, LAYOUTS.index(layout) + 1
+    cut = Setting(P=P, world=P, spans=spans, B=2, passes=1, L=LENGTH, kv_bytes=4, linear=linear, softmax=softmax)
+    facts = {name: mixer_spec(name, **OPTIONS.get(name, {})).cost(PLACE) for name in MIXERS}
+    names = []
+    for name, one in facts.items():
+        try:
+            volume(one, cut)
+        except ValueError:  # heads that do not divide, decays that the left product does not take
+            continue
+        names.append(name)
+    assert len(names) >= (8 if ring else 12)
+    for rank, counted in enumerate(run_ranks(count, P, layout, LINK, names, linear=linear, softmax=softmax)):
+        for name, bytes_ in counted.items():
+            said = volume(facts[name], cut, rank)
+            assert bytes_ == (said.forward, said.backward), f"{name} on rank {rank} of {P}, {layout}, {linear}"
+
+
+def test_auto_needs_the_link_by_which_it_has_chosen() -> None:
+    cut = Setting(P=2, world=2, spans=1, B=2, passes=1, L=LENGTH, kv_bytes=4, linear="auto")
+    with pytest.raises(ValueError, match="link by which .* neither in the recipe nor in the provenance"):
+        volume(mixer_spec("gla").cost(PLACE), cut)
+    chosen = {
+        exchange(summary, replace(cut, P=3, spans=2, link=LINK))
+        for name in MIXERS
+        for summary in mixer_spec(name, **OPTIONS.get(name, {})).cost(PLACE).summaries
+    }
+    assert len(chosen) > 1

@@ -40,6 +40,10 @@ class Case:
     length: int = LENGTH
     layout: str = "contiguous"
     overlap: bool = True
+    linear: str = "all_gather"
+    softmax: str = "all_gather"
+    kv_heads_per_gather: int | None = None
+    keep_kv: bool = True
     seed: int = 0
 
     def inputs(self, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
@@ -173,7 +177,16 @@ def truth(case: Case, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
 
 def measured(case: Case, group: Any, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     """What this rank computes, with gradients of replicated inputs summed over ranks."""
-    sp = hsp.SequenceParallel(group, layout=case.layout, overlap=case.overlap, check=True)
+    sp = hsp.SequenceParallel(
+        group,
+        layout=case.layout,
+        linear=case.linear,
+        softmax=case.softmax,
+        kv_heads_per_gather=case.kv_heads_per_gather,
+        keep_kv=case.keep_kv,
+        overlap=case.overlap,
+        check=True,
+    )
     shard = sp.shard(case.length, case.documents)
     x = {name: v if case.whole(name) else shard.take(v) for name, v in case.inputs(dtype).items()}
     x = {name: value.detach().requires_grad_() for name, value in x.items()}

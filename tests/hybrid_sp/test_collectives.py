@@ -20,9 +20,11 @@ H, G, K, V, B = 4, 2, 8, 6, 2
 Counts = dict[str, list[int]]
 
 
-def linear_counts(group: Any, layout: str, decay: str, length: int, normalize: bool, final: bool) -> Counts:
-    """Bytes of each collective, by direction, of one linear layer."""
-    shard = hsp.SequenceParallel(group, layout=layout).shard(length)
+def linear_counts(
+    group: Any, layout: str, decay: str, length: int, normalize: bool, final: bool, exchange: str = "all_gather"
+) -> Counts:
+    """Bytes of each collective or message, by direction, of one linear layer."""
+    shard = hsp.SequenceParallel(group, layout=layout, linear=exchange).shard(length)
     T = shard.tokens
     shapes = {"fixed": (H,), "scalar": (B, T, H), "vector": (B, T, H, K)}
     q, k = (torch.rand(B, T, G, K, requires_grad=True) for _ in "qk")
@@ -35,7 +37,8 @@ def linear_counts(group: Any, layout: str, decay: str, length: int, normalize: b
             out = hsp.linear_attention(q, k, v, log_decay=g, shard=shard, normalize=normalize, return_final_state=final)
         loss = out[0].sum() + out[1].sum() if final and not normalize else (out[0] if final else out).sum()
         loss.backward()
-    assert {row.collective for row in book.rows} <= {"all_gather"} and {row.tag for row in book.rows} <= {"linear"}
+    used = "all_gather" if exchange == "all_gather" else "message"
+    assert {row.collective for row in book.rows} <= {used} and {row.tag for row in book.rows} <= {"linear"}
     assert book.calls == len(book.rows) and book.bytes == sum(row.bytes for row in book.rows)
     return {d: [row.bytes for row in book.select(direction=d)] for d in ("forward", "backward")}
 

@@ -14,12 +14,17 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import hybrid_sp as hsp
-from hybrid_sp import collectives, delta, halo, linear, softmax
+from hybrid_sp import collectives, delta, halo, linear
 from hybrid_sp.collectives import Header, Pending
+from hybrid_sp.exchange import EXCHANGES, choose
+from hybrid_sp.kernels import masked
 from tests.support.ranks import RankError, run_ranks
 
 KINDS = ("linear", "delta", "softmax")
 ALL = (*KINDS, "window", "conv")  # the order of these two is in test_window.py and test_halo.py
+# Every operator, and the linear ones by every exchange of states; their order is in test_exchange.py.
+EVERY = [(kind, "all_gather") for kind in ALL]
+EVERY += [(kind, name) for kind in ("linear", "delta") for name in EXCHANGES if name != "all_gather"]
 RELEASE_SECONDS = 1.0
 
 
@@ -69,8 +74,8 @@ class Gate:
             ),
             (delta.kernel, "intra_forward", self.work(delta.kernel.intra_forward, "local forward", lambda *_: True)),
             (delta.kernel, "intra_backward", self.work(delta.kernel.intra_backward, "local backward", lambda *_: True)),
-            (softmax, "attend", self.work(softmax.attend, "local forward", lambda *args: args[3])),
-            (softmax, "attend_backward", self.work(softmax.attend_backward, "local backward", lambda *args: args[6])),
+            (masked, "attend", self.work(masked.attend, "local forward", lambda *args: args[3])),
+            (masked, "attend_backward", self.work(masked.attend_backward, "local backward", lambda *args: args[6])),
         ]
         before = [getattr(module, name) for module, name, _ in places]
         for module, name, new in places:
@@ -152,9 +157,9 @@ def in_flight(made: list[Pending]) -> int:
     return sum(pending._result is not None for pending in made)
 
 
-def initial_state_alone(group: Any) -> tuple[int, int]:
-    """Gradient of the initial state only, whose start node never runs: collectives launched, and left in flight."""
-    shard = hsp.SequenceParallel(group).shard(12)
+def initial_state_alone(group: Any, exchange: str) -> tuple[int, int]:
+    """Gradient of the initial state only: collectives launched, and left in flight."""
+    shard = hsp.SequenceParallel(group, linear=exchange).shard(12)
     x = leaves(shard)
     S = torch.zeros(1, 2, 4, 4, dtype=torch.float64, requires_grad=True)
     out = hsp.linear_attention(*x[:3], log_decay=x[3], shard=shard, initial_state=S)
@@ -166,18 +171,55 @@ def initial_state_alone(group: Any) -> tuple[int, int]:
     return len(book.select(direction="backward")), in_flight(made)
 
 
-def test_gradient_of_the_initial_state_alone_leaves_nothing_in_flight() -> None:
-    assert run_ranks(initial_state_alone, 2) == [(1, 0)] * 2
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_gradient_of_the_initial_state_alone_leaves_nothing_in_flight(exchange: str) -> None:
+    launched = {"all_gather": [1, 1], "ring": [1, 0], "pipeline": [4, 0], "doubling": [1, 0]}[exchange]
+    assert run_ranks(initial_state_alone, 2, exchange) == [(calls, 0) for calls in launched]
 
 
-def fail_between(group: Any, kind: str) -> int:
-    shard = hsp.SequenceParallel(group).shard(12)
+LOCAL_BACKWARD = ((linear, "intra_backward"), (delta, "intra_backward"), (halo, "local_backward"))
+
+
+def fail_backward_once(group: Any, kind: str) -> int:
+    """A backward pass that fails on its way, and another over the same graph with another gradient."""
+    shard = hsp.SequenceParallel(group).shard(24)
+    x = leaves(shard)
+    out = attend(kind, x, shard)
+    want = torch.autograd.grad(out.square().sum(), x, retain_graph=True)
+
+    def broken(*_: Any) -> Any:
+        raise ArithmeticError("on the way back")
+
+    places = [(module.kernel, name) for module, name in LOCAL_BACKWARD]
+    kernels = [getattr(module, name) for module, name in places]
+    with counted() as made:
+        for module, name in places:
+            setattr(module, name, broken)
+        try:
+            with pytest.raises(ArithmeticError):
+                torch.autograd.grad(out.sum(), x, retain_graph=True)
+        finally:
+            for (module, name), kernel in zip(places, kernels, strict=True):
+                setattr(module, name, kernel)
+        got = torch.autograd.grad(out.square().sum(), x)
+    for grad, expected in zip(got, want, strict=True):
+        assert torch.equal(grad, expected)
+    return in_flight(made)
+
+
+@pytest.mark.parametrize("kind", ["linear", "delta", "conv"])
+def test_a_backward_pass_after_one_that_failed_is_its_own(kind: str) -> None:
+    assert run_ranks(fail_backward_once, 2, kind) == [0, 0]
+
+
+def fail_between(group: Any, kind: str, exchange: str) -> int:
+    shard = hsp.SequenceParallel(group, linear=exchange).shard(12)
     x = leaves(shard)
 
     def broken(*_: Any) -> Any:
         raise ArithmeticError("between start and finish")
 
-    places = [(linear.kernel, "intra_forward"), (delta.kernel, "intra_forward"), (softmax, "attend")]
+    places = [(linear.kernel, "intra_forward"), (delta.kernel, "intra_forward"), (masked, "attend")]
     places.append((halo.kernel, "local_forward"))
     kernels = [getattr(module, name) for module, name in places]
     for module, name in places:
@@ -193,9 +235,9 @@ def fail_between(group: Any, kind: str) -> int:
     return in_flight(made)
 
 
-@pytest.mark.parametrize("kind", ALL)
-def test_an_exception_between_start_and_finish_drains(kind: str) -> None:
-    assert run_ranks(fail_between, 2, kind) == [0, 0]
+@pytest.mark.parametrize(("kind", "exchange"), EVERY)
+def test_an_exception_between_start_and_finish_drains(kind: str, exchange: str) -> None:
+    assert run_ranks(fail_between, 2, kind, exchange) == [0, 0]
 
 
 def test_waiting_twice_raises() -> None:
@@ -237,9 +279,12 @@ def test_ranks_that_come_apart_stop_with_one_message(how: str) -> None:
         run_ranks(come_apart, 2, how, deadline=20)
 
 
-def checkpointed(group: Any, layers: list[str], twice: bool) -> tuple[int, int, int]:
+def checkpointed(
+    group: Any, layers: list[str], twice: bool, exchange: str = "all_gather", layout: str = "contiguous"
+) -> tuple[int, int, int]:
     """Collectives of the layers without checkpoint, with a plain one, and with recorded states; gradients agree."""
-    shard = hsp.SequenceParallel(group, check=True).shard(30)
+    shard = hsp.SequenceParallel(group, linear=exchange, layout=layout, check=True).shard(30)
+    choose(shard.sp, state_bytes=1)  # measures the link for "auto", as a run does at its start
 
     def run(**options: Any) -> tuple[int, list[Tensor]]:
         x = leaves(shard)
@@ -275,6 +320,20 @@ def test_a_recomputed_forward_asks_nobody_again() -> None:
     assert run_ranks(checkpointed, 2, ["linear"] * 3, False) == [(6, 9, 6)] * 2
     assert run_ranks(checkpointed, 2, ["linear", "softmax", "delta"], False) == [(6, 9, 6)] * 2
     assert run_ranks(checkpointed, 2, ["window", "conv", "window"], False) == [(6, 9, 6)] * 2
+
+
+@pytest.mark.parametrize("exchange", [name for name in EXCHANGES if name != "all_gather"])
+def test_a_recomputed_forward_sends_no_message_again(exchange: str) -> None:
+    each = 2 * (4 if exchange == "pipeline" else 1)  # messages of two layers, from rank 0 to rank 1 and back
+    layers = ["linear", "delta"]
+    assert run_ranks(checkpointed, 2, layers, False, exchange) == [(each, each, each), (each, 2 * each, each)]
+    for plain, again, recorded in run_ranks(checkpointed, 3, layers, False, exchange, "zigzag"):
+        assert plain == recorded < again
+
+
+def test_a_recomputed_forward_chooses_the_same_exchange() -> None:
+    for plain, again, recorded in run_ranks(checkpointed, 3, ["linear", "delta"], False, "auto", "zigzag"):
+        assert plain == recorded < again
 
 
 def reentrant(group: Any) -> tuple[int, int]:
@@ -348,9 +407,9 @@ def test_compile_leaves_the_operator_out(kind: str) -> None:
         assert torch.equal(got, expected)
 
 
-def partial_gradients(group: Any, kind: str) -> None:
+def partial_gradients(group: Any, kind: str, exchange: str) -> None:
     """Each input alone: as the only one that asked for, and as the only one that needs a gradient."""
-    shard = hsp.SequenceParallel(group, layout="zigzag", check=True).shard(30)
+    shard = hsp.SequenceParallel(group, layout="zigzag", linear=exchange, check=True).shard(30)
     x = leaves(shard)
     used = x[:3] if kind in ("softmax", "window") else x
     whole = torch.autograd.grad(attend(kind, x, shard).square().sum(), used)
@@ -361,7 +420,7 @@ def partial_gradients(group: Any, kind: str) -> None:
         assert torch.equal(asked, want) and torch.equal(needed, want), f"input {i} on rank {collectives.rank(group)}"
 
 
-@pytest.mark.parametrize("kind", ALL)
-def test_an_input_alone_has_the_gradient_that_it_has_among_all(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "exchange"), EVERY)
+def test_an_input_alone_has_the_gradient_that_it_has_among_all(kind: str, exchange: str) -> None:
     for world in (1, 2):
-        run_ranks(partial_gradients, world, kind)
+        run_ranks(partial_gradients, world, kind, exchange)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 import hybrid_sp as hsp
 from hybrid_sp import collectives
+from hybrid_sp.exchange import EXCHANGES
 from hybrid_sp.kernels import chunks
 from tests.hybrid_sp.cases import (
     Case,
@@ -127,5 +129,9 @@ def test_low_precision(dtype: torch.dtype, family: str) -> None:
     cases = [case for case in cases if case.operator != "shift" and case.window != 1]  # round nothing; no dq
     truths = [[truth(replace(case, seed=seed), dtype) for seed in range(4)] for case in cases]
     for world, layout in ((2, "zigzag"), (4, "contiguous")):
-        given = [(replace(case, layout=layout), want) for case, want in zip(cases, truths, strict=True)]
+        names = itertools.cycle(["all_gather"] if world == 2 else EXCHANGES)  # of linear layers
+        given = [
+            (replace(case, layout=layout, linear=name), want)
+            for case, want, name in zip(cases, truths, names, strict=False)
+        ]
         run_ranks(check_low_precision, world, given, dtype, deadline=120)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import hybrid_sp as hsp
 from hybrid_sp import collectives
+from hybrid_sp.exchange import EXCHANGES
 from hybrid_sp.kernels import chunks
 from tests.hybrid_sp.cases import Case, measured, truth
 from tests.support.ranks import run_ranks
@@ -31,14 +32,19 @@ def random_case(draw: random.Random) -> Case:
     options["operator"] = draw.choice(["linear", "linear", "delta", "softmax", "conv", "shift"])
     if options["operator"] in ("linear", "delta"):
         options |= {"groups": draw.choice([1, 2, 4]), "decay": draw.choice([None, "scalar", "vector"])}
+        options["linear"] = draw.choice([*EXCHANGES, "auto"])
     if options["operator"] == "linear":
         options |= {"bonus": draw.random() < 0.3, "normalize": draw.random() < 0.3}
         if draw.random() < 0.2:
             options["decay"] = "fixed"
+        if options["decay"] != "vector" and not options["bonus"] and draw.random() < 0.25:
+            return Case(**options | {"linear": "ring_attention"})
         if documents is None and draw.random() < 0.2:
             return Case(**options | {"causal": False, "decay": None, "bonus": False})
     if options["operator"] == "softmax":
         options |= {"groups": draw.choice([1, 2, 4]), "causal": draw.random() < 0.7}
+        options |= {"kv_heads_per_gather": draw.choice([None, 1, 2, 3]), "keep_kv": draw.random() < 0.5}
+        options["softmax"] = draw.choice(["all_gather", "all_gather", "ring"])
         if options["causal"]:
             options["window"] = draw.choice([None, 2, 3, 5, 8, 20, 100])
         return Case(**options)

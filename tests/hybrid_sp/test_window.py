@@ -147,7 +147,7 @@ def logged(group: Any, overlap: bool) -> list[str]:
     shard = hsp.SequenceParallel(group, overlap=overlap).shard(24)
     try:
         collectives.start_all_to_all = launched
-        for name in ("_attend", "_attend_backward"):
+        for name in ("attend_parts", "attend_parts_backward"):
             own[name] = getattr(softmax, name)
             setattr(softmax, name, noted(name))
         case.call(leaves_of(case, shard), shard)[0].sum().backward()
@@ -159,8 +159,8 @@ def logged(group: Any, overlap: bool) -> list[str]:
 
 
 def test_own_keys_are_attended_to_while_the_others_are_in_flight() -> None:
-    own, others = ["_attend own"], ["_attend others"]
-    d_own, d_others = ["_attend_backward own"], ["_attend_backward others"]
+    own, others = ["attend_parts own"], ["attend_parts others"]
+    d_own, d_others = ["attend_parts_backward own"], ["attend_parts_backward others"]
     assert run_ranks(logged, 2, True)[1] == [
         *("launch forward", *own, "wait forward", *others),
         *(*d_others, "launch backward", *d_own, "wait backward"),

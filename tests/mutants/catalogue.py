@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from tests.mutants.baselines import BASELINE_MUTANTS
+from tests.mutants.exchanges import EXCHANGE_MUTANTS
+from tests.mutants.mutant import Mutant
+from tests.mutants.programs import PROGRAM_MUTANTS
 
 PARITY = "tests/hybrid_sp/test_parity.py::test_parity_fp64"
 OVERLAP = "tests/hybrid_sp/test_overlap.py"
 HALO = "tests/hybrid_sp/test_halo.py"
 WINDOW = "tests/hybrid_sp/test_window.py"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mutant:
-    """`old`, which stands once in `file`, replaced by `new`, must make `test` (a pytest id) fail."""
-
-    name: str
-    file: str
-    old: str
-    new: str
-    test: str
-
+SOFTMAX = "tests/hybrid_sp/test_softmax.py"
 
 MUTANTS = [
     # The algebra of states.
@@ -117,24 +109,24 @@ MUTANTS = [
         test=f"{OVERLAP}::test_waiting_twice_raises",
     ),
     Mutant(
-        name="leftover collective not awaited",
+        name="leftovers of a failed backward taken for its own",
         file="hybrid_sp/overlap.py",
-        old="Variable._execution_engine.queue_callback(self._drain_backward)",
-        new="pass",
-        test=f"{OVERLAP}::test_gradient_of_the_initial_state_alone_leaves_nothing_in_flight",
+        old="ctx.call.drain()  # what",
+        new="pass  # what",
+        test=f"{OVERLAP}::test_a_backward_pass_after_one_that_failed_is_its_own",
     ),
     Mutant(
         name="no overlap",
         file="hybrid_sp/overlap.py",
-        old="        if self.sp.overlap:\n            return pending\n",
-        new="",
+        old="        if not self.sp.overlaps(self.tag):\n",
+        new="        if True:\n",
         test=f"{OVERLAP}::test_local_work_runs_while_the_collective_is_in_flight[linear]",
     ),
     Mutant(
         name="ranks not compared",
         file="hybrid_sp/collectives.py",
-        old="    if header.check:\n",
-        new="    if False:\n",
+        old="    if header.check:\n        _compare(what",
+        new="    if False:\n        _compare(what",
         test=f"{OVERLAP}::test_ranks_that_come_apart_stop_with_one_message[requires_grad]",
     ),
     # The kernels and the heads.
@@ -275,38 +267,124 @@ MUTANTS = [
     ),
     Mutant(
         name="triangle of a window written in the order of its keys",
-        file="hybrid_sp/softmax.py",
+        file="hybrid_sp/kernels/masked.py",
         old='(x.flip(1) if part.kind == "flipped" else x).unflatten',
         new="x.unflatten",
         test=f"{PARITY}[1-contiguous-softmax]",
     ),
     Mutant(
         name="window a token too long before a span",
-        file="hybrid_sp/softmax.py",
+        file="hybrid_sp/masks.py",
         old="start - window + 1",
         new="start - window",
         test=f"{PARITY}[2-contiguous-softmax]",
     ),
     Mutant(
         name="keys of an earlier document",
-        file="hybrid_sp/softmax.py",
+        file="hybrid_sp/masks.py",
         old="first = shard.document_start(start)\n        if",
         new="first = 0\n        if",
         test=f"{PARITY}[2-contiguous-softmax]",
     ),
     Mutant(
         name="queries of a later document",
-        file="hybrid_sp/softmax.py",
+        file="hybrid_sp/masks.py",
         old="queries = min(end, shard.document_end(start)) - start",
         new="queries = end - start",
         test=f"{PARITY}[2-contiguous-softmax]",
     ),
     Mutant(
         name="gather for a short window",
-        file="hybrid_sp/softmax.py",
+        file="hybrid_sp/masks.py",
         old="if 0 < missing <= rows_of_others",
         new="if 0 < missing or rows_of_others",
         test=f"{WINDOW}::test_a_window_receives_what_it_sees_however_long_the_sequence",
+    ),
+    # Key heads a few at a time.
+    Mutant(
+        name="query heads counted like key heads",
+        file="hybrid_sp/softmax.py",
+        old="slice(a * readers, b * readers)",
+        new="slice(a, b)",
+        test=f"{SOFTMAX}::test_parity[2-contiguous]",
+    ),
+    Mutant(
+        name="last key heads left out",
+        file="hybrid_sp/softmax.py",
+        old="for first in range(0, heads, size)]",
+        new="for first in range(0, heads - size + 1, size)]",
+        test=f"{SOFTMAX}::test_parity[2-contiguous]",
+    ),
+    Mutant(
+        name="one group of key heads twice",
+        file="hybrid_sp/softmax.py",
+        old="self._send(i + 1, note, k, v)",
+        new="self._send(i or 1, note, k, v)",
+        test=f"{SOFTMAX}::test_parity[2-contiguous]",
+    ),
+    Mutant(
+        name="the next key heads launched too late",
+        file="hybrid_sp/softmax.py",
+        old="        self._send(i + 1, note, k, v)\n        heads = self.groups[i].queries\n",
+        new="        heads = self.groups[i].queries\n        attend_parts = lambda *x: (globals()['attend_parts'](*x), "
+        "self._send(i + 1, note, k, v))\n",
+        test=f"{SOFTMAX}::test_a_group_of_heads_is_attended_to_while_the_next_is_in_flight",
+    ),
+    Mutant(
+        name="gradients of a group given to the one before",
+        file="hybrid_sp/softmax.py",
+        old="heads = self.groups[i].keys\n            self.mask.keys.add",
+        new="heads = self.groups[i - 1].keys\n            self.mask.keys.add",
+        test=f"{SOFTMAX}::test_parity[2-contiguous]",
+    ),
+    Mutant(
+        name="gradients of the last group not added",
+        file="hybrid_sp/softmax.py",
+        old="self._add(len(self.groups) - 1, grads, shared)",
+        new="self._add(-1, grads, shared)",
+        test=f"{SOFTMAX}::test_parity[2-contiguous]",
+    ),
+    Mutant(
+        name="own keys forgotten where the others are asked for again",
+        file="hybrid_sp/softmax.py",
+        old="v, again=True)\n                self._own_backward(grads, do, saved)\n",
+        new="v, again=True)\n",
+        test=f"{SOFTMAX}::test_parity[1-contiguous]",
+    ),
+    Mutant(
+        name="kept keys not recorded for a recomputation",
+        file="hybrid_sp/softmax.py",
+        old="recorded(self._received) if self.keep",
+        new="self._received() if self.keep",
+        test=f"{SOFTMAX}::test_a_recomputed_forward_asks_nobody_again",
+    ),
+    Mutant(
+        name="results not recorded where keys are not kept",
+        file="hybrid_sp/softmax.py",
+        old="o, lse, *kept = recorded(run)",
+        new="o, lse, *kept = run()",
+        test=f"{SOFTMAX}::test_a_recomputed_forward_asks_nobody_again",
+    ),
+    Mutant(
+        name="gradients that nobody needs",
+        file="hybrid_sp/softmax.py",
+        old="any(ctx.needs_input_grad[2:])",
+        new="True",
+        test=f"{SOFTMAX}::test_gradients_that_nobody_needs_do_not_travel",
+    ),
+    Mutant(
+        name="collectives of a failed backward left in flight",
+        file="hybrid_sp/overlap.py",
+        old="for queue in self._in_flight.values():",
+        new="for queue in list(self._in_flight.values())[:1]:",
+        test=f"{SOFTMAX}::test_an_exception_leaves_nothing_in_flight",
+    ),
+    Mutant(
+        name="tokens between a window and its queries not counted",
+        file="hybrid_sp/masks.py",
+        old="window - (end - first)",
+        new="window",
+        test="tests/hybrid_sp/test_masks.py::test_parts_over_the_keys_of_each_rank_are_the_mask",
     ),
     # The halo.
     Mutant(
@@ -404,8 +482,11 @@ MUTANTS = [
     Mutant(
         name="stale gradients of an earlier backward",
         file="hybrid_sp/overlap.py",
-        old="pending, self._backward = self._backward, None",
-        new="pending = self._backward",
+        old="return self._in_flight[queue].popleft().wait()",
+        new="return self._in_flight[queue][0].wait()",
         test=f"{OVERLAP}::test_records_are_read_by_index_not_used_up",
     ),
+    *BASELINE_MUTANTS,
+    *EXCHANGE_MUTANTS,
+    *PROGRAM_MUTANTS,
 ]

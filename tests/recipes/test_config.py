@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import hybrid_sp as hsp
+from hybrid_sp.collectives import Link
 from recipes import config
 from recipes.config import Recipe, RecipeError
 
@@ -47,6 +49,8 @@ def test_options_of_mixers_and_patterns(recipe_file: Path) -> None:
         ([], "mine"),
         (["name=other/cell"], "other/cell"),
         (["model.ratio=1/8", "train.steps=20"], "mine-ratio-1-8-steps-20"),
+        (["parallel.linear=ring", "parallel.overlap=[linear,softmax]"], "mine-linear-ring-overlap-linear-softmax"),
+        (["parallel.keep_kv=false", "train.recompute=full", "train.trace=true"], "mine-keep_kv-false"),
         (["parallel.sp=2", "checkpoint.keep=3", "wandb.mode=disabled", "out=elsewhere", "train.threads=1"], "mine"),
         (["model.mixers.gla.expand_k=0.5"], "mine-expand_k-0.5"),
     ],
@@ -75,6 +79,10 @@ def test_the_run_folder_and_the_resolved_recipe(recipe_file: Path, tmp_path: Pat
         ("optim.betas=[0.9]", ["optim.betas=[0.9]", "length"]),
         ("train.device=gpu", ["train.device='gpu'", "'auto', 'cpu', 'cuda'"]),
         ("parallel.layout=zag", ["parallel.layout='zag'", "'zigzag'"]),
+        ("train.recompute=half", ["train.recompute='half'", "'none', 'full', 'selective'"]),
+        ("parallel.keep_kv=many", ["parallel.keep_kv='many'", "bool"]),
+        ("parallel.link=5", ["parallel.link=5", "Link"]),
+        ("parallel.link.latncy=5", ["parallel.link={'latncy': 5}", "Key 'latncy' not in 'Link'"]),
         ("model=3", ["model=3"]),
         ("train.steps", ["'train.steps' is not of the form key=value"]),
         ("name=", ["name=None"]),
@@ -105,6 +113,11 @@ def test_files_that_cannot_be_read(recipe_file: Path, text: str, words: list[str
     assert all(word in str(caught.value) for word in words), caught.value
 
 
+def test_a_link_needs_latency_and_bandwidth(recipe_file: Path) -> None:
+    with pytest.raises(RecipeError, match="parallel.link.bandwidth is missing"):
+        config.load(recipe_file, ["parallel.link.latency=5"])
+
+
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"gone\.yaml: cannot be read .* such as recipes/quickstart\.yaml"):
         config.load(tmp_path / "gone.yaml")
@@ -133,7 +146,18 @@ IMPOSSIBLE = [
     ("optim.warmup=-1", 1, ["optim.warmup=-1", "at least 0"]),
     ("optim.betas=[0.9,1.0]", 1, ["optim.betas", "[0, 1)"]),
     ("checkpoint.keep=0", 1, ["checkpoint.keep=0"]),
-    ("parallel.linear=ring", 1, ["parallel", "ring", "all_gather"]),
+    ("parallel.linear=rings", 1, ["parallel", "'rings'", "all_gather", "ring", "auto"]),
+    ("parallel.softmax=rings", 1, ["parallel", "'rings'", "all_gather"]),
+    ("parallel.overlap=3", 1, ["parallel.overlap=3", "true, false or a list", "linear, softmax, conv"]),
+    ("parallel.overlap=linear", 1, ["parallel.overlap=linear", "true, false or a list"]),
+    ("parallel.overlap=[linear,delta]", 1, ["parallel.overlap=['linear', 'delta']", "linear, softmax, conv"]),
+    ("parallel.kv_heads_per_gather=0", 1, ["parallel.kv_heads_per_gather=0", "above 0"]),
+    ("parallel.link={latency: 0, bandwidth: 0}", 1, ["parallel.link.bandwidth=0", "above 0"]),
+    ("parallel.link={latency: -1, bandwidth: 1e9}", 1, ["parallel.link.latency=-1", "at least 0"]),
+    ("train.recompute_blocks=[1]", 1, ["train.recompute_blocks=[1]", "needs train.recompute=selective, not none"]),
+    ("train.recompute_blocks=[8]", 1, ["train.recompute_blocks=[8]", "L, N", "from 0 to 7"]),
+    ("train.recompute_blocks=NL", 1, ["train.recompute_blocks=NL", "L, N", "null"]),
+    ("train.recompute_blocks=[true]", 1, ["train.recompute_blocks=[True]", "block numbers"]),
     ("name=../elsewhere", 1, ["name='../elsewhere'", "relative path"]),
 ]
 
@@ -142,6 +166,8 @@ IMPOSSIBLE = [
 def test_impossible_values(override: str, world: int, words: list[str]) -> None:
     key = override.split("=")[0]
     more = ["parallel.dp=2"] if key == "train.validation_sequences" else []
+    if key == "train.recompute_blocks" and override != "train.recompute_blocks=[1]":
+        more = ["train.recompute=selective"]
     recipe = config.load(ROOT / "recipes/quickstart.yaml", [override, *more])
     with pytest.raises(RecipeError) as caught:
         config.validate(recipe, world)
@@ -172,6 +198,63 @@ def test_the_mesh_takes_what_dp_leaves() -> None:
 def test_layout_auto_is_zigzag_if_any_block_is_softmax(asked: str, ratio: str, layout: str) -> None:
     recipe = config.load(ROOT / "recipes/quickstart.yaml", [f"parallel.layout={asked}", f"model.ratio={ratio}"])
     assert config.layout(recipe) == layout
+
+
+def test_strategies_reach_the_engine() -> None:
+    asked = ["parallel.overlap=[softmax]", "parallel.linear=pipeline", "parallel.link={latency: 1e-4, bandwidth: 1e9}"]
+    recipe = config.load(ROOT / "recipes/quickstart.yaml", asked)
+    config.validate(recipe, 2)
+    sp = config.sequence_parallel(recipe, None)
+    assert (sp.linear, sp.overlap, sp.link) == ("pipeline", ("softmax",), Link(latency=1e-4, bandwidth=1e9))
+    assert sp.overlaps("softmax") and not sp.overlaps("linear") and hash(sp) is not None
+    assert config.sequence_parallel(Recipe(), None) == hsp.SequenceParallel(None, layout="zigzag")
+    off = config.load(ROOT / "recipes/quickstart.yaml", ["parallel.overlap=false"])
+    assert config.sequence_parallel(off, None).overlap is False
+
+
+def test_heads_that_do_not_divide_are_refused_before_anything_starts() -> None:
+    for kind, mixer in (("linear", "gla"), ("softmax", "softmax")):
+        recipe = config.load(ROOT / "recipes/quickstart.yaml", [f"parallel.{kind}=ulysses", "model.kv_heads=2"])
+        config.validate(recipe, 2)
+        heads = 4 if kind == "linear" else 2
+        with pytest.raises(RecipeError, match=rf"parallel.{kind}=ulysses cuts the {heads} .*heads of {mixer} into 3"):
+            config.validate(recipe, 3)
+    grouped = ["model.linear=mamba2", "parallel.linear=ulysses"]  # by itself with one head of queries and keys
+    with pytest.raises(RecipeError, match="parallel.linear=ulysses cuts the 1 .*heads of mamba2 into 2"):
+        config.validate(config.load(ROOT / "recipes/quickstart.yaml", grouped), 2)
+    grouped.append("model.mixers.mamba2.groups=2")
+    config.validate(config.load(ROOT / "recipes/quickstart.yaml", grouped), 2)
+
+
+def test_ring_attention_refuses_linear_blocks_that_are_no_product_of_q_and_k() -> None:
+    for mixer in ("gla", "rwkv6", "hgrn2", "delta_net", "gated_delta_net", "kda"):
+        asked = [f"model.linear={mixer}", "parallel.linear=ring_attention"]
+        with pytest.raises(RecipeError, match=f"parallel.linear=ring_attention takes no {mixer}: "):
+            config.validate(config.load(ROOT / "recipes/quickstart.yaml", asked), 2)
+    for mixer in ("linear", "lightning", "retention", "mamba2", "based", "rebased", "sliding_window"):
+        asked = [f"model.linear={mixer}", "parallel.linear=ring_attention"]
+        config.validate(config.load(ROOT / "recipes/quickstart.yaml", asked), 2)
+
+
+@pytest.mark.parametrize(
+    ("asked", "blocks"),
+    [
+        ([], ()),
+        (["train.recompute=full"], (0, 1, 2, 3, 4, 5, 6, 7)),
+        (["train.recompute=selective"], (1, 3, 5, 7)),
+        (["train.recompute=selective", "train.recompute_blocks=[6,0]"], (0, 6)),
+        (["train.recompute=selective", "train.recompute_blocks=[]"], ()),
+        (["train.recompute=selective", "train.recompute_blocks=N"], (3, 7)),
+        (["train.recompute=selective", "train.recompute_blocks=L"], (0, 1, 2, 4, 5, 6)),
+    ],
+)
+def test_which_blocks_are_recomputed(asked: list[str], blocks: tuple[int, ...], tmp_path: Path) -> None:
+    recipe = config.load(ROOT / "recipes/quickstart.yaml", asked)
+    config.validate(recipe, 2)
+    assert config.recomputed_blocks(recipe) == blocks
+    (tmp_path / "resolved.yaml").write_text(config.dump(recipe))
+    assert config.recomputed_blocks(config.load_resolved(tmp_path / "resolved.yaml")) == blocks
+    assert config.difference(config.load(ROOT / "recipes/quickstart.yaml"), recipe) == []
 
 
 def test_difference_names_what_changes_the_weights() -> None:

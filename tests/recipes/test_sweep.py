@@ -130,6 +130,35 @@ def test_cells_that_differ_in_the_rest_of_the_recipe_stay_apart(place: Path) -> 
     assert [cell.recipe.optim.lr for cell in cells] == [1e-3, 2e-3]
 
 
+def test_strategies_are_an_axis_like_any_other(place: Path) -> None:
+    write(
+        place,
+        "axes:\n  parallel.linear: [all_gather, ring]\n  parallel.overlap: [true, [softmax]]\nset: {model.ratio: 1/2}",
+    )
+    loaded, cells = planned(place, "nproc=2")
+    names = ["linear-all-gather_overlap-true", "linear-ring_overlap-true", "linear-ring_overlap---softmax--"]
+    assert [cells[i].name for i in (0, 2, 3)] == names and len({cell.folder for cell in cells}) == 4
+    assert [cell.recipe.parallel.linear for cell in cells] == ["all_gather", "all_gather", "ring", "ring"]
+    assert cells[3].recipe.parallel.overlap == ["softmax"] and loaded.nproc == 2
+
+
+def test_the_ablation_of_strategies_is_one_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    file = Path("recipes/ablations/strategies.yaml")
+    cells = sweep.plan(sweep.load(file), file)
+    assert {cell.recipe.parallel.linear for cell in cells} >= {"all_gather", "ring", "pipeline", "doubling"}
+    assert all(config.difference(cells[0].recipe, cell.recipe) == [] for cell in cells), "the same training"
+
+
+def test_strategies_of_layers_that_are_not_there_are_one_run(place: Path) -> None:
+    write(place, "axes:\n  model.ratio: [0, 1]\n  parallel.linear: [all_gather, ring]\n  parallel.keep_kv: [true]\n")
+    assert [cell.name for cell in planned(place)[1]] == [
+        "ratio-0_linear-all-gather_keep-kv-true",
+        "ratio-0_linear-ring_keep-kv-true",
+        "ratio-1_keep-kv-true",
+    ]
+
+
 def test_extra_seeds_belong_to_one_cell(place: Path) -> None:
     write(place, AXES + "seeds:\n  cell: {model.ratio: 1/2, model.linear: gla}\n  values: [0, 5]\n")
     _, cells = planned(place)

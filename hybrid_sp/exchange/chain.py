@@ -1,0 +1,76 @@
+"""One state that goes from span to span, each folding itself in: LASP's ring, and in blocks ZeCO's All-Scan.
+
+    ring        the whole state at once (LASP, arXiv 2404.02882)
+    pipeline    in blocks of its value channels, on which T acts one by one: a rank folds a block and sends it on while
+                the next one is on its way (ZeCO, arXiv 2507.01004)
+
+A hop between two spans of one rank (under zigzag, from span P-1 to P) is no message. A rank receives one state for each
+of its spans that another rank's precedes, in backward: follows. Transitions never travel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from .. import collectives
+from ..collectives import Pending
+from ..state import AffineState, compose
+from .scan import Scan
+
+
+class Chain:
+    """The way of values in `blocks` blocks, position by position. See `scan.Travel`.
+
+    A rank asks for what enters a position when it has sent what left its position before, so that the messages between
+    two ranks keep one order.
+    """
+
+    def __init__(self, scan: Scan, *, blocks: int) -> None:
+        self.scan, self.blocks = scan, min(blocks, scan.like.shape[-1])
+        position = min(scan.maps)
+        self.asked = {position: self._ask(position)}
+
+    def run(self, first: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
+        scan, end = self.scan, len(self.scan.owners) - 1
+        entering: list[Tensor] = []
+        leaving: list[Tensor] = []
+        sends: list[Pending] = []
+        for position, (transition, state) in scan.maps.items():
+            arriving = self._entering(position, first, leaving)
+            entered, leaving = [], []
+            for block, (x, b) in enumerate(zip(arriving, self._cut(state), strict=True)):
+                entered.append(x)
+                if position < end or scan.wanted:
+                    leaving.append(compose(AffineState(transition, b), AffineState(None, x)).state)
+                if position < end and scan.owners[position + 1] != scan.here:
+                    sends.append(scan.send(leaving[-1], scan.owners[position + 1], self._number(position + 1, block)))
+            entering.append(torch.cat(entered, -1))
+        for send in sends:
+            send.wait()
+        return entering, torch.cat(leaving, -1) if end in scan.maps and scan.wanted else None
+
+    def _entering(self, position: int, first: Tensor | None, leaving: Sequence[Tensor]) -> Iterable[Tensor]:
+        """Blocks of the value that enters a position; those of messages are waited for one by one."""
+        if position == 0:
+            return self._cut(torch.zeros_like(self.scan.like) if first is None else first)
+        if self.scan.owners[position - 1] == self.scan.here:
+            return leaving
+        arriving = self.asked.get(position) or self._ask(position)
+        return (message.wait() for message in arriving)
+
+    def _ask(self, position: int) -> list[Pending]:
+        """Ask for what enters a position, if another rank sends it."""
+        source = self.scan.owners[position - 1] if position else self.scan.here
+        if source == self.scan.here:
+            return []
+        blocks = enumerate(self._cut(self.scan.like))
+        return [self.scan.receive(block, source, self._number(position, i)) for i, block in blocks]
+
+    def _cut(self, x: Tensor) -> Sequence[Tensor]:
+        return x.tensor_split(self.blocks, -1)
+
+    def _number(self, position: int, block: int) -> int:
+        return collectives.size(self.scan.group) + position * self.blocks + block

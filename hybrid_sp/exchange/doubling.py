@@ -1,0 +1,80 @@
+"""An exclusive scan in ceil(log2(n)) rounds of composed summaries, for any number n of spans (Hillis and Steele, 1986).
+
+At each position p, W is the composed map of a window of positions that ends with p, and E of the one that ends before
+p; both grow until they reach position 0:
+
+    round d = 1, 2, 4, ... < n      E_p <- E_p after W_(p-d),   W_p <- W_p after W_(p-d)      for p >= d
+
+A window that has reached position 0 is a value: its state alone is sent. Of others the composed transition is sent too,
+unless every rank knows the transitions. In backward they are composed transposed and in the other order, so they are
+sent again.
+"""
+
+from __future__ import annotations
+
+from itertools import takewhile
+
+import torch
+from torch import Tensor
+
+from .. import collectives
+from ..collectives import Pending
+from ..state import AffineState, compose, packed, unpacked
+from .scan import Scan
+
+
+class Doubling:
+    """The way of windows. See `scan.Travel`."""
+
+    def __init__(self, scan: Scan) -> None:
+        self.scan = scan
+
+    def run(self, first: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
+        scan, count = self.scan, len(self.scan.owners)
+        start = torch.zeros_like(scan.like) if first is None else first
+        windows = dict(scan.maps)
+        if 0 in windows:  # what leaves position 0 is a value: x_0 is folded in
+            windows[0] = AffineState(None, self._leaving(0, start))
+        before: dict[int, AffineState] = {}
+        for d in takewhile(lambda d: d < count, (1 << i for i in range(count))):
+            for p, earlier in self._round(d, windows).items():
+                before[p] = compose(before[p], earlier) if p in before else earlier
+                if p + 2 * d < count:  # the next round sends it
+                    windows[p] = compose(windows[p], earlier)
+        entering = {p: before[p].state if p else start for p in scan.maps}
+        last = count - 1
+        leaving = self._leaving(last, entering[last]) if last in scan.maps and scan.wanted else None
+        return list(entering.values()), leaving
+
+    def _round(self, d: int, windows: dict[int, AffineState]) -> dict[int, AffineState]:
+        """Windows that end d positions before those of this rank. All ranks go through all positions in one order, and
+        each makes the messages that are its own."""
+        scan, count = self.scan, len(self.scan.owners)
+        earlier: dict[int, AffineState] = {}
+        arriving: dict[int, Pending] = {}
+        sends: list[Pending] = []
+        for p in range(d, count):
+            q, number = p - d, collectives.size(scan.group) + d * count + p
+            source, to = scan.owners[q], scan.owners[p]
+            if source == to == scan.here:
+                earlier[p] = windows[q]
+            elif to == scan.here:
+                arriving[p] = scan.receive(packed(self._sent(q, d, scan.maps[p])), source, number)
+            elif source == scan.here:
+                sends.append(scan.send(packed(self._sent(q, d, windows[q])), to, number))
+        for p, message in arriving.items():
+            q, like = p - d, scan.maps[p]
+            transition, state = unpacked(message.wait(), self._sent(q, d, like))
+            if scan.known is not None and q >= d:
+                transition = scan.known[q - d + 1 : q + 1].sum(0)
+            earlier[p] = AffineState(transition, state)
+        for send in sends:
+            send.wait()
+        return earlier
+
+    def _sent(self, q: int, d: int, window: AffineState) -> AffineState:
+        """What is sent of the window that ends with q in round d: one that has reached position 0 has no transition."""
+        return window if q >= d and self.scan.known is None else AffineState(None, window.state)
+
+    def _leaving(self, position: int, entering: Tensor) -> Tensor:
+        return compose(self.scan.maps[position], AffineState(None, entering)).state

@@ -1,0 +1,95 @@
+"""Mutants of the exchanges of states by messages."""
+
+from __future__ import annotations
+
+from tests.mutants.mutant import Mutant
+
+EXCHANGE = "tests/hybrid_sp/test_exchange.py"
+SCAN = f"{EXCHANGE}::test_parity_fp64"
+
+EXCHANGE_MUTANTS = [
+    Mutant(
+        name="a hop past a span that is not folded in",
+        file="hybrid_sp/exchange/chain.py",
+        old="leaving.append(compose(AffineState(transition, b), AffineState(None, x)).state)",
+        new="leaving.append(compose(AffineState(transition, torch.zeros_like(b)), AffineState(None, x)).state)",
+        test=f"{SCAN}[2-contiguous-ring]",
+    ),
+    Mutant(
+        name="blocks of a state in reverse order",
+        file="hybrid_sp/exchange/chain.py",
+        old="self._number(position + 1, block)",
+        new="self._number(position + 1, self.blocks - 1 - block)",
+        test=f"{SCAN}[2-contiguous-pipeline]",
+    ),
+    Mutant(
+        name="a local hop that carries nothing",
+        file="hybrid_sp/exchange/chain.py",
+        old="            return leaving\n",
+        new="            return self._cut(torch.zeros_like(self.scan.like))\n",
+        test=f"{SCAN}[2-zigzag-ring]",
+    ),
+    Mutant(
+        name="windows composed in the wrong order",
+        file="hybrid_sp/exchange/doubling.py",
+        old="before[p] = compose(before[p], earlier)",
+        new="before[p] = compose(earlier, before[p])",
+        test=f"{SCAN}[4-contiguous-doubling]",
+    ),
+    Mutant(
+        name="known decays of the window before",
+        file="hybrid_sp/exchange/doubling.py",
+        old="scan.known[q - d + 1 : q + 1]",
+        new="scan.known[q - d : q]",
+        test=f"{SCAN}[4-contiguous-doubling]",
+    ),
+    Mutant(
+        name="dense transitions of a scan not transposed",
+        file="hybrid_sp/exchange/scan.py",
+        old="(kept.mT if kept.ndim == d_entering.ndim else kept)",
+        new="kept",
+        test=f"{SCAN}[3-contiguous-ring]",
+    ),
+    Mutant(
+        name="a rank's spans in forward order on the way back",
+        file="hybrid_sp/exchange/scan.py",
+        old="d_entering.flip(0)",
+        new="d_entering",
+        test=f"{SCAN}[2-zigzag-doubling]",
+    ),
+    Mutant(
+        name="one rank's dS_final enters the scan",
+        file="hybrid_sp/exchange/scan.py",
+        old="sum(parts[1:], parts[0])",
+        new="parts[0]",
+        test=f"{SCAN}[2-contiguous-ring]",
+    ),
+    Mutant(
+        name="messages of two exchanges alike",
+        file="hybrid_sp/collectives.py",
+        old="{header.call} {header.exchange} {number}",
+        new="{header.call} {number}",
+        test=f"{EXCHANGE}::test_two_exchanges_in_flight_do_not_meet[pipeline]",
+    ),
+    Mutant(
+        name="neighbours by global rank",
+        file="hybrid_sp/collectives.py",
+        old="group_dst=to",
+        new="dst=to",
+        test=f"{EXCHANGE}::test_neighbours_are_those_of_the_group",
+    ),
+    Mutant(
+        name="a pipeline that nobody drives during the local work",
+        file="hybrid_sp/exchange/__init__.py",
+        old="travel=partial(Chain, blocks=BLOCKS), aside=True",
+        new="travel=partial(Chain, blocks=BLOCKS), aside=False",
+        test=f"{EXCHANGE}::test_a_thread_sends_during_the_local_work_and_a_ring_after_it[pipeline]",
+    ),
+    Mutant(
+        name="each rank chooses by the link that it sees",
+        file="hybrid_sp/exchange/auto.py",
+        old="Link(latency=max(latencies), bandwidth=min(bandwidths))",
+        new="Link(latency=latency, bandwidth=bandwidth)",
+        test=f"{EXCHANGE}::test_all_ranks_choose_alike",
+    ),
+]
