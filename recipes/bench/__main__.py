@@ -4,6 +4,11 @@ linear  hsp.linear_attention beside fla-core's naive chunk form of simple GLA an
 delta   hsp.delta_rule beside the chunk form of the gated delta rule in transformers
 mixers  every linear mixer at a short and at a long sequence
 model   training of the quickstart model, two sequence-parallel ranks beside one process
+strategies  every exchange and baseline on every kind of layer, four ranks on a slow link
+overlap     how much of a gather is left to wait for when it is overlapped
+balance     causal softmax in the zigzag layout beside the contiguous one
+flat        time of a linear layer's exchange, from 4K to 64K tokens per rank
+memory  memory of softmax attention, one key head at a time beside all at once, four ranks
 
 Contenders take turns in every repetition, so that a busy moment of the machine hits all of them. A table gives medians
 and the span from fastest to slowest; report.md and results.json, with commit, versions and command, lie in OUT/NAME.
@@ -17,8 +22,11 @@ from pathlib import Path
 
 from recipes.allocator import keep_freed_memory
 from recipes.bench.measure import QUICK, Result, Sizes, provenance, write
+from recipes.bench.memory import memory
 from recipes.bench.mixers import mixers
 from recipes.bench.operators import delta, linear
+from recipes.bench.scheduling import balance, flat, overlap
+from recipes.bench.strategies import strategies
 from recipes.bench.training import model
 
 BENCHES: dict[str, Callable[[Sizes, Path], Result]] = {
@@ -26,6 +34,11 @@ BENCHES: dict[str, Callable[[Sizes, Path], Result]] = {
     "delta": delta,
     "mixers": mixers,
     "model": model,
+    "strategies": strategies,
+    "overlap": overlap,
+    "balance": balance,
+    "flat": flat,
+    "memory": memory,
 }
 
 

@@ -32,6 +32,14 @@ class Sizes:
     model_length: int = 16384
     model_steps: int = 5
     model_repetitions: int = 3
+    rank_length: int = 16384  # tokens of the whole sequence, where ranks are compared
+    rank_repetitions: int = 15
+    slow_repetitions: int = 2  # of contenders that take seconds
+    tokens_per_rank: tuple[int, ...] = (4096, 8192, 16384, 32768, 65536)
+    megabits: float = 40.0  # per second, of every rank's link
+    overlap_repetitions: int = 20
+    overlap_megabits: float = 120.0
+    memory_length: int = 65536
 
 
 QUICK = Sizes(
@@ -42,6 +50,14 @@ QUICK = Sizes(
     model_length=128,
     model_steps=2,
     model_repetitions=1,
+    rank_length=256,
+    rank_repetitions=2,
+    slow_repetitions=1,
+    tokens_per_rank=(64, 128),
+    megabits=200.0,
+    overlap_repetitions=2,
+    overlap_megabits=200.0,
+    memory_length=256,
 )
 
 
