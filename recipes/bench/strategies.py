@@ -28,7 +28,11 @@ def strategies(sizes: Sizes, out: Path) -> Result:
     contenders = list(_contenders(sizes))
     with slow(RANKS, sizes.megabits) as net:
         samples = measured(contenders, sizes.rank_repetitions, net)
-    draw(contenders, samples, out / "strategies.png", net.words)
+    rows = [
+        Row(contender=one.name, length=one.length, values=[sample.seconds for sample in samples[one.name]])
+        for one in contenders
+    ]
+    draw(rows, out / "strategies.png", net.words)
     heads, width = contenders[0].heads, contenders[0].width
     return Result(
         title=(
@@ -38,10 +42,7 @@ def strategies(sizes: Sizes, out: Path) -> Result:
         unit="seconds",
         header=HEADER,
         lines=[_line(one, samples, contenders) for one in contenders],
-        rows=[
-            Row(contender=one.name, length=one.length, values=[sample.seconds for sample in samples[one.name]])
-            for one in contenders
-        ],
+        rows=rows,
         claims=list(_claims(samples)),
     )
 
@@ -109,37 +110,24 @@ def _claims(samples: Samples) -> Iterator[Claim]:
             yield Claim(what=what, measured=share, at_most=1 / (RANKS - 1))
 
 
-def draw(contenders: list[Contender], samples: Samples, picture: Path, words: str) -> None:
-    """Milliseconds of each strategy by kind of layer, the part in which ranks stood still apart."""
+def draw(rows: list[Row], picture: Path, words: str) -> None:
+    """Median milliseconds of each strategy by kind of layer, from the fastest to the slowest sample."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, len(FORMS), figsize=(4 * len(FORMS), 4.2), layout="constrained")
+    figure, panels = pyplot.subplots(len(FORMS), 1, figsize=(8, 10), sharex=True, layout="constrained")
     for axes, form in zip(panels, FORMS, strict=True):
-        here = [one for one in contenders if one.name.startswith(f"{form}: ")]
-        names = [one.name.split(": ")[1] for one in here]
-        total = [median(samples[one.name], lambda s: s.seconds) * 1e3 for one in here]
-        exposed = [
-            min(
-                t,
-                median(samples[one.name], lambda s: s.longest("forward", "waited") + s.longest("backward", "waited"))
-                * 1e3,
-            )
-            for one, t in zip(here, total, strict=True)
-        ]
-        axes.barh(names, [t - e for t, e in zip(total, exposed, strict=True)], color="0.6", label="computing")
-        axes.barh(
-            names,
-            exposed,
-            left=[t - e for t, e in zip(total, exposed, strict=True)],
-            color="tab:red",
-            label="standing still for others",
-        )
-        axes.set(title=form, xlabel="ms, forward + backward", xscale="log")
-        axes.invert_yaxis()
-    panels[0].legend(loc="lower right", fontsize=8)
+        here = {row.contender.split(": ")[1]: row for row in rows if row.contender.startswith(f"{form}: ")}
+        for place, row in enumerate(here.values()):
+            axes.plot([min(row.values) * 1e3, max(row.values) * 1e3], [place, place], color="0.6", linewidth=3)
+            axes.plot(row.median * 1e3, place, "o", color="black")
+            axes.annotate(f"{row.median * 1e3:,.0f}", (row.median * 1e3, place), (7, -3), textcoords="offset points")
+        axes.set(title=form, xscale="log", yticks=range(len(here)), yticklabels=here, ylim=(len(here) - 0.5, -0.5))
+        axes.grid(axis="x", alpha=0.3)
+    panels[-1].set(xlabel="ms, forward + backward; the line goes from the fastest to the slowest")
+    panels[-1].margins(x=0.1)
     figure.suptitle(f"{RANKS} ranks; {words}")
-    figure.savefig(picture, dpi=130)
+    figure.savefig(picture, dpi=120)
     pyplot.close(figure)
