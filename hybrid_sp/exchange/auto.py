@@ -90,7 +90,8 @@ def measured(group: Group) -> Link:
     if group not in _links:
         shift = _Shift(group)
         latency = shift.seconds(SMALL)
-        bandwidth = LARGE / max(shift.seconds(LARGE) - latency, 1e-9)
+        large = shift.seconds(LARGE)
+        bandwidth = LARGE / max(large - latency, large / 2)  # a busy moment may make the small message the slower one
         here = torch.tensor([latency, bandwidth], dtype=torch.float64, device=collectives.device(group))
         latencies, bandwidths = collectives.all_gather(here, group, tag="link").T.tolist()
         _links[group] = Link(latency=max(latencies), bandwidth=min(bandwidths))
