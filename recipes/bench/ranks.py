@@ -35,7 +35,7 @@ from hybrid_sp.exchange.chain import Chain
 from hybrid_sp.exchange.scan import Scanned
 from recipes.allocator import keep_freed_memory
 from recipes.bench import network
-from recipes.bench.measure import ROOT
+from recipes.bench.measure import ROOT, Row
 
 TIMEOUT = timedelta(minutes=5)
 FINISHED = "pipeline (driven by finish)"  # the pipeline without a thread of its own, to compare with
@@ -95,6 +95,14 @@ Samples = dict[str, list[Sample]]
 
 def median(samples: Sequence[Sample], of: Callable[[Sample], float]) -> float:
     return statistics.median(of(sample) for sample in samples)
+
+
+def rows_of(contenders: Sequence[Contender], samples: Samples) -> list[Row]:
+    """Seconds of every sample, for the table's results."""
+    return [
+        Row(contender=one.name, length=one.length, values=[sample.seconds for sample in samples[one.name]])
+        for one in contenders
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from recipes.bench.measure import Claim, Result, Row, Sizes
-from recipes.bench.ranks import WAYS, Contender, Sample, Samples, loopback, measured, median, slow
+from recipes.bench.measure import Claim, Result, Sizes
+from recipes.bench.ranks import WAYS, Contender, Sample, loopback, measured, median, rows_of, slow
 
 # Sized so that on one core of this project's machine a gather and the work beside it take 50 ms each, or more.
 HIDDEN: dict[str, dict[str, Any]] = {
@@ -54,7 +54,7 @@ def overlap(sizes: Sizes, out: Path) -> Result:
             "| saved, of the shorter of both |\n|---|---|---|---|---|---|---|---|"
         ),
         lines=lines,
-        rows=_rows(contenders, samples),
+        rows=rows_of(contenders, samples),
         claims=claims,
     )
 
@@ -87,7 +87,7 @@ def balance(sizes: Sizes, out: Path) -> Result:
         unit="seconds",
         header="| layout | median ms | computing ms of rank 0 and rank 1 |\n|---|---|---|",
         lines=lines,
-        rows=_rows(contenders, samples),
+        rows=rows_of(contenders, samples),
         claims=[Claim(what="zigzag, times faster than contiguous", measured=contiguous / zigzag, at_least=1.35)],
     )
 
@@ -120,7 +120,7 @@ def flat(sizes: Sizes, out: Path) -> Result:
         unit="seconds",
         header="| layer | tokens per rank | ms in the exchange | bytes received |\n|---|---|---|---|",
         lines=lines,
-        rows=_rows(contenders, samples),
+        rows=rows_of(contenders, samples),
         claims=[
             Claim(
                 what=f"linear, time of the exchange at {linear[-1].length // 2} tokens per rank over "
@@ -170,10 +170,3 @@ def draw_growth(contenders: list[Contender], seconds: dict[str, float], picture:
     axes.legend()
     figure.savefig(picture, dpi=130)
     pyplot.close(figure)
-
-
-def _rows(contenders: list[Contender], samples: Samples) -> list[Row]:
-    return [
-        Row(contender=one.name, length=one.length, values=[sample.seconds for sample in samples[one.name]])
-        for one in contenders
-    ]

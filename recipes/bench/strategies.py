@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.bench.measure import Claim, Result, Row, Sizes
-from recipes.bench.ranks import FINISHED, Contender, Samples, measured, median, slow
+from recipes.bench.ranks import FINISHED, Contender, Samples, measured, median, rows_of, slow
 
 RANKS = 4
 LINEAR = ("all_gather", "ring", "pipeline", FINISHED, "doubling", "auto", "ulysses", "megatron", "ring_attention")
@@ -28,10 +28,7 @@ def strategies(sizes: Sizes, out: Path) -> Result:
     contenders = list(_contenders(sizes))
     with slow(RANKS, sizes.megabits) as net:
         samples = measured(contenders, sizes.rank_repetitions, net)
-    rows = [
-        Row(contender=one.name, length=one.length, values=[sample.seconds for sample in samples[one.name]])
-        for one in contenders
-    ]
+    rows = rows_of(contenders, samples)
     draw(rows, out / "strategies.png", net.words)
     heads, width = contenders[0].heads, contenders[0].width
     return Result(
