@@ -10,6 +10,7 @@ import glob
 import hashlib
 import itertools
 import math
+import os
 import sysconfig
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
@@ -59,7 +60,8 @@ class Corpus:
 def read_corpus(config: DataConfig) -> Corpus:
     """Reads the corpus that ``config`` names.
 
-    The files are ordered by the hash of their names; the first twentieth, at least one, is held out for validation.
+    The files are ordered by the hash of their names below the folder that holds them all, so that a text is split alike
+    wherever it lies; the first twentieth, at least one, is held out for validation.
     Raises RecipeError if there are fewer than two files, or too few bytes for one sequence.
     """
     files = _standard_library() if config.files is None else _matches(config.files)
@@ -140,4 +142,5 @@ def _matches(pattern: str) -> dict[str, Path]:
             f"data.files={pattern!r} matches {len(names)} files, but at least two are needed (one is held out for "
             "validation); give a glob such as 'texts/**/*.txt', relative to the working folder, or null"
         )
-    return {name: Path(name) for name in names}
+    folder = Path(os.path.commonpath([Path(name).parent for name in names]))
+    return {Path(name).relative_to(folder).as_posix(): Path(name) for name in names}

@@ -30,10 +30,13 @@ def test_the_split_is_by_file(pattern: str, corpus: data.Corpus) -> None:
     assert bytes(corpus.train.content.tolist()) == b"".join(text for text in texts if text != held_out)
 
 
-def test_reading_again_gives_the_same_and_other_text_does_not(
+def test_the_same_text_in_any_place_is_the_same_corpus_and_another_is_not(
     pattern: str, corpus: data.Corpus, tmp_path: Path
 ) -> None:
     assert data.read_corpus(DataConfig(files=pattern, length=8)).fingerprint == corpus.fingerprint
+    for place in range(4):
+        moved = write_texts(tmp_path / f"place {place}")
+        assert data.read_corpus(DataConfig(files=moved, length=8)).fingerprint == corpus.fingerprint
     other = write_texts(tmp_path / "texts", seed=1)
     assert data.read_corpus(DataConfig(files=other, length=8)).fingerprint != corpus.fingerprint
 
