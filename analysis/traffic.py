@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 
@@ -16,8 +16,9 @@ from hybrid_sp.collectives import Link
 from hybrid_sp.exchange import auto
 from layers.cost import Attention, Cost, Summary
 from layers.spec import ModelConfig, block_specs, expand_pattern
+from recipes.config import TrainConfig, recomputed_blocks
 
-DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
+C = TypeVar("C", ModelConfig, TrainConfig)
 LONG = 65_536  # a second length, for comparison
 STATES = {  # what the exchanges of states are called in a table
     "all_gather": "all-gather of states, LASP-2",
@@ -53,6 +54,8 @@ class Setting:
     link: Link | None = None
     softmax: str = "all_gather"
     keep_kv: bool = True
+    wide: int = 1  # 2 in fp64, where everything travels as in fp32 at twice the size
+    recomputed: frozenset[int] = frozenset()  # blocks whose forward runs again in backward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +74,7 @@ def setting(run: Run) -> Setting:
     B, L = int(recipe["train"]["batch"]) // dp // passes, int(recipe["data"]["length"])
     if recipe["data"].get("pack"):  # one row of documents, whose softmax layers receive at most what is said here
         B, L = 1, B * L
+    train = _config(TrainConfig, recipe["train"])
     link = recipe["parallel"].get("link") or run.provenance.get("exchange", {}).get("link")
     return Setting(
         P=P,
@@ -79,17 +83,19 @@ def setting(run: Run) -> Setting:
         B=B,
         passes=passes,
         L=L,
-        kv_bytes=DTYPE_BYTES[recipe["train"]["dtype"]],
+        kv_bytes=2 if train.dtype == "bfloat16" else 4,
         linear=recipe["parallel"]["linear"],
         link=Link(**link) if link else None,
         softmax=recipe["parallel"]["softmax"],
         keep_kv=recipe["parallel"].get("keep_kv", True),
+        wide=2 if train.dtype == "float64" else 1,
+        recomputed=frozenset(recomputed_blocks(_config(ModelConfig, recipe["model"]), train)),
     )
 
 
 def layer_volumes(run: Run, cut: Setting) -> list[Volume]:
     """The predicted volume of every block's mixer in the run's model, on rank 0."""
-    return [volume(facts, cut) for _, facts in _layers(run)]
+    return [volume(facts, cut, again=number in cut.recomputed) for number, (_, facts) in enumerate(_layers(run))]
 
 
 def exchanged(run: Run) -> int:
@@ -102,19 +108,27 @@ def exchanged(run: Run) -> int:
 
 def _layers(run: Run) -> list[tuple[str, Cost]]:
     """Every block's mixer by name, with its cost."""
-    model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), run.recipe["model"]))
-    assert isinstance(model, ModelConfig)
+    model = _config(ModelConfig, run.recipe["model"])
     blocks = zip(expand_pattern(model), block_specs(model), strict=True)
     return [(name, spec.cost(place)) for name, (spec, place) in blocks]
 
 
-def volume(facts: Cost, cut: Setting, rank: int = 0) -> Volume:
-    """What one layer with these cost facts sends where sequences are cut so."""
-    forward = backward = 0
+def _config(kind: type[C], values: Any) -> C:
+    """A part of a recipe, with the defaults of what an older run did not know."""
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values))
+    assert isinstance(config, kind)
+    return config
+
+
+def volume(facts: Cost, cut: Setting, rank: int = 0, again: bool = False) -> Volume:
+    """What one layer with these cost facts receives where sequences are cut so. `again`: its forward runs again in
+    backward, where only the baselines that are another form of the operator communicate a second time."""
+    forward = backward = repeated = 0
     ranks: dict[str, Any] = {"P": cut.P, "B": cut.B, "spans": cut.spans}
     for one in facts.summaries:
         there, back = _linear(one, cut, rank)
         forward, backward = forward + there, backward + back
+        repeated += there * (cut.linear in cost.BASELINES)
     halos = [(one.tokens, one.channels) for one in facts.halos]
     for keys in facts.attention:
         if keys.window is not None and _as_halo(keys, cut):
@@ -125,11 +139,12 @@ def volume(facts: Cost, cut: Setting, rank: int = 0) -> Volume:
             continue
         there, back = _softmax(keys, cut)
         forward, backward = forward + there, backward + back
+        repeated += there * (cut.softmax != "all_gather")
     for tokens, channels in halos:
         halo = {**ranks, "rank": rank, "tokens": tokens, "channels": channels}
         forward += cost.halo_forward(**halo, element_bytes=cut.kv_bytes)
         backward += cost.halo_backward(**halo)
-    return Volume(forward=forward, backward=backward)
+    return Volume(forward=cut.wide * (forward + again * repeated), backward=cut.wide * backward)
 
 
 def _linear(summary: Summary, cut: Setting, rank: int) -> tuple[int, int]:
@@ -157,7 +172,7 @@ def exchange(summary: Summary, cut: Setting) -> str:
         return cut.linear
     if cut.link is None:
         raise ValueError('the link by which linear="auto" has chosen is neither in the recipe nor in the provenance')
-    each = cut.B * summary.heads * cost.STATE_BYTES
+    each = cut.B * summary.heads * cost.STATE_BYTES * cut.wide
     state = each * (summary.key * summary.value + summary.key * summary.normalize)
     transition = each * cost.transition_elements(summary.transition, summary.key)
     return auto.fastest(auto.seconds(cut.link, cut.P, cut.spans, state, transition, final=False))
@@ -249,7 +264,8 @@ def _step_table(points: Sequence[Point]) -> tuple[str, Table]:
     for point in points:
         run = point.runs[0]
         counted, exchanges = median(row.received_bytes for row in run.train), exchanged(run)
-        gradients = cost.gradient_all_reduce(P=setting(run).world, parameters=run.parameters)
+        cut = setting(run)
+        gradients = cut.wide * cost.gradient_all_reduce(P=cut.world, parameters=run.parameters)
         rows.append(
             (
                 *point.strategy.values(),

@@ -208,13 +208,13 @@ def sequence_parallel(recipe: Recipe, group: Group) -> hsp.SequenceParallel:
     )
 
 
-def recomputed_blocks(recipe: Recipe) -> tuple[int, ...]:
+def recomputed_blocks(model: ModelConfig, train: TrainConfig) -> tuple[int, ...]:
     """The numbers of the blocks that ``train.recompute`` and ``train.recompute_blocks`` stand for."""
-    depth, chosen = recipe.model.depth, recipe.train.recompute_blocks
-    if recipe.train.recompute == "selective" and chosen is not None:
-        letters = pattern_letters(expand_pattern(recipe.model))
+    depth, chosen = model.depth, train.recompute_blocks
+    if train.recompute == "selective" and chosen is not None:
+        letters = pattern_letters(expand_pattern(model))
         return tuple(i for i in range(depth) if (letters[i] == chosen if isinstance(chosen, str) else i in chosen))
-    return {"none": (), "full": tuple(range(depth)), "selective": tuple(range(1, depth, 2))}[recipe.train.recompute]
+    return {"none": (), "full": tuple(range(depth)), "selective": tuple(range(1, depth, 2))}[train.recompute]
 
 
 def validate(recipe: Recipe, world: int) -> None:

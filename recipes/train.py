@@ -121,7 +121,7 @@ class Run:
         self.rank = collectives.rank(group)
         self.replica, self.replicas = mesh.get_local_rank("dp"), mesh["dp"].size()
         self.sequence_parallel = sequence_parallel
-        self.model = HybridLM(recipe.model, config.recomputed_blocks(recipe))
+        self.model = HybridLM(recipe.model, config.recomputed_blocks(recipe.model, recipe.train))
         self.model.init_weights(recipe.train.seed)
         self.model.to(device=device, dtype=DTYPES[recipe.train.dtype])
         torch.manual_seed(recipe.train.seed * 1_000_003 + self.rank)  # each rank draws its own numbers, if any

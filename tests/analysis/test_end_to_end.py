@@ -18,8 +18,8 @@ SWEEP = """
 name: trial
 base: base.yaml
 nproc: 2
-axes: {model.linear: [gated_delta_net], parallel.linear: [all_gather, ring]}
-set: {model.ratio: 1/2, data.length: 48, train.batch: 2, train.sample: 0, wandb.mode: disabled}
+axes: {model.linear: [gated_delta_net], parallel.linear: [ring, ulysses]}
+set: {model.ratio: 1/2, data.length: 48, train.batch: 2, train.sample: 0, train.recompute: full, wandb.mode: disabled}
 """
 
 
@@ -33,11 +33,11 @@ def test_two_ranks_receive_what_the_cost_model_says(tmp_path: Path, monkeypatch:
     words = [sys.executable, "-m", "recipes.sweep", "trial.yaml"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "[2/2] model-linear-gated-delta-net_parallel-linear-ring: finished after" in done.stdout
+    assert "[2/2] model-linear-gated-delta-net_parallel-linear-ulysses: finished after" in done.stdout
 
     folder = read_folder("runs/trial")
     assert folder.faults == ()
-    run, ring = folder.runs
+    run, other = folder.runs
     assert (run.pattern, run.linear, run.steps, run.tokens) == ("LN", "gated_delta_net", 3, 3 * 2 * 48)
     cut = traffic.setting(run)
     assert (cut.P, cut.spans, cut.B, cut.L) == (2, 2, 2, 48)
@@ -51,6 +51,6 @@ def test_two_ranks_receive_what_the_cost_model_says(tmp_path: Path, monkeypatch:
         assert 0 <= difference <= 64, "a few sums of single numbers are not modelled"
     for row in csv.DictReader(io.StringIO(Path("runs/trial/report/strategies.csv").read_text())):
         assert row["exchanges (model)"] == row["exchanges (bytes)"], row
-    assert ring.train[0].loss == pytest.approx(run.train[0].loss, rel=1e-5)
+    assert other.train[0].loss == pytest.approx(run.train[0].loss, rel=1e-5)
     assert "All strategies compute the same training up to rounding" in text
     assert list(csv.DictReader(io.StringIO(Path("runs/trial/report/runs.csv").read_text())))[0]["run"] == run.name

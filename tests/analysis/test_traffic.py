@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import hybrid_sp as hsp
 from analysis.traffic import Setting, exchange, volume
@@ -22,15 +23,28 @@ LENGTH = 48
 LINK = Link(latency=1e-6, bandwidth=1e9)  # on which "auto" finds different exchanges for different mixers
 
 
-def count(group: Group, layout: str, link: Link, names: list[str], **strategies: Any) -> dict[str, tuple[int, int]]:
-    """Bytes that this rank receives forward and backward for one layer of each mixer, two sequences at a time."""
+def count(
+    group: Group,
+    layout: str,
+    link: Link,
+    names: list[str],
+    dtype: torch.dtype = torch.float32,
+    again: bool = False,
+    **strategies: Any,
+) -> dict[str, tuple[int, int]]:
+    """Bytes that this rank receives forward and backward for one layer of each mixer, two sequences at a time; `again`:
+    checkpointed."""
     shard = hsp.SequenceParallel(group, layout=layout, link=link, check=True, **strategies).shard(LENGTH)
     counted = {}
     for name in names:
-        mixer = mixer_spec(name, **OPTIONS.get(name, {})).build(PLACE)
-        x = torch.randn(2, shard.tokens, PLACE.dim, requires_grad=True)
+        mixer = mixer_spec(name, **OPTIONS.get(name, {})).build(PLACE).to(dtype)
+        x = torch.randn(2, shard.tokens, PLACE.dim, dtype=dtype, requires_grad=True)
         with hsp.ledger() as book:
-            mixer(x, shard)[0].sum().backward()
+            if again:
+                y, _ = checkpoint(mixer, x, shard, use_reentrant=False, context_fn=hsp.checkpoint_contexts)
+            else:
+                y, _ = mixer(x, shard)
+            y.sum().backward()
         ways = ("forward", "backward")
         counted[name] = tuple(sum(row.bytes for row in book.select(direction=way)) for way in ways)
     return counted
@@ -80,6 +94,22 @@ def test_baselines_send_what_their_cost_says(layout: str, linear: str, softmax: 
         for name, bytes_ in counted.items():
             said = volume(facts[name], cut, rank)
             assert bytes_ == (said.forward, said.backward), f"{name} on rank {rank} of {P}, {layout}, {linear}"
+
+
+@pytest.mark.parametrize(
+    ("linear", "softmax"), [("all_gather", "all_gather"), ("ulysses", "ring"), ("ring_attention", "ulysses")]
+)
+def test_a_checkpoint_sends_again_by_a_baseline_alone_and_fp64_twice_the_bytes(linear: str, softmax: str) -> None:
+    names = ["gla", "softmax"] if linear != "ring_attention" else ["retention", "softmax"]
+    cut = Setting(P=2, world=2, spans=1, B=2, passes=1, L=LENGTH, kv_bytes=4, linear=linear, softmax=softmax, wide=2)
+    strategies = {"dtype": torch.float64, "again": True, "linear": linear, "softmax": softmax}
+    for rank, counted in enumerate(run_ranks(count, 2, "contiguous", LINK, names, **strategies)):
+        for name, bytes_ in counted.items():
+            facts = mixer_spec(name).cost(PLACE)
+            said, once = volume(facts, cut, rank, again=True), volume(facts, cut, rank)
+            assert bytes_ == (said.forward, said.backward), f"{name} on rank {rank}, {linear}, {softmax}"
+            baseline = softmax != "all_gather" if name == "softmax" else linear != "all_gather"
+            assert said.forward == once.forward * (2 if baseline else 1)
 
 
 def test_auto_needs_the_link_by_which_it_has_chosen() -> None:

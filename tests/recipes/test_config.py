@@ -251,9 +251,10 @@ def test_ring_attention_refuses_linear_blocks_that_are_no_product_of_q_and_k() -
 def test_which_blocks_are_recomputed(asked: list[str], blocks: tuple[int, ...], tmp_path: Path) -> None:
     recipe = config.load(ROOT / "recipes/quickstart.yaml", asked)
     config.validate(recipe, 2)
-    assert config.recomputed_blocks(recipe) == blocks
+    assert config.recomputed_blocks(recipe.model, recipe.train) == blocks
     (tmp_path / "resolved.yaml").write_text(config.dump(recipe))
-    assert config.recomputed_blocks(config.load_resolved(tmp_path / "resolved.yaml")) == blocks
+    again = config.load_resolved(tmp_path / "resolved.yaml")
+    assert config.recomputed_blocks(again.model, again.train) == blocks
     assert config.difference(config.load(ROOT / "recipes/quickstart.yaml"), recipe) == []
 
 
