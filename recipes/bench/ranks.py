@@ -33,6 +33,7 @@ from hybrid_sp.exchange import EXCHANGES
 from hybrid_sp.exchange.auto import BLOCKS
 from hybrid_sp.exchange.chain import Chain
 from hybrid_sp.exchange.scan import Scanned
+from hybrid_sp.timeline import Ledger
 from recipes.allocator import keep_freed_memory
 from recipes.bench import network
 from recipes.bench.measure import ROOT, Row
@@ -65,10 +66,13 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """One direction of one call on one rank. `waited` are the seconds in which it stood still for others."""
+    """One direction of one call on one rank. `waited` are the seconds in which it stood still for others; `launched`
+    and `arrived` when it sent the first of what it communicated and had the last, by the clock of the machine."""
 
     seconds: float
     waited: float
+    launched: float
+    arrived: float
     bytes: int
     calls: int
 
@@ -88,6 +92,11 @@ class Sample:
     def longest(self, direction: str, what: str) -> float:
         """Of the rank that has most of it."""
         return max(getattr(way, what) for way in getattr(self, direction))
+
+    def exchange(self, direction: str) -> float:
+        """Seconds from when the last rank is there until every rank has all; that one rank computes longer than another
+        is no part of it."""
+        return self.longest(direction, "arrived") - self.longest(direction, "launched")
 
 
 Samples = dict[str, list[Sample]]
@@ -255,8 +264,15 @@ def _prepared(one: Contender, group: Any) -> Callable[[], tuple[Way, Way]]:
     return sample
 
 
-def _way(book: Any, seconds: float) -> Way:
-    return Way(seconds=seconds, waited=book.blocked_seconds, bytes=book.bytes, calls=book.calls)
+def _way(book: Ledger, seconds: float) -> Way:
+    return Way(
+        seconds=seconds,
+        waited=book.blocked_seconds,
+        launched=book.rows[0].launched,
+        arrived=max(row.arrived for row in book.rows if row.arrived is not None),
+        bytes=book.bytes,
+        calls=book.calls,
+    )
 
 
 if __name__ == "__main__":

@@ -104,17 +104,17 @@ def flat(sizes: Sizes, out: Path) -> Result:
     with slow(2, sizes.megabits) as net:
         samples = measured(contenders, sizes.rank_repetitions, net)
 
-    def exposed(one: Contender) -> float:
-        return sum(_typical(samples[one.name], way, "waited") for way in WAYS)
+    def exchange(one: Contender) -> float:
+        return median(samples[one.name], lambda s: sum(s.exchange(way) for way in WAYS))
 
     lines = [
-        f"| {one.layer} | {one.length // 2} | {exposed(one) * 1e3:.1f} | "
+        f"| {one.layer} | {one.length // 2} | {exchange(one) * 1e3:.1f} | "
         f"{samples[one.name][0].longest('forward', 'bytes') + samples[one.name][0].longest('backward', 'bytes'):,.0f} |"
         for one in contenders
     ]
     linear = [one for one in contenders if one.layer == "linear"]
-    ratio = exposed(linear[-1]) / exposed(linear[0])
-    draw_growth(contenders, {one.name: exposed(one) for one in contenders}, out / "flat.png", net.words)
+    ratio = exchange(linear[-1]) / exchange(linear[0])
+    draw_growth(contenders, {one.name: exchange(one) for one in contenders}, out / "flat.png", net.words)
     return Result(
         title=f"time of the exchange by tokens per rank, 2 ranks, no overlap, forward + backward; {net.words}",
         unit="seconds",
@@ -161,7 +161,6 @@ def draw_growth(contenders: list[Contender], seconds: dict[str, float], picture:
     axes.set(
         xlabel="tokens per rank",
         ylabel="ms in the exchange, forward + backward",
-        xscale="log",
         yscale="log",
         title=words,
     )
