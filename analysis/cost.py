@@ -11,21 +11,11 @@ from __future__ import annotations
 from math import ceil
 from typing import Any
 
+from hybrid_sp.exchange import EXCHANGES
+from hybrid_sp.mesh import BASELINES
+from layers.cost import TRANSITIONS, transition_elements
+
 STATE_BYTES = 4  # fp32
-EXCHANGES = ("all_gather", "ring", "pipeline", "doubling")  # of states, by linear layers
-BASELINES = ("ulysses", "megatron", "ring_attention")  # of linear layers
-TRANSITIONS = ("none", "fixed", "scalar", "vector", "matrix")
-
-
-def transition_elements(kind: str, K: int) -> int:
-    """Numbers per head that a summary carries beside its K x V state, by the form of the decay A_t.
-
-    none, fixed: 0 (every rank knows it); scalar: 1; vector: K; matrix: K * K. Raises ValueError for another kind.
-    """
-    sizes = dict(zip(TRANSITIONS, (0, 0, 1, K, K * K), strict=True))
-    if kind not in sizes:
-        raise ValueError(f"transition is {kind!r}; it must be one of {', '.join(TRANSITIONS)}")
-    return sizes[kind]
 
 
 def span_tokens(L: int, P: int) -> int:
@@ -322,7 +312,7 @@ def linear_baseline(
         case "ulysses" | "megatron":
             bytes_ = linear_ulysses(**shape, gates=gates) * (shape["P"] if baseline == "megatron" else 1)
             return bytes_, bytes_
-    raise ValueError(f"baseline is {baseline!r}; it must be one of {', '.join(BASELINES)}")
+    raise ValueError(f"baseline is {baseline!r}; it must be one of {', '.join(BASELINES['linear'])}")
 
 
 def _own_heads(P: int, H: int, G: int) -> int:

@@ -14,6 +14,7 @@ from analysis.runs import Run
 from analysis.tables import Point, Table
 from hybrid_sp.collectives import Link
 from hybrid_sp.exchange import auto
+from hybrid_sp.mesh import BASELINES
 from layers.cost import Attention, Cost, Summary
 from layers.spec import ModelConfig, block_specs, expand_pattern
 from recipes.config import TrainConfig, recomputed_blocks
@@ -128,7 +129,7 @@ def volume(facts: Cost, cut: Setting, rank: int = 0, again: bool = False) -> Vol
     for one in facts.summaries:
         there, back = _linear(one, cut, rank)
         forward, backward = forward + there, backward + back
-        repeated += there * (cut.linear in cost.BASELINES)
+        repeated += there * (cut.linear in BASELINES["linear"])
     halos = [(one.tokens, one.channels) for one in facts.halos]
     for keys in facts.attention:
         if keys.window is not None and _as_halo(keys, cut):
@@ -150,7 +151,7 @@ def volume(facts: Cost, cut: Setting, rank: int = 0, again: bool = False) -> Vol
 def _linear(summary: Summary, cut: Setting, rank: int) -> tuple[int, int]:
     ranks: dict[str, Any] = {"P": cut.P, "B": cut.B, "spans": cut.spans}
     chosen = exchange(summary, cut)
-    if chosen in cost.BASELINES:
+    if chosen in BASELINES["linear"]:
         state = _state(summary)
         del state["normalize"]  # it is summed where the queries are
         tokens: dict[str, Any] = {"L": cut.L, "G": summary.groups or summary.heads, "element_bytes": cut.kv_bytes}
@@ -172,9 +173,7 @@ def exchange(summary: Summary, cut: Setting) -> str:
         return cut.linear
     if cut.link is None:
         raise ValueError('the link by which linear="auto" has chosen is neither in the recipe nor in the provenance')
-    each = cut.B * summary.heads * cost.STATE_BYTES * cut.wide
-    state = each * (summary.key * summary.value + summary.key * summary.normalize)
-    transition = each * cost.transition_elements(summary.transition, summary.key)
+    state, transition = (cut.B * summary.heads * cost.STATE_BYTES * cut.wide * n for n in summary.numbers)
     return auto.fastest(auto.seconds(cut.link, cut.P, cut.spans, state, transition, final=False))
 
 
@@ -251,7 +250,7 @@ def _used(facts: Cost, cut: Setting) -> str:
     again = "" if cut.keep_kv or cut.softmax != "all_gather" else ", again in backward"
     return " and ".join(
         [
-            *[(TOKENS if one in cost.BASELINES else STATES)[one] for one in chosen],
+            *[(TOKENS if one in BASELINES["linear"] else STATES)[one] for one in chosen],
             *[f"{TOKENS[cut.softmax]}{again}" for one in facts.attention if not _as_halo(one, cut)],
             *["halo" for _ in facts.halos],
             *[f"halo{again}" for one in facts.attention if _as_halo(one, cut)],

@@ -21,7 +21,7 @@ from .layout import LAYOUTS, Shard
 KINDS = ("linear", "softmax", "conv")  # of layers that communicate
 
 # Strategies that are no exchange of states or keys, but another form of the operator.
-_BASELINES = {"linear": ("ulysses", "megatron", "ring_attention"), "softmax": ("ring", "ulysses", "megatron")}
+BASELINES = {"linear": ("ulysses", "megatron", "ring_attention"), "softmax": ("ring", "ulysses", "megatron")}
 
 
 def init_mesh(dp: int = 1, sp: int = 1, device: str = "cpu", timeout: timedelta = timedelta(minutes=10)) -> DeviceMesh:
@@ -97,8 +97,8 @@ class SequenceParallel:
     def __post_init__(self) -> None:
         allowed = {
             "layout": LAYOUTS,
-            "linear": (*EXCHANGES, "auto", *_BASELINES["linear"]),
-            "softmax": ("all_gather", *_BASELINES["softmax"]),
+            "linear": (*EXCHANGES, "auto", *BASELINES["linear"]),
+            "softmax": ("all_gather", *BASELINES["softmax"]),
         }
         for name, choices in allowed.items():
             value = getattr(self, name)

@@ -36,6 +36,20 @@ class Attention:
         return keys * (keys + 1) // 2 + (length - keys) * keys
 
 
+TRANSITIONS = ("none", "fixed", "scalar", "vector", "matrix")
+
+
+def transition_elements(kind: str, K: int) -> int:
+    """Numbers per head that a summary carries beside its K x V state, by the form of the decay A_t.
+
+    none, fixed: 0 (every rank knows it); scalar: 1; vector: K; matrix: K * K. Raises ValueError for another kind.
+    """
+    sizes = dict(zip(TRANSITIONS, (0, 0, 1, K, K * K), strict=True))
+    if kind not in sizes:
+        raise ValueError(f"transition is {kind!r}; it must be one of {', '.join(TRANSITIONS)}")
+    return sizes[kind]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Summary:
     """What a rank tells the others of a span in a recurrence: per head a state [key, value] and a transition: none or
@@ -51,6 +65,11 @@ class Summary:
     normalize: bool = False
     groups: int | None = None
     gates: int = 0
+
+    @property
+    def numbers(self) -> tuple[int, int]:
+        """Of a head's state, and of the transition that is sent beside it."""
+        return self.key * (self.value + self.normalize), transition_elements(self.transition, self.key)
 
 
 @dataclass(frozen=True, kw_only=True)

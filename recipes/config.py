@@ -17,6 +17,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 import hybrid_sp as hsp
 from hybrid_sp.collectives import Group, Link
+from hybrid_sp.heads import FORMS
 from hybrid_sp.mesh import KINDS
 from layers.spec import ModelConfig, block_specs, expand_pattern, model_facts, pattern_letters
 
@@ -102,8 +103,6 @@ class Recipe:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
-
-HEADWISE = ("ulysses", "megatron")  # strategies under which a rank computes some heads of the whole sequence
 
 # Keys that leave the trained weights as they are (up to rounding): they may differ when a run is resumed.
 FREE_KEYS = (
@@ -311,7 +310,7 @@ def _validate_strategies(recipe: Recipe, sp: int) -> None:
             "softmax": [one.kv_heads for one in facts.attention],
         }
         for kind, strategy in chosen.items():
-            for count in heads[kind] if strategy in HEADWISE else ():
+            for count in heads[kind] if strategy in FORMS else ():
                 _require(
                     count % sp == 0,
                     f"parallel.{kind}={strategy}",

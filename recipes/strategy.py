@@ -10,7 +10,6 @@ from hybrid_sp import collectives
 from hybrid_sp.collectives import Group, Link
 from hybrid_sp.exchange import choose
 from hybrid_sp.exchange.auto import Choice, measured
-from layers.cost import Summary
 from layers.spec import block_specs, expand_pattern
 from recipes.config import Recipe
 
@@ -55,15 +54,9 @@ def strategy(recipe: Recipe, sp: hsp.SequenceParallel) -> Strategy:
     linear: dict[str, Choice] = {}
     for name, (spec, place) in zip(expand_pattern(recipe.model), block_specs(recipe.model), strict=True):
         for summary in spec.cost(place).summaries:
-            state, transition = (batch * summary.heads * number_bytes * n for n in _numbers(summary))
+            state, transition = (batch * summary.heads * number_bytes * n for n in summary.numbers)
             linear[name] = choose(sp, state_bytes=state, transition_bytes=transition)
     return Strategy(linear=linear, softmax=sp.softmax, link=sp.link if sp.linear == "auto" else None)
-
-
-def _numbers(summary: Summary) -> tuple[int, int]:
-    """Of a head's state and of the transition that is sent beside it."""
-    sizes = {"none": 0, "fixed": 0, "scalar": 1, "vector": summary.key, "matrix": summary.key**2}
-    return summary.key * (summary.value + summary.normalize), sizes[summary.transition]
 
 
 def _times(choice: Choice) -> str:

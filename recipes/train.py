@@ -29,7 +29,7 @@ from layers.spec import expand_pattern, pattern_letters
 from recipes import checkpoint, config, data, generate, optim, record
 from recipes.allocator import keep_freed_memory
 from recipes.config import Recipe, RecipeError
-from recipes.strategy import strategy, with_link
+from recipes.strategy import Strategy, strategy, with_link
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 TRACED = 3  # the step that `train.trace` shows, counted from the start of the program: the first ones warm it up
@@ -86,10 +86,10 @@ def train(recipe: Recipe) -> dict[str, Any]:
     sp = with_link(config.sequence_parallel(recipe, mesh["sp"].get_group()), group)
     about = {"fingerprint": corpus.fingerprint, "files": corpus.files, "bytes": len(corpus.train)}
     records = record.Record(folder, recipe)
-    exchange = strategy(recipe, sp).facts()
-    checkpoint.on_first_rank(lambda: records.prepare({**facts, "exchange": exchange, "corpus": about}), group)
+    exchange = strategy(recipe, sp)
+    checkpoint.on_first_rank(lambda: records.prepare({**facts, "exchange": exchange.facts(), "corpus": about}), group)
     run = Run(recipe, corpus, records, mesh, group, sp, device)
-    run.say_what_runs()
+    run.say_what_runs(exchange)
     try:
         stopped = run.loop()
         sample = None if stopped else run.sample()
@@ -142,7 +142,7 @@ class Run:
         """Optimiser steps done."""
         return int(self.progress["step"])
 
-    def say_what_runs(self) -> None:
+    def say_what_runs(self, exchange: Strategy) -> None:
         recipe, train, corpus = self.recipe, self.recipe.train, self.corpus
         world, sp = collectives.size(self.group), self.sequence_parallel
         self.record.say(
@@ -151,7 +151,7 @@ class Run:
             f"{self.parameters:,} parameters, {train.dtype}\n"
             f"mesh       {world} process{'es' * (world > 1)} on {self.device}: dp {self.replicas} x sp {sp.size}, "
             f"{sp.layout} layout, {torch.get_num_threads()} CPU threads each\n"
-            f"exchange   {strategy(recipe, sp)}\n"
+            f"exchange   {exchange}\n"
             f"data       {len(corpus.train):,} bytes to train on and {len(corpus.validation):,} held out, of "
             f"{corpus.files} files; byte-unigram entropy {corpus.unigram_bits:.3f} bits/byte\n"
             f"training   {train.steps} steps of {train.batch} x {recipe.data.length} = "

@@ -10,6 +10,8 @@ import torch
 import hybrid_sp as hsp
 from analysis import cost
 from hybrid_sp.collectives import Group
+from hybrid_sp.exchange import EXCHANGES
+from layers.cost import TRANSITIONS, transition_elements
 from tests.support.ranks import run_ranks
 
 STATE: dict[str, int] = {"B": 2, "H": 4, "K": 6, "V": 5}
@@ -88,7 +90,7 @@ def test_more_ranks_than_tokens_are_refused(P: int) -> None:
 
 def test_an_unknown_transition_lists_the_known() -> None:
     with pytest.raises(ValueError, match="'diagonal'.*none, fixed, scalar, vector, matrix"):
-        cost.transition_elements("diagonal", 4)
+        transition_elements("diagonal", 4)
 
 
 def count_exchanges(group: Group, length: int, layout: str, exchange: str) -> dict[str, tuple[int, int]]:
@@ -128,7 +130,7 @@ def count_exchanges(group: Group, length: int, layout: str, exchange: str) -> di
     return counted
 
 
-@pytest.mark.parametrize("exchange", cost.EXCHANGES)
+@pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize(("P", "length", "layout"), [(2, 24, "contiguous"), (2, 24, "zigzag"), (3, 25, "contiguous")])
 def test_the_model_is_what_the_ledger_counts(P: int, length: int, layout: str, exchange: str) -> None:
     spans = 2 if layout == "zigzag" else 1
@@ -136,7 +138,7 @@ def test_the_model_is_what_the_ledger_counts(P: int, length: int, layout: str, e
         cost.softmax_all_gather_forward(P=P, L=length, kv_bytes=4, **KV),
         cost.softmax_all_gather_backward(P=P, L=length, kv_bytes=4, **KV),
     )
-    kinds: dict[str, dict[str, Any]] = {kind: {"transition": kind} for kind in cost.TRANSITIONS}
+    kinds: dict[str, dict[str, Any]] = {kind: {"transition": kind} for kind in TRANSITIONS}
     kinds |= {"normalised": {"normalize": True}, "final": {"final_state": True}}
     for rank, counted in enumerate(run_ranks(count_exchanges, P, length, layout, exchange)):
         shape = {"P": P, "spans": spans, "rank": rank, **STATE}
