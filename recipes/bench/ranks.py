@@ -66,13 +66,17 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """One direction of one call on one rank. `waited` are the seconds in which it stood still for others; `launched`
-    and `arrived` when it sent the first of what it communicated and had the last, by the clock of the machine."""
+    """One direction of one call on one rank.
+
+    waited              seconds in which it stood still for others
+    launched, arrived   when it asked for the first of what it received, and had the last, by the clock of the machine;
+                        None if it receives nothing, as the first rank of a ring
+    """
 
     seconds: float
     waited: float
-    launched: float
-    arrived: float
+    launched: float | None
+    arrived: float | None
     bytes: int
     calls: int
 
@@ -96,7 +100,8 @@ class Sample:
     def exchange(self, direction: str) -> float:
         """Seconds from when the last rank is there until every rank has all; that one rank computes longer than another
         is no part of it."""
-        return self.longest(direction, "arrived") - self.longest(direction, "launched")
+        ways = [way for way in getattr(self, direction) if way.launched is not None]
+        return max(way.arrived for way in ways) - max(way.launched for way in ways)
 
 
 Samples = dict[str, list[Sample]]
@@ -268,8 +273,8 @@ def _way(book: Ledger, seconds: float) -> Way:
     return Way(
         seconds=seconds,
         waited=book.blocked_seconds,
-        launched=book.rows[0].launched,
-        arrived=max(row.arrived for row in book.rows if row.arrived is not None),
+        launched=min((row.launched for row in book.rows), default=None),
+        arrived=max((row.arrived for row in book.rows if row.arrived is not None), default=None),
         bytes=book.bytes,
         calls=book.calls,
     )
