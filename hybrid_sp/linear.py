@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import functools
 import itertools
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .backends import backend_of, needs
 from .exchange import AllGatherSum, exchange_of
 from .heads import FORMS, by_heads
 from .kernels import linear as kernel
-from .kernels.chunks import Chunks, cut
+from .kernels.linear import Plan
 from .layout import Shard
 from .left_product import left_product
 from .overlap import Call, finish, start
@@ -76,7 +79,11 @@ def linear_attention(
     2312.06635 ([B,T,H,K]); bonus, arXiv 2404.05892, equation 18.
     """
     shard = shard_of(shard, q)
-    _check(q, k, v, log_decay, bonus, shard, causal, initial_state, return_final_state, normalize, backend)
+    _check(q, k, v, log_decay, bonus, shard, causal, initial_state, return_final_state, normalize)
+    by_states = causal and shard.sp.linear != "ring_attention"
+    only = "" if by_states else "has the causal form by states alone"
+    backend = backend_of("linear_attention", backend, q, q.shape[3], v.shape[3], only_torch=only)
+    phases_of(backend)  # what it misses is said here
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if shard.sp.linear in FORMS:
         alone = functools.partial(
@@ -96,7 +103,7 @@ def linear_attention(
         o, final = left_product(q, k, v, log_decay, shard, causal, normalize, scale, states), None
     else:
         o, final = _by_states(
-            q, k, v, log_decay, bonus, initial_state, return_final_state, scale, causal, normalize, shard
+            q, k, v, log_decay, bonus, initial_state, return_final_state, scale, causal, normalize, shard, backend
         )
     width = v.shape[-1]
     if normalize:
@@ -119,20 +126,33 @@ def _by_states(
     causal: bool,
     normalize: bool,
     shard: Shard,
+    backend: str,
 ) -> tuple[Tensor, Tensor | None]:
-    """o and the final state in the dtype of sums; with normalize their last column is the normaliser's."""
-    dtype = compute_dtype(q)
-    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    """o, to be rounded, and the final state; with normalize their last column is the normaliser's."""
+    dtype, phases = compute_dtype(q), phases_of(backend)
+    out = dtype if normalize else q.dtype
+    if phases is kernel:
+        q, k, v, out = q.to(dtype), k.to(dtype), v.to(dtype), dtype
     g = None if log_decay is None else log_decay.to(dtype)
     u = None if bonus is None else bonus.to(dtype)
     if normalize:
-        v = torch.cat([v, v.new_ones(*v.shape[:-1], 1)], -1)
+        v = F.pad(v, (0, phases.PADDING), value=1.0)[..., : v.shape[-1] + 1]
     initial = initial_state if isinstance(initial_state, Tensor) else None
     if isinstance(initial_state, tuple):
         initial = torch.cat([initial_state[0], initial_state[1].unsqueeze(-1)], -1)
     if causal:
-        return _causal(q, k, v, g, u, initial, final, scale, shard)
+        return _causal(q, k, v, g, u, initial, final, scale, shard, phases, out)
     return _bidirectional(q, k, v, scale, shard), None
+
+
+def phases_of(backend: str) -> Any:
+    """The module that has the phases of this backend."""
+    if backend == "torch":
+        return kernel
+    with needs(backend):
+        from .kernels.gpu import linear
+
+    return linear
 
 
 def _causal(
@@ -145,31 +165,39 @@ def _causal(
     final: bool,
     scale: float,
     shard: Shard,
+    phases: Any,
+    out: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
     """LASP-2, algorithm 2; its mirror image, algorithm 4, is what autograd makes of it."""
-    chunks = cut(shard.span_lengths, v.shape[0] * v.shape[2], shard.local_boundaries)
+    chunks = phases.partition(shard.span_lengths, shard.local_boundaries, v)
     known = None  # log decays that every rank knows of every span, [n,1,H] or [n,1,1]
-    if g is None and shard.boundaries:
-        known = v.new_zeros(shard.span_count, 1, 1)
+    if g is None and (shard.boundaries or bonus is not None):
+        known = v.new_zeros(shard.span_count, 1, 1, dtype=compute_dtype(v))
     elif g is not None and g.ndim == 1:
-        lengths = torch.tensor([b - a for a, b in itertools.pairwise(shard.bounds)]).to(g)
-        known = (lengths[:, None] * g.detach()).unsqueeze(1)
+        known = (_lengths(shard.bounds, g.dtype, g.device)[:, None] * g.detach()).unsqueeze(1)
         g = g.expand(*v.shape[:3])
     if known is not None:
         known[list(shard.broken)] = float("-inf")
+    of_head = g is not None and g.ndim == 3
+    if bonus is not None and phases is not kernel:  # which knows a bonus beside decays per key channel only
+        g = v.new_zeros(1, 1, 1, dtype=bonus.dtype) if g is None else g
+        g = g if g.ndim == 4 else g.unsqueeze(-1).expand(*v.shape[:3], k.shape[3])
     entering = S_final = None
+    exchanged = shard.span_count > 1 or initial is not None or final  # else nobody reads a summary
+    plan = Plan(chunks, scale, exchanged, g is not None and g.requires_grad, out)
     with Call(shard, "linear") as call:
-        carry = _Carry(call)
-        h, leaving, totals = _States.apply(carry, k, v, g, chunks)
-        exchanged = shard.span_count > 1 or initial is not None or final  # else nobody reads a summary
+        carry = _Carry(call, phases, plan)
+        h, leaving, totals = _States.apply(carry, k, v, g)
         if exchanged:
             decays = _span_decays(totals, chunks)
+            if of_head and decays is not None and decays.ndim == 4:
+                decays = decays[..., 0]  # one number a head is sent, also where the phases took one a channel
             exchange = exchange_of(shard, leaving, decays, known=known, entered=initial is not None, final=final)
             token = start(call, exchange, leaving, decays, initial)
-        o_intra = _Intra.apply(carry, q, k, v, g, bonus, h, totals, scale, chunks)
+        o_intra = _Intra.apply(carry, q, k, v, g, bonus, h, totals)
         if exchanged:
             entering, S_final = finish(call, exchange, token)
-        o, S_final = _Inter.apply(carry, o_intra, q, g, bonus is not None, h, totals, entering, S_final, scale, chunks)
+        o, S_final = _Inter.apply(carry, o_intra, q, k, g, bonus, h, totals, entering, S_final)
     return o, S_final if final else None
 
 
@@ -184,7 +212,13 @@ def _bidirectional(q: Tensor, k: Tensor, v: Tensor, scale: float, shard: Shard) 
     return torch.einsum("bthk,bhkv->bthv", q * scale, total)
 
 
-def _span_decays(totals: Tensor | None, chunks: Chunks) -> Tensor | None:
+@functools.lru_cache(maxsize=32)
+def _lengths(bounds: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Tokens of each span; kept, since what is made of numbers of the host makes it wait for the device."""
+    return torch.tensor([b - a for a, b in itertools.pairwise(bounds)], dtype=dtype, device=device)
+
+
+def _span_decays(totals: Tensor | None, chunks: Any) -> Tensor | None:
     """Log decay of each span, [s,B,H] or [s,B,H,K], from that of its chunks; -inf if a document begins in the span."""
     if totals is None:
         return None
@@ -205,10 +239,9 @@ def _check(
     initial_state: State | None,
     return_final_state: bool,
     normalize: bool,
-    backend: str,
 ) -> None:
     name = "linear_attention"
-    require_recurrence(name, q, k, v, shard, backend)
+    require_recurrence(name, q, k, v, shard)
     heads, key = v.shape[2], q.shape[3]
     if log_decay is not None:
         allowed = [(heads,), (*v.shape[:3],), (*v.shape[:3], key)]
@@ -231,42 +264,48 @@ def _check(
 
 
 class _Carry:
-    """What one backward pass hands from phase to phase, beside what autograd hands: `_Inter` the entering states to
-    `_Intra`, and that its dk, dv, dg to `_States`, which adds its own. So every gradient is summed and written once."""
+    """What one call hands from phase to phase, forward and then backward, beside what autograd hands."""
 
-    def __init__(self, call: Call) -> None:
-        self.call = call
-        self.entering: Tensor | None = None
-        self.grads: tuple[Tensor, Tensor, Tensor | None] | None = None
+    def __init__(self, call: Call, phases: Any, plan: Plan) -> None:
+        self.call, self.phases, self.plan = call, phases, plan
+        self._kept: Any = None
 
-    def take_grads(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        grads, self.grads = self.grads, None
-        assert grads is not None, "backward of the states before that of the tokens within chunks"
-        return grads
+    def phase(self, name: str, direction: str, x: Tensor) -> AbstractContextManager[None]:
+        return self.call.phase(name, direction, x)
+
+    def keep(self, kept: Any) -> None:
+        self._kept = kept
+
+    def take(self) -> Any:
+        kept, self._kept = self._kept, None
+        return kept
 
 
 class _States(torch.autograd.Function):
-    """Phase 1. Returns h, the states that leave the spans [s,B,H,K,V], and the chunks' log decays."""
+    """Phase 1. Returns h, the states that leave the spans [s,B,H,K,V], and the log decays of chunks, without a
+    gradient."""
 
     @staticmethod
     def forward(
-        ctx: Any, carry: _Carry, k: Tensor, v: Tensor, g: Tensor | None, chunks: Chunks
+        ctx: Any, carry: _Carry, k: Tensor, v: Tensor, g: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        with carry.call.phase("states", "forward", k):
-            h, leaving, totals = kernel.states_forward(k, v, g, chunks)
-        ctx.carry, ctx.chunks = carry, chunks
+        with carry.phase("states", "forward", k):
+            h, leaving, totals, kept = carry.phases.states_forward(k, v, g, carry.plan)
+        carry.keep(kept)
+        ctx.carry = carry
         ctx.save_for_backward(k, v, g, h, totals)
         ctx.set_materialize_grads(False)
+        if totals is not None:
+            ctx.mark_non_differentiable(totals)
         return h, leaving, totals
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dh: Tensor | None, d_leaving: Tensor | None, d_totals: Tensor | None) -> Any:
-        k, v, g, h, totals = ctx.saved_tensors
-        grads = ctx.carry.take_grads()
-        with ctx.carry.call.phase("states", "backward", k):
-            grads = kernel.states_backward(dh, d_leaving, d_totals, k, v, g, h, totals, ctx.chunks, grads)
-        return None, *grads, None
+    def backward(ctx: Any, dh: Tensor, d_leaving: Tensor | None, _: None) -> Any:
+        carry, (k, v, g, h, totals) = ctx.carry, ctx.saved_tensors
+        with carry.phase("states", "backward", k):
+            grads = carry.phases.states_backward(dh, d_leaving, k, v, g, h, totals, carry.take(), carry.plan)
+        return None, *grads
 
 
 class _Intra(torch.autograd.Function):
@@ -283,29 +322,27 @@ class _Intra(torch.autograd.Function):
         bonus: Tensor | None,
         h: Tensor,
         totals: Tensor | None,
-        scale: float,
-        chunks: Chunks,
     ) -> Tensor:
         ctx.save_for_backward(q, k, v, g, bonus, h, totals)
-        ctx.carry, ctx.scale, ctx.chunks = carry, scale, chunks
-        with carry.call.phase("intra", "forward", q):
-            return kernel.intra_forward(q, k, v, g, bonus, chunks)
+        ctx.carry = carry
+        with carry.phase("intra", "forward", q):
+            o_intra, kept = carry.phases.intra_forward(q, k, v, g, bonus, h, carry.take(), carry.plan)
+        carry.keep(kept)
+        return o_intra
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor) -> Any:
-        q, k, v, g, bonus, h, totals = ctx.saved_tensors
-        entering, ctx.carry.entering = ctx.carry.entering, None
-        with ctx.carry.call.phase("intra", "backward", q):
-            dq, d_bonus, ctx.carry.grads = kernel.intra_backward(
-                do, q, k, v, g, bonus, h, totals, entering, ctx.scale, ctx.chunks
-            )
-        return None, dq, None, None, None, d_bonus, None, None, None, None
+        carry, (q, k, v, g, bonus, h, totals) = ctx.carry, ctx.saved_tensors
+        with carry.phase("intra", "backward", q):
+            dq, d_bonus, kept = carry.phases.intra_backward(do, q, k, v, g, bonus, h, totals, carry.take(), carry.plan)
+        carry.keep(kept)
+        return None, dq, None, None, None, d_bonus, None, None
 
 
 class _Inter(torch.autograd.Function):
-    """Phase 3: adds the part of the entering states to the output of phase 2, in its place. The final state passes
-    through, so that a loss on it alone goes back through every phase."""
+    """Phase 3: adds the part of the entering states to the output of phase 2. The final state passes through, so that a
+    loss on it alone goes back through every phase."""
 
     @staticmethod
     def forward(
@@ -313,26 +350,27 @@ class _Inter(torch.autograd.Function):
         carry: _Carry,
         o_intra: Tensor,
         q: Tensor,
+        k: Tensor,
         g: Tensor | None,
-        exclusive: bool,
+        bonus: Tensor | None,
         h: Tensor,
         totals: Tensor | None,
         S_in: Tensor | None,
         S_final: Tensor | None,
-        scale: float,
-        chunks: Chunks,
     ) -> tuple[Tensor, Tensor | None]:
-        ctx.save_for_backward(q, g, h, totals, S_in)
-        ctx.carry, ctx.exclusive, ctx.scale, ctx.chunks = carry, exclusive, scale, chunks
-        ctx.mark_dirty(o_intra)
-        with carry.call.phase("inter", "forward", q):
-            return kernel.inter_forward(o_intra, q, g, exclusive, h, totals, S_in, scale, chunks), S_final
+        ctx.save_for_backward(q, k, g, bonus, h, totals, S_in)
+        ctx.carry = carry
+        with carry.phase("inter", "forward", q):
+            o = carry.phases.inter_forward(o_intra, q, k, g, bonus, h, totals, S_in, carry.take(), carry.plan)
+        if o is o_intra:
+            ctx.mark_dirty(o_intra)
+        return o, S_final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor, d_final: Tensor | None) -> Any:
-        q, g, h, totals, S_in = ctx.saved_tensors
-        with ctx.carry.call.phase("inter", "backward", q):
-            dh, d_totals, dS_in = kernel.inter_backward(do, q, g, ctx.exclusive, h, totals, S_in, ctx.scale, ctx.chunks)
-        ctx.carry.entering = S_in
-        return None, do, None, None, None, dh, d_totals, dS_in, d_final, None, None
+        carry, (q, k, g, bonus, h, totals, S_in) = ctx.carry, ctx.saved_tensors
+        with carry.phase("inter", "backward", q):
+            dh, dS_in, kept = carry.phases.inter_backward(do, q, k, g, bonus, h, totals, S_in, carry.plan)
+        carry.keep(kept)
+        return None, do, None, None, None, None, dh, None, dS_in, d_final

@@ -130,9 +130,10 @@ class SequenceParallel:
         cu_seqlens: bounds of packed documents as host ints, 0 ... length, strictly rising; None: the sequence is one
         document. Raises ValueError for other bounds, and if the sequence has fewer tokens than spans.
         """
-        if cu_seqlens is None:
-            return Shard(self, length)
         try:
-            return Shard(self, length, tuple(operator.index(bound) for bound in cu_seqlens))
+            bounds = None if cu_seqlens is None else tuple(operator.index(bound) for bound in cu_seqlens)
         except TypeError:
             raise ValueError(f"cu_seqlens must be whole numbers, got {cu_seqlens!r}") from None
+        shard = Shard(self, length, bounds)
+        _ = shard.positions  # now: torch.compile would stop at what a layer that reads them computes first
+        return shard

@@ -33,7 +33,9 @@ class Exchange(Protocol):
 
     `launch` sends them; `arrive` makes of what is received the entering states, the final state, and what else backward
     needs to keep, such as transitions. `launch_backward` sends the gradients of the first two, and `arrive_backward`
-    makes of what is received the gradients of what `launch` was given; those of `initial` are this rank's part.
+    makes of what is received those of the states that leave this rank's spans and, this rank's part, of the initial
+    state. Transitions get none: the gradient of a decay needs only the states at both ends of a span, which the
+    operator then has.
     """
 
     def launch(self, header: Header, state: Tensor, transition: Tensor | None, initial: Tensor | None) -> Pending: ...
@@ -42,9 +44,7 @@ class Exchange(Protocol):
 
     def launch_backward(self, header: Header, d_entering: Tensor, d_final: Tensor, kept: Tensor | None) -> Pending: ...
 
-    def arrive_backward(
-        self, received: Any, entering: Tensor, kept: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]: ...
+    def arrive_backward(self, received: Any, kept: Tensor | None) -> tuple[Tensor, Tensor | None]: ...
 
 
 class Call:
@@ -131,14 +131,12 @@ class _Start(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_token: Tensor) -> tuple[None, None, Tensor | None, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, d_token: Tensor) -> tuple[None, None, Tensor, None, Tensor | None]:
         received = ctx.call.backward_result()
         with ctx.call.phase("fold", "backward", d_token):
             grads = ctx.exchange.arrive_backward(*received)
-        d_state, d_transition, d_initial = (
-            grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad[2:], strict=True)
-        )
-        return None, None, d_state, d_transition, d_initial
+        d_state, d_initial = grads
+        return None, None, d_state, None, d_initial if ctx.needs_input_grad[4] else None
 
 
 class _Finish(torch.autograd.Function):
@@ -152,7 +150,7 @@ class _Finish(torch.autograd.Function):
                 return exchange.arrive(received)
 
         entering, final, kept = recorded(arrive)
-        ctx.save_for_backward(entering, kept)
+        ctx.save_for_backward(kept)
         return entering, final
 
     @staticmethod
@@ -160,12 +158,12 @@ class _Finish(torch.autograd.Function):
     def backward(ctx: Any, d_entering: Tensor, d_final: Tensor) -> tuple[None, None, Tensor | None]:
         if not ctx.needs_input_grad[2]:
             return None, None, None
-        entering, kept = ctx.saved_tensors
+        (kept,) = ctx.saved_tensors
         ctx.call.drain()  # what an earlier pass over this graph launched, and failed before it waited
         header = ctx.call.header("backward")
         ctx.call.launch_backward(
             lambda: ctx.exchange.launch_backward(header, d_entering, d_final, kept).then(
-                lambda received: (received, entering, kept)
+                lambda received: (received, kept)
             )
         )
         return None, None, d_entering.new_empty(0)

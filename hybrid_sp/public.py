@@ -33,9 +33,8 @@ def require(condition: bool, name: str, message: str) -> None:
         raise ValueError(f"{name}: {message}")
 
 
-def require_recurrence(name: str, q: Tensor, k: Tensor, v: Tensor, shard: Shard, backend: str) -> None:
+def require_recurrence(name: str, q: Tensor, k: Tensor, v: Tensor, shard: Shard) -> None:
     """What a recurrence on states asks of q, k [B,T,G,K] and v [B,T,H,V]."""
-    require(backend in ("auto", "torch"), name, f'backend must be "auto" or "torch", got {backend!r}')
     require(q.ndim == k.ndim == v.ndim == 4, name, "q, k and v must be [batch, tokens, heads, dim]")
     require(q.shape == k.shape, name, f"q and k must have one shape, got {tuple(q.shape)} and {tuple(k.shape)}")
     require(
@@ -60,7 +59,7 @@ def require_state(name: str, state: tuple[Tensor, ...], shapes: list[tuple[int, 
 
 def shard_of(shard: Shard | None, x_BTHD: Tensor) -> Shard:
     """The shard, or for one device the one that holds all tokens of x."""
-    return SequenceParallel(None).shard(x_BTHD.shape[1]) if shard is None else shard
+    return Shard(SequenceParallel(None), x_BTHD.shape[1]) if shard is None else shard
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -93,19 +93,6 @@ def fold_initial(
     return d_state
 
 
-def transition_gradient(transition: Tensor | None, d_leaving: Tensor, entering: Tensor) -> Tensor | None:
-    """Gradient of the log decays a of spans: (A S_in) . dS_out, summed over the dims that the decays do not have.
-
-    None for A = I, and for dense transitions, where it is never formed: the delta rule's backward takes each span's
-    true S_in and dS_out. Decays that are the same for all rows of the batch are given as [s, 1, ...].
-    """
-    if transition is None or transition.ndim == d_leaving.ndim:
-        return None
-    transition = transition.expand(*d_leaving.shape[:3], *transition.shape[3:])
-    product = apply(transition, entering) * d_leaving
-    return product.sum(tuple(range(transition.ndim - product.ndim, 0)))
-
-
 def packed(summary: AffineState) -> Tensor:
     """State and transition as one row of numbers per head, to be sent: [..., H, K*V + those of the transition]."""
     rows = summary.state.flatten(-2)

@@ -136,6 +136,7 @@ class RecurrentMixer(nn.Module):
         super().__init__()
         values = form.heads * form.value
         self.form = form
+        self.backend = place.backend_of("delta_rule" if form.delta else "linear_attention")
         self.project = HeadProjection(place.dim, form.sizes)
         if form.conv:
             self.conv = ShortConv(channels(form.mixed), form.conv, bias=form.conv_bias)
@@ -192,7 +193,7 @@ class RecurrentMixer(nn.Module):
             recur = partial(hsp.delta_rule, beta=beta)
         else:
             recur = partial(hsp.linear_attention, bonus=bonus, normalize=self.form.normalize)
-        recur = partial(recur, q, k, v, log_decay=log_decay, scale=self.form.scale)
+        recur = partial(recur, q, k, v, log_decay=log_decay, scale=self.form.scale, backend=self.backend)
         if not state:
             o_BTHV = recur(shard=shard)
         elif self.form.normalize:

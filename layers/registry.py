@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 from torch import Tensor, nn
 
+from hybrid_sp.backends import BACKENDS
 from hybrid_sp.layout import Shard
 from layers.cache import LayerCache
 from layers.cost import Cost
@@ -25,6 +26,7 @@ class Place:
     depth: int  # number of blocks
     norm_eps: float
     rope_base: float
+    backend: str = "auto"
 
     def width(self, expand: float = 1.0, *, option: str = "expand", even: bool = False) -> int:
         """Channels per head of `expand * dim` channels, as the mixer's `option` asks; `even` if they are rotated."""
@@ -41,6 +43,10 @@ class Place:
                 f"pair; change dim or heads so that dim / heads is even"
             )
         return width
+
+    def backend_of(self, operator: str) -> str:
+        """What an operator of the engine is asked to run on: the model's backend, if the operator has it, else auto."""
+        return self.backend if self.backend in BACKENDS[operator] else "auto"
 
     def groups(self, count: int, *, option: str) -> int:
         """Heads of keys, each shared by as many heads of values, as the mixer's `option` asks; 0: as many as heads."""

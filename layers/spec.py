@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
 import layers.mixers  # noqa: F401 (registers them)
+from hybrid_sp.backends import BACKENDS
 from layers.block import Block
 from layers.cost import Cost
 from layers.registry import MIXERS, MixerSpec, Place, mixer_spec, unknown
@@ -30,6 +32,9 @@ class ModelConfig:
     norm_eps: float = 1e-6
     rope_base: float = 10000.0
     mixers: dict[str, dict[str, Any]] = field(default_factory=dict)  # options of mixers by name: {gla: {expand_k: 1.0}}
+    backend: str = (
+        "auto"  # torch, triton, fla or flash_attn, of the operators that have it; auto: what suits the device
+    )
 
 
 def expand_pattern(config: ModelConfig) -> tuple[str, ...]:
@@ -96,6 +101,9 @@ def block_specs(config: ModelConfig) -> list[tuple[MixerSpec, Place]]:
     for name in ("norm_eps", "rope_base"):
         if getattr(config, name) <= 0:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be greater than 0")
+    backends = {"auto", *itertools.chain(*BACKENDS.values())}
+    if config.backend not in backends:
+        raise unknown("backend", config.backend, backends)
     kv_heads = config.heads if config.kv_heads is None else config.kv_heads
     if config.heads % kv_heads:
         raise ValueError(f"heads {config.heads} is not a multiple of kv_heads {kv_heads}; change one of them")
@@ -110,6 +118,7 @@ def block_specs(config: ModelConfig) -> list[tuple[MixerSpec, Place]]:
             depth=config.depth,
             norm_eps=config.norm_eps,
             rope_base=config.rope_base,
+            backend=config.backend,
         )
         blocks.append((specs.get(name) or mixer_spec(name), place))
     return blocks

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 import hybrid_sp as hsp
+from hybrid_sp.backends import BACKENDS
 from hybrid_sp.collectives import Group, Link
 from hybrid_sp.heads import FORMS
 from hybrid_sp.mesh import KINDS
@@ -108,10 +109,12 @@ class Recipe:
 FREE_KEYS = (
     "name", "out", "parallel.", "checkpoint.", "wandb.", "train.device", "train.threads", "train.validate_every",
     "train.validation_sequences", "train.sample", "train.keep_memory", "train.recompute", "train.trace",
+    "model.backend",
 )  # fmt: skip
 # Of these, what experiments are about: the names of runs say them.
 STRATEGY_KEYS = (
     "parallel.linear", "parallel.softmax", "parallel.kv_heads_per_gather", "parallel.keep_kv", "parallel.overlap",
+    "model.backend",
 )  # fmt: skip
 
 
@@ -333,10 +336,24 @@ def _validate_model(recipe: Recipe) -> None:
         model_facts(model)
     except ValueError as error:
         raise RecipeError(f"model: {error}") from error
+    operators = _operators(model)
+    _require(
+        model.backend in ("auto", *(name for operator in operators for name in BACKENDS[operator])),
+        f"model.backend={model.backend}",
+        f"is none of a block of this model, whose operators are {', '.join(operators)}; set model.backend=auto",
+    )
     try:
         sequence_parallel(recipe, None)
     except (ValueError, NotImplementedError) as error:
         raise RecipeError(f"parallel: {error}") from error
+
+
+def _operators(model: ModelConfig) -> list[str]:
+    """The engine's operators with a choice of backends that the model's blocks call."""
+    facts = [spec.cost(place) for spec, place in block_specs(model)]
+    summaries = [one.transition for fact in facts for one in fact.summaries]
+    linear = ["delta_rule" if transition == "matrix" else "linear_attention" for transition in summaries]
+    return sorted({*linear, *("softmax_attention" for fact in facts if fact.attention)})
 
 
 def _require(true: bool, what: str, why: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -64,7 +65,7 @@ def load_model(folder: Path) -> HybridLM:
     """The model of a run folder with the weights of its newest sound checkpoint, on the CPU."""
     recipe = config.load_resolved(folder / "recipe.yaml")
     dtype = torch.float64 if recipe.train.dtype == "float64" else torch.float32  # the masters of narrower weights
-    model = HybridLM(recipe.model).to(dtype)
+    model = HybridLM(replace(recipe.model, backend="auto")).to(dtype)
     checkpoint.load_weights(folder / "checkpoints", {name: p.detach() for name, p in model.named_parameters()})
     return model
 

@@ -1,8 +1,15 @@
-"""One session: single-threaded torch, fresh memory filled with NaN, and rank processes ended at the close."""
+"""One session: single-threaded torch, fresh memory filled with NaN, and rank processes ended at the close.
+
+Our Triton kernels run on the CPU, in Triton's interpreter. A kernel is made for it, or not, when its file is imported:
+so the variable stands before any import of triton, and rank processes inherit it. TRITON_INTERPRET=0 tests a device.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch

@@ -20,7 +20,6 @@ from ..state import (
     fold_forward,
     fold_initial,
     packed,
-    transition_gradient,
     unpacked,
 )
 
@@ -62,11 +61,8 @@ class AllGather:
 
         return collectives.start_all_gather(sent, self.shard.sp.group, header).then(unpack)
 
-    def arrive_backward(
-        self, received: _Gradients, entering: Tensor, transitions: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Gradients of this rank's summaries, of the states and of the log decays (None for dense transitions), and
-        this rank's part of that of the initial state."""
+    def arrive_backward(self, received: _Gradients, transitions: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Gradients of the states that leave this rank's spans, and this rank's part of that of the initial state."""
         own = list(self.shard.own)
         d_leaving_n = fold_backward(transitions, received.d_entering, received.d_final)
         d_leaving = torch.stack([d_leaving_n[i] for i in own])
@@ -74,8 +70,7 @@ class AllGather:
         if self.entered:
             d_own = [received.d_entering[i] for i in own]
             d_initial = fold_initial(transitions, own, d_own, received.d_final_here if self.final else None)
-        here = None if transitions is None else transitions[own]
-        return d_leaving, transition_gradient(here, d_leaving, entering), d_initial
+        return d_leaving, d_initial
 
 
 class _Gradients(NamedTuple):
@@ -104,8 +99,6 @@ class AllGatherSum:
         """Send this rank's gradient of the sum; receive all ranks'."""
         return self.launch(header, d_total, None, None)
 
-    def arrive_backward(
-        self, d_state: Tensor, entering: Tensor, kept: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def arrive_backward(self, d_state: Tensor, kept: Tensor | None) -> tuple[Tensor, None]:
         """The gradient of every rank's summary."""
-        return d_state, None, None
+        return d_state, None

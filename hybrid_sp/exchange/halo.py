@@ -134,12 +134,10 @@ class Halo:
         self.own = None  # of an earlier pass that did not get as far as the gradient of x
         return self.plan.give_back(header, d_rows.transpose(0, 1))
 
-    def arrive_backward(
-        self, received: Tensor, rows: Tensor, kept: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def arrive_backward(self, received: Tensor, kept: Tensor | None) -> tuple[Tensor, None]:
         """The gradient of x."""
         dx, self.own = self.own, None
         if dx is None:  # nothing but the rows reached the loss
             dx = received.new_zeros(self.shape)
         self.plan.add(dx, received)
-        return dx, None, None
+        return dx, None

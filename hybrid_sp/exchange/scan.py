@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .. import collectives
 from ..collectives import Group, Header, Pending
-from ..state import AffineState, transition_gradient
+from ..state import AffineState
 
 if TYPE_CHECKING:
     from ..layout import Shard
@@ -131,11 +131,10 @@ class Scanned:
         return self._launched(run, header, d_entering)
 
     def arrive_backward(
-        self, received: tuple[Tensor, Tensor | None], entering: Tensor, kept: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Gradients of this rank's summaries, and its part of that of the initial state."""
-        d_leaving, d_initial = received
-        return d_leaving, transition_gradient(kept, d_leaving, entering), d_initial
+        self, received: tuple[Tensor, Tensor | None], kept: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Gradients of the states that leave this rank's spans, and its part of that of the initial state."""
+        return received
 
     def _scan(
         self,

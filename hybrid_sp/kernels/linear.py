@@ -14,19 +14,42 @@ With a bonus u a token reads the state before it: o_t = scale * q_t (S_(t-1) + d
 the sums in intra and P_t exclude g_t, and the token itself counts (u q_t . k_t) v_t.
 
 Each phase is a pair of plain functions, `x_forward` and `x_backward`, that work through blocks of chunks with bounded
-temporaries. Decays g are natural logs, None | [B,T,H] | [B,T,H,K], finite and at most 0. Only sums of g over runs of
-tokens are exponentiated, so no exponent is ever positive. Everything is in one dtype, fp32 or fp64.
+temporaries. `kept` is what one hands to the next beside tensors with a gradient. Decays g are natural logs, None |
+[B,T,H] | [B,T,H,K], finite and at most 0. Only sums of g over runs of tokens are exponentiated, so no exponent is ever
+positive. Everything is in one dtype, fp32 or fp64. This is the reference of `gpu/linear.py`, which has the same
+functions.
 
 Sources: chunkwise form, GLA (arXiv 2312.06635, section 4) and Mamba-2 (arXiv 2405.21060, section 6).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
-from .chunks import Block, Chunks, running_sum
+from .chunks import Block, Chunks, cut, running_sum
 from .scores import scores
+
+PADDING = 1  # columns that v is widened by for a normaliser, of which one is used
+
+
+class Plan(NamedTuple):
+    """What the phases of one call share."""
+
+    chunks: Any  # of this backend's `partition`
+    scale: float
+    entered: bool  # whether states enter the spans: the third phase is given S_in
+    gated: bool  # whether g needs a gradient
+    dtype: torch.dtype  # of o
+
+
+def partition(lengths: Sequence[int], boundaries: Sequence[int], v: Tensor) -> Chunks:
+    """How these phases cut spans of these lengths (tokens), and at `boundaries`, the tokens of the rank at which
+    documents begin."""
+    return cut(lengths, v.shape[0] * v.shape[2], boundaries)
 
 
 def _over_state(decay: Tensor, ndim: int) -> Tensor:
@@ -46,12 +69,13 @@ def _decay_gradient(product: Tensor, g: Tensor) -> Tensor:
     return product if product.ndim == g.ndim else product.sum(-1)
 
 
-def states_forward(k: Tensor, v: Tensor, g: Tensor | None, chunks: Chunks) -> tuple[Tensor, Tensor, Tensor | None]:
+def states_forward(k: Tensor, v: Tensor, g: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor, Tensor | None, None]:
     """States that enter each chunk (and leave each span), every span beginning empty.
 
     k [B,T,G,K], v [B,T,H,V], g None | [B,T,H] | [B,T,H,K]. Returns h [N,B,H,K,V], the states that leave the spans
-    [s,B,H,K,V] and the log decay of each chunk, None | [N,B,H] | [N,B,H,K].
+    [s,B,H,K,V], the log decay of each chunk, None | [N,B,H] | [N,B,H,K], and nothing kept.
     """
+    chunks: Chunks = plan.chunks
     batch, _, heads, width = v.shape
     h = k.new_empty(chunks.count, batch, heads, k.shape[-1], width)
     leaving = torch.empty_like(h[: chunks.spans])
@@ -76,26 +100,36 @@ def states_forward(k: Tensor, v: Tensor, g: Tensor | None, chunks: Chunks) -> tu
                 torch.add(added[n], here, out=after)
             else:
                 torch.addcmul(added[n], decays[n], here, out=after)
-    return h, leaving, totals
+    return h, leaving, totals, None
+
+
+class Kept(NamedTuple):
+    """What `intra_backward` hands to `states_backward`: gradients that do not come through the states, and S_in."""
+
+    dk: Tensor
+    dv: Tensor
+    dg: Tensor | None
+    S_in: Tensor | None
 
 
 def states_backward(
-    dh: Tensor | None,
+    dh: Tensor,
     d_leaving: Tensor | None,
-    d_totals: Tensor | None,
     k: Tensor,
     v: Tensor,
     g: Tensor | None,
     h: Tensor,
     totals: Tensor | None,
-    chunks: Chunks,
-    grads: tuple[Tensor, Tensor, Tensor | None],
+    kept: Kept,
+    plan: Plan,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients dk, dv, dg: adds to those of `intra_backward` (in place) what comes through the states, from the
-    gradients of the entering states dh [N,B,H,K,V], of the states that leave the spans d_leaving [s,B,H,K,V] and
-    of the chunks' log decays."""
+    gradients of the entering states dh [N,B,H,K,V] and of the states that leave the spans d_leaving [s,B,H,K,V], in
+    the whole sequence; with them a span's own chain of chunks gives all, and its decay needs no gradient."""
+    chunks: Chunks = plan.chunks
     heads = v.shape[2]
-    dk, dv, dg = grads
+    dk, dv, dg, S_in = kept
+    carried = None if S_in is None else _before_chunks(totals, chunks, S_in)
     d_before = torch.zeros_like(h[0])  # gradient of the state before the block that comes next
     for block in reversed(chunks):
         if block.first + block.count == chunks.bounds[block.span + 1]:
@@ -106,13 +140,12 @@ def states_backward(
         d_before = torch.empty_like(d_before)
         for n in reversed(range(block.count)):
             before = d_added[n - 1] if n else d_before
-            d_enter = torch.zeros_like(before) if dh is None else dh[block.first + n]
             if chunks.fresh[block.first + n]:
                 before.zero_()
             elif decays is None:
-                torch.add(d_enter, d_added[n], out=before)
+                torch.add(dh[block.first + n], d_added[n], out=before)
             else:
-                torch.addcmul(d_enter, decays[n], d_added[n], out=before)
+                torch.addcmul(dh[block.first + n], decays[n], d_added[n], out=before)
         flat = d_added.flatten(0, 2)
         k_NCK, v_NCV = block.load(k, heads), block.load(v, heads)
         dk_NCK = v_NCV @ flat.mT
@@ -121,10 +154,8 @@ def states_backward(
             factor = _over_tokens(after)
             dk_NCK.mul_(factor)
             d_after_sum = _decay_gradient(dk_NCK * k_NCK, after)
-            d_total = (d_added * h[block.chunks]).sum(-1)
+            d_total = (flat * _entering(block, h, carried, S_in)).view_as(d_added).sum(-1)
             d_total = _decay_gradient(d_total * decays.squeeze(-1), totals)
-            if d_totals is not None:
-                d_total = d_total + d_totals[block.chunks]
             block.add(dg, running_sum(d_after_sum, "before") + d_total.flatten(0, 2).unsqueeze(1))
             k_NCK = k_NCK * factor
         block.add(dk, dk_NCK)
@@ -132,17 +163,19 @@ def states_backward(
     return dk, dv, dg
 
 
-def intra_forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, bonus: Tensor | None, chunks: Chunks) -> Tensor:
-    """The part of o [B,T,H,V] that comes from tokens of the same chunk, not yet scaled."""
+def intra_forward(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, bonus: Tensor | None, h: Tensor, kept: None, plan: Plan
+) -> tuple[Tensor, None]:
+    """The part of o [B,T,H,V] that comes from tokens of the same chunk, not yet scaled; nothing kept."""
     heads = v.shape[2]
     o = torch.empty_like(v)
-    for block in chunks:
+    for block in plan.chunks:
         q_NCK, k_NCK = block.load(q, heads), block.load(k, heads)
         weights = scores(_load(block, g, heads), bonus is not None).weights(q_NCK, k_NCK)
         if bonus is not None:
             weights.diagonal(dim1=1, dim2=2).add_((_over_rows(bonus, q_NCK) * q_NCK * k_NCK).sum(-1))
         block.store(o, weights @ block.load(v, heads))
-    return o
+    return o, None
 
 
 def intra_backward(
@@ -155,18 +188,18 @@ def intra_backward(
     h: Tensor,
     totals: Tensor | None,
     S_in: Tensor | None,
-    scale: float,
-    chunks: Chunks,
-) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor, Tensor | None]]:
+    plan: Plan,
+) -> tuple[Tensor, Tensor | None, Kept]:
     """All gradients that need no other rank's: dq and that of the bonus whole, and of dk, dv, dg what does not come
     through the states."""
+    chunks: Chunks = plan.chunks
     heads, exclusive = v.shape[2], bonus is not None
     before = None if S_in is None else _before_chunks(totals, chunks, S_in)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     dg = None if g is None else torch.empty_like(g)
     d_bonus = None if bonus is None else torch.zeros_like(bonus)
     for block in chunks:
-        do_NCV = block.load(do, heads) * scale
+        do_NCV = block.load(do, heads) * plan.scale
         q_NCK, k_NCK, g_NC = block.load(q, heads), block.load(k, heads), _load(block, g, heads)
         block_scores = scores(g_NC, exclusive)
         weights = block_scores.weights(q_NCK, k_NCK)
@@ -188,7 +221,7 @@ def intra_backward(
             block.store(dg, dg_NC.add_(running_sum(d_read, "after" if exclusive else "from")))
         block.store(dq, dq_NCK.add_(dq_read))
         block.store(dk, dk_NCK)
-    return dq, d_bonus, (dk, dv, dg)
+    return dq, d_bonus, Kept(dk, dv, dg, S_in)
 
 
 def _load(block: Block, g: Tensor | None, heads: int) -> Tensor | None:
@@ -237,20 +270,22 @@ def _reading(block: Block, q: Tensor, g: Tensor | None, exclusive: bool, heads: 
 def inter_forward(
     o_intra: Tensor,
     q: Tensor,
+    k: Tensor,
     g: Tensor | None,
-    exclusive: bool,
+    bonus: Tensor | None,
     h: Tensor,
     totals: Tensor | None,
     S_in: Tensor | None,
-    scale: float,
-    chunks: Chunks,
+    kept: None,
+    plan: Plan,
 ) -> Tensor:
     """o from o_intra, in its place: adds what the entering states contribute, and scales. S_in [s,B,H,K,V], or None
     where no state enters."""
-    heads = o_intra.shape[2]
+    chunks: Chunks = plan.chunks
+    heads, scale = o_intra.shape[2], plan.scale
     before = None if S_in is None else _before_chunks(totals, chunks, S_in)
     for block in chunks:
-        q_NCK, entering = _reading(block, q, g, exclusive, heads), _entering(block, h, before, S_in)
+        q_NCK, entering = _reading(block, q, g, bonus is not None, heads), _entering(block, h, before, S_in)
         o_NCV = torch.baddbmm(block.load(o_intra, heads), q_NCK, entering, beta=scale, alpha=scale)
         block.store(o_intra, o_NCV)
     return o_intra
@@ -259,34 +294,25 @@ def inter_forward(
 def inter_backward(
     do: Tensor,
     q: Tensor,
+    k: Tensor,
     g: Tensor | None,
-    exclusive: bool,
+    bonus: Tensor | None,
     h: Tensor,
     totals: Tensor | None,
     S_in: Tensor | None,
-    scale: float,
-    chunks: Chunks,
+    plan: Plan,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """What other ranks wait for: dh, d_totals and dS_in of `inter_forward`. Those of q and g are `intra_backward`'s."""
+    """What other ranks wait for: dh and dS_in; S_in is kept. Gradients of q and g are `intra_backward`'s."""
+    chunks: Chunks = plan.chunks
     heads = do.shape[2]
     before = None if S_in is None else _before_chunks(totals, chunks, S_in)
     dh = torch.empty_like(h)
     dS_in = None if S_in is None else torch.zeros_like(S_in)
-    d_before = None if before is None or totals is None else torch.empty_like(totals)
     for block in chunks:
         d_states = dh[block.chunks]
-        flat, q_NCK = d_states.flatten(0, 2), _reading(block, q, g, exclusive, heads)
-        torch.baddbmm(flat, q_NCK.mT, block.load(do, heads), beta=0, alpha=scale, out=flat)
-        if S_in is not None and dS_in is not None:
+        flat, q_NCK = d_states.flatten(0, 2), _reading(block, q, g, bonus is not None, heads)
+        torch.baddbmm(flat, q_NCK.mT, block.load(do, heads), beta=0, alpha=plan.scale, out=flat)
+        if dS_in is not None:
             d_carried = d_states if before is None else d_states * _over_state(before[block.chunks], 5)
             dS_in[block.span] += d_carried.sum(0)
-            if d_before is not None:
-                product = (d_carried * S_in[block.span]).sum(-1)
-                d_before[block.chunks] = _decay_gradient(product, d_before)
-    d_totals = None if d_before is None else torch.zeros_like(d_before)
-    if d_before is not None and d_totals is not None:
-        for span in range(chunks.spans):
-            here = chunks.of_span(span)
-            later = d_before[here.start + 1 : here.stop].flip(0).cumsum(0).flip(0)
-            d_totals[here.start : here.stop - 1] = later
-    return dh, d_totals, dS_in
+    return dh, dS_in, S_in

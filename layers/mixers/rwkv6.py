@@ -66,6 +66,7 @@ class RWKV6Mixer(nn.Module):
         super().__init__()
         dim, heads, width = place.dim, place.heads, place.width()
         self.heads, self.depths = heads, (place.layer, place.depth)
+        self.backend = place.backend_of("linear_attention")
         self.norm_eps = width * place.norm_eps
         self.mix_first = nn.Parameter(torch.empty(dim))  # mu
         self.mix = nn.Parameter(torch.empty(len(MIXED) * dim))  # mu_i; flat, as all that is no matrix
@@ -123,7 +124,14 @@ class RWKV6Mixer(nn.Module):
         )
         u_HK, weight_HV, bias_HV = (x.view(self.heads, -1) for x in (self.bonus, self.norm_weight, self.norm_bias))
         recur: Callable[..., Any] = partial(
-            hsp.linear_attention, r_BTHK, k_BTHK, v_BTHV, log_decay=log_decay_BTHK, bonus=u_HK, scale=1.0
+            hsp.linear_attention,
+            r_BTHK,
+            k_BTHK,
+            v_BTHV,
+            log_decay=log_decay_BTHK,
+            bonus=u_HK,
+            scale=1.0,
+            backend=self.backend,
         )
         if cache is None:
             o_BTHV = recur(shard=shard)

@@ -42,6 +42,7 @@ class SoftmaxMixer(nn.Module):
         super().__init__()
         width = place.width(even=True)
         self.rope_base, self.window = place.rope_base, window
+        self.backend = place.backend_of("softmax_attention")
         self.kv_shape = (place.kv_heads, width)
         self.project = HeadProjection(place.dim, [(place.heads, width), self.kv_shape, self.kv_shape])
         self.output = nn.Linear(place.heads * width, place.dim, bias=False)
@@ -66,9 +67,11 @@ class SoftmaxMixer(nn.Module):
             pairs = zip(cache.tensors, (k_BTGK, v_BTGK), strict=True)
             k_BTGK, v_BTGK = (torch.cat(pair, dim=1)[:, kept] for pair in pairs)
             cache = cache.extended(tokens, k_BTGK, v_BTGK)
-            o_BTHK = hsp.softmax_attention(q_BTHK, k_BTGK, v_BTGK, causal=False)
+            o_BTHK = hsp.softmax_attention(q_BTHK, k_BTGK, v_BTGK, causal=False, backend=self.backend)
         else:
-            o_BTHK = hsp.softmax_attention(q_BTHK, k_BTGK, v_BTGK, shard=shard, window=self.window)
+            o_BTHK = hsp.softmax_attention(
+                q_BTHK, k_BTGK, v_BTGK, shard=shard, window=self.window, backend=self.backend
+            )
         return self.output(rearrange(o_BTHK, "b t h k -> b t (h k)")), cache
 
     @staticmethod

@@ -44,6 +44,7 @@ class Case:
     softmax: str = "all_gather"
     kv_heads_per_gather: int | None = None
     keep_kv: bool = True
+    backend: str = "auto"
     seed: int = 0
 
     def inputs(self, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
@@ -94,9 +95,12 @@ class Case:
     def call(self, x: dict[str, Tensor], shard: hsp.Shard | None) -> tuple[Tensor, list[Tensor]]:
         """Output and final states of the operator under test."""
         states: dict[str, Any] = {"initial_state": x.get("initial"), "return_final_state": self.states}
+        if self.operator in ("linear", "delta"):
+            states["backend"] = self.backend
         match self.operator:
             case "softmax":
-                out = hsp.softmax_attention(x["q"], x["k"], x["v"], shard=shard, causal=self.causal, window=self.window)
+                given: dict[str, Any] = {"causal": self.causal, "window": self.window, "backend": self.backend}
+                out = hsp.softmax_attention(x["q"], x["k"], x["v"], shard=shard, **given)
             case "conv":
                 activation = "silu" if self.bias else None
                 out = hsp.short_conv(x["x"], x["weight"], x.get("bias"), activation=activation, shard=shard, **states)

@@ -135,7 +135,7 @@ def test_cost_is_what_is_counted(case: Case, dtype: torch.dtype, monkeypatch: py
 
 
 def countable_linear_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, log_decay, bonus, scale, shard, normalize=False
+    q: Tensor, k: Tensor, v: Tensor, *, log_decay, bonus, scale, shard, backend, normalize=False
 ) -> Tensor:  # type: ignore[no-untyped-def]
     """The recurrence with its sizes alone, each product a batched matrix product, which the counter knows."""
     outputs = []
@@ -147,7 +147,7 @@ def countable_linear_attention(
     return torch.stack(outputs, dim=1).view_as(v)
 
 
-def countable_delta_rule(q: Tensor, k: Tensor, v: Tensor, *, beta, log_decay, scale, shard) -> Tensor:  # type: ignore[no-untyped-def]
+def countable_delta_rule(q: Tensor, k: Tensor, v: Tensor, *, beta, log_decay, scale, shard, backend) -> Tensor:  # type: ignore[no-untyped-def]
     """The same for the delta rule: what the state has under a key, its replacement, and the read."""
     outputs = []
     for q_BH1K, k_BHK1, v_BH1V, S in countable_states(q, k, v):
@@ -173,7 +173,7 @@ def countable_short_conv(x: Tensor, weight: Tensor, bias: Tensor | None, *, acti
     return torch.bmm(windows_DXW, weight[:, :, None])[..., 0].T.reshape(x.shape)
 
 
-def countable_softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, shard, window) -> Tensor:  # type: ignore[no-untyped-def]
+def countable_softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, shard, window, backend) -> Tensor:  # type: ignore[no-untyped-def]
     """Each query against the keys that it sees, each product a batched matrix product, which the counter knows."""
     repeats = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(repeats, dim=2) for x in (k, v))

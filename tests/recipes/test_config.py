@@ -53,6 +53,7 @@ def test_options_of_mixers_and_patterns(recipe_file: Path) -> None:
         (["parallel.keep_kv=false", "train.recompute=full", "train.trace=true"], "mine-keep_kv-false"),
         (["parallel.sp=2", "checkpoint.keep=3", "wandb.mode=disabled", "out=elsewhere", "train.threads=1"], "mine"),
         (["model.mixers.gla.expand_k=0.5"], "mine-expand_k-0.5"),
+        (["model.backend=torch"], "mine-backend-torch"),
     ],
 )
 def test_the_name_says_what_the_command_line_changed(recipe_file: Path, overrides: list[str], name: str) -> None:
@@ -132,6 +133,8 @@ IMPOSSIBLE = [
     ("model.kv_heads=3", 1, ["heads 4", "kv_heads 3"]),
     ("model.vocab=300", 1, ["model.vocab=300", "256"]),
     ("model.mixers.gla.expand=2", 1, ["option 'expand' of mixer 'gla'", "expand_k"]),
+    ("model.backend=trito", 1, ["model: unknown backend 'trito'; did you mean 'triton'?", "known: auto, "]),
+    ("model.backend=fla", 1, ["model.backend=fla", "none of a block", "linear_attention, softmax_attention", "=auto"]),
     ("data.length=3", 2, ["data.length=3", "4 spans of 2 ranks (zigzag)", "parallel.sp"]),
     ("parallel.dp=2", 3, ["parallel.dp=2", "3 processes"]),
     ("parallel.sp=4", 2, ["parallel.sp=4", "make 4 processes, but 2", "--nproc-per-node 4"]),
@@ -256,6 +259,17 @@ def test_which_blocks_are_recomputed(asked: list[str], blocks: tuple[int, ...], 
     again = config.load_resolved(tmp_path / "resolved.yaml")
     assert config.recomputed_blocks(again.model, again.train) == blocks
     assert config.difference(config.load(ROOT / "recipes/quickstart.yaml"), recipe) == []
+
+
+@pytest.mark.parametrize(
+    ("backend", "pattern"),
+    [("torch", "[gla]"), ("triton", "[gla,softmax]"), ("fla", "[kda,softmax]"), ("flash_attn", "[kda,sliding_window]")],
+)
+def test_a_backend_that_a_block_has(backend: str, pattern: str) -> None:
+    """It may change when a run is resumed: weights depend on it by rounding alone."""
+    recipe = config.load(ROOT / "recipes/quickstart.yaml", [f"model.backend={backend}", f"model.pattern={pattern}"])
+    config.validate(recipe, 1)
+    assert config.difference(replace(recipe, model=replace(recipe.model, backend="auto")), recipe) == []
 
 
 def test_difference_names_what_changes_the_weights() -> None:

@@ -46,5 +46,8 @@ def test_the_command(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert run_program(str(tiny), f"out={tmp_path}", "name=run", "train.steps=3").ok
     assert main([str(tmp_path / "run"), "--prompt", "rank", "--tokens", "8", "--seed", "1"]) == 0
     assert capsys.readouterr().out.startswith("rank")
+    resolved = tmp_path / "run" / "recipe.yaml"
+    resolved.write_text(resolved.read_text().replace("backend: auto", "backend: flash_attn"))
+    assert main([str(tmp_path / "run"), "--tokens", "2"]) == 0, "trained on a device, and read on the CPU"
     assert main([str(tmp_path / "nothing")]) == 2
     assert "recipe.yaml: cannot be read" in capsys.readouterr().err

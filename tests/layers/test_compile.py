@@ -1,0 +1,146 @@
+"""torch.compile over blocks: their graphs break at operators alone, and collectives and gradients are as without it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+import hybrid_sp as hsp
+from layers.block import Block
+from layers.registry import MIXERS, mixer_spec
+from tests.layers.formulas.parts import PLACE
+from tests.support.ranks import run_ranks
+
+OPERATORS = {"delta_net": 2, "gated_delta_net": 2, "kda": 2, "mamba2": 2, "rwkv6": 2}  # that a mixer calls; others one
+WIDE = replace(PLACE, dim=32)
+DISABLED = "Skip calling `torch.compiler.disable()`d function"
+# Where torch has it, a break within a function that a block calls leaves the block's own graph whole.
+NESTED = hasattr(torch._dynamo.config, "nested_graph_breaks")
+
+
+@pytest.fixture(autouse=True)
+def compiler() -> Iterator[None]:
+    """Nothing is compiled yet, and nothing stays."""
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+class Graphs:
+    """A backend of torch.compile that runs graphs as they are, and counts them."""
+
+    def __init__(self) -> None:
+        self.compiled = self.run = 0
+
+    def __call__(self, module: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        self.compiled += 1
+
+        def run(*args: Any) -> Any:
+            self.run += 1
+            return module.forward(*args)
+
+        return run
+
+
+def block_of(mixer: str) -> Block:
+    torch.manual_seed(0)
+    return Block(mixer_spec(mixer), WIDE, 32).double()
+
+
+def tokens(count: int) -> Tensor:
+    return torch.randn(2, count, WIDE.dim, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+def results(block: Callable[..., Any], weights: nn.Module, x: Tensor, shard: hsp.Shard | None) -> list[Tensor]:
+    """Output, and gradients of the input and of every weight."""
+    x = x.detach().requires_grad_()
+    y, _ = block(x, shard)
+    grads = torch.autograd.grad(y.square().sum(), [x, *weights.parameters()], allow_unused=True)
+    return [y, *(grad for grad in grads if grad is not None)]
+
+
+def assert_same(got: Sequence[Tensor], want: Sequence[Tensor], bound: float = 0.0) -> None:
+    assert len(got) == len(want)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b) if not bound else (a - b).norm() <= bound * b.norm()
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_block_breaks_once_at_every_operator(mixer: str) -> None:
+    block, graphs = block_of(mixer), Graphs()
+    sp = hsp.SequenceParallel(None)
+    with torch._dynamo.config.patch(nested_graph_breaks=True) if NESTED else nullcontext():
+        compiled = torch.compile(block, backend=graphs)
+        for _ in range(2):  # another shard of as many tokens compiles nothing anew
+            shard = sp.shard(20)
+            assert_same(results(compiled, block, tokens(20), shard), results(block, block, tokens(20), shard))
+    operators = OPERATORS.get(mixer, 1)
+    assert {reason.splitlines()[0] for reason in counters["graph_break"]} == {DISABLED}
+    assert len(counters["graph_break"]) <= operators
+    if NESTED:
+        assert sum(counters["graph_break"].values()) == operators
+        assert graphs.compiled == operators + 1 and graphs.run == 2 * (operators + 1)
+
+
+@pytest.mark.parametrize("mixer", ["gated_delta_net", "softmax"])
+def test_breaks_as_torch_is_set_by_default(mixer: str) -> None:
+    """A break within a function that a block calls then ends the graphs of both, so there are more; all of its reasons
+    are operators."""
+    block, graphs = block_of(mixer), Graphs()
+    compiled = torch.compile(block, backend=graphs)
+    shard = hsp.SequenceParallel(None).shard(20)
+    assert_same(results(compiled, block, tokens(20), shard), results(block, block, tokens(20), shard))
+    assert {reason.splitlines()[0] for reason in counters["graph_break"]} == {DISABLED}
+    assert len(counters["graph_break"]) <= OPERATORS.get(mixer, 1)
+    assert graphs.run <= OPERATORS.get(mixer, 1) + 3
+
+
+@pytest.mark.parametrize("mixer", ["gated_delta_net", "softmax"])
+def test_with_graphs_of_the_backward_pass_too(mixer: str) -> None:
+    block = block_of(mixer)
+    compiled = torch.compile(block, backend="aot_eager")
+    assert_same(results(compiled, block, tokens(20), None), results(block, block, tokens(20), None), 1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="no C++ compiler is installed")
+def test_with_the_default_backend() -> None:
+    block = block_of("gla")
+    compiled = torch.compile(block)
+    assert_same(results(compiled, block, tokens(20), None), results(block, block, tokens(20), None), 1e-12)
+
+
+def compare_on_ranks(group: Any) -> None:
+    shard = hsp.SequenceParallel(group, layout="zigzag", check=True).shard(30)
+    x = shard.take(tokens(30))
+    blocks = nn.ModuleList(block_of(mixer) for mixer in ("gla", "gated_delta_net", "rwkv6", "softmax"))
+
+    def run(x: Tensor, shard: hsp.Shard) -> tuple[Tensor, None]:
+        for block in blocks:
+            x, _ = block(x, shard)
+        return x, None
+
+    torch._dynamo.reset()
+    graphs = Graphs()
+    books = []
+    found = []
+    for function in (run, torch.compile(run, backend=graphs)):
+        with hsp.ledger() as book:
+            found.append(results(function, blocks, x, shard))
+        books.append([(row.collective, row.tag, row.direction, row.bytes) for row in book.rows])
+    assert graphs.run > len(blocks) and books[0] and books[0] == books[1]
+    assert_same(found[1], found[0])
+    torch._dynamo.reset()
+
+
+def test_ranks_make_the_same_collectives_in_the_same_order() -> None:
+    run_ranks(compare_on_ranks, 2)
