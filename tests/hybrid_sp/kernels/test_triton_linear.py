@@ -1,0 +1,270 @@
+"""backend="triton" of linear attention, interpreted on the CPU, against the token loop: outputs and every gradient."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import hybrid_sp as hsp
+from hybrid_sp import collectives
+from tests.hybrid_sp.cases import Case, measured, truth
+from tests.hybrid_sp.test_parity import check_low_precision
+from tests.support.oracle import assert_close
+from tests.support.ranks import run_ranks
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
+
+LENGTH = 59
+SHORT, LONG = (0, 1, 14, 15, 29, 30, 33, 59), (0, 3, 52, 59)  # documents
+NAMED = {
+    "none": Case(heads=2, groups=2, states=True, layout="zigzag"),
+    "fixed": Case(heads=4, groups=2, documents=SHORT, decay="fixed"),
+    "scalar": Case(heads=2, groups=2, states=True, decay="scalar"),
+    "normalized": Case(heads=2, groups=1, states=True, documents=LONG, decay="scalar", normalize=True, layout="zigzag"),
+    "vector": Case(heads=4, groups=2, states=True, decay="vector"),
+    "bonus": Case(heads=2, groups=2, documents=SHORT, decay="vector", bonus=True),
+    "bonus, normalized": Case(heads=2, groups=1, bonus=True, normalize=True),
+    "bonus, scalar": Case(heads=2, groups=2, decay="scalar", bonus=True),
+}
+CASES = [replace(case, backend="triton", length=LENGTH) for case in NAMED.values()]
+
+
+@contextmanager
+def small(chunk: int) -> Iterator[None]:
+    """Chunks of so many tokens, and segments of two, so that little work has many of both."""
+    from hybrid_sp.kernels.gpu import linear, segments
+    from tests.support.interpreter import mend
+
+    mend()
+    kept = linear.scan_chunk, segments.SHORTEST, segments.PROGRAMS
+    linear.scan_chunk, segments.SHORTEST, segments.PROGRAMS = (lambda dtype: chunk), 2, 1 << 20
+    try:
+        yield
+    finally:
+        linear.scan_chunk, segments.SHORTEST, segments.PROGRAMS = kept
+        segments.segment.cache_clear()
+
+
+def check_cases(group: Any, cases: list[tuple[Case, dict[str, Tensor]]]) -> int:
+    with small(16):
+        for case, want in cases:
+            shard = hsp.SequenceParallel(group, layout=case.layout).shard(case.length, case.documents)
+            for name, value in measured(case, group, torch.float32).items():
+                expected = want[name] if value.shape == want[name].shape else shard.take(want[name])
+                where = f"{case} {name} on rank {collectives.rank(group)}"
+                assert_close(where, value.double(), expected, 2e-6)
+    return len(cases)
+
+
+@pytest.mark.parametrize("case", CASES, ids=NAMED)
+def test_parity_fp32_on_one_device(case: Case) -> None:
+    """Of one span, in which a state goes from segment to segment, or of two that exchange theirs."""
+    check_cases(None, [(case, truth(case, torch.float32))])
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_parity_fp32(world: int) -> None:
+    layout = "contiguous" if world == 3 else "zigzag"
+    cases = [replace(case, layout=layout) for case in (CASES[2:7] if world == 3 else CASES)]
+    given = [(case, truth(case, torch.float32)) for case in cases]
+    assert run_ranks(check_cases, world, given, deadline=240) == [len(given)] * world
+
+
+def check_bytes(group: Any) -> None:
+    with small(16):
+        shard = hsp.SequenceParallel(group).shard(20)
+        x, bonus = torch.randn(1, shard.tokens, 2, 16), torch.randn(2, 16)
+        for decay in (None, (2,), (1, shard.tokens, 2), (1, shard.tokens, 2, 16)):
+            g = None if decay is None else -torch.rand(decay)
+            for u in (None, bonus):
+                sent = []
+                for backend in ("torch", "triton"):
+                    with hsp.ledger() as book:
+                        leaves = [x.clone().requires_grad_() for _ in range(3)]
+                        o = hsp.linear_attention(*leaves, log_decay=g, bonus=u, shard=shard, backend=backend)
+                        torch.autograd.grad(o.sum(), leaves)
+                    sent.append([(row.collective, row.direction, row.bytes) for row in book.rows])
+                assert sent[0] == sent[1], f"decay {decay}, bonus {u is not None}"
+
+
+def test_as_much_is_sent_as_by_torch() -> None:
+    run_ranks(check_bytes, 2, deadline=120)
+
+
+def check_missing(group: Any) -> None:
+    with hsp.ledger() as book:
+        for linear in ("all_gather", "ulysses"):
+            shard = hsp.SequenceParallel(group, linear=linear).shard(20)
+            x = torch.randn(1, shard.tokens, 2, 16)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setitem(sys.modules, "hybrid_sp.kernels.gpu.linear", None)
+                patch.delattr("hybrid_sp.kernels.gpu.linear", raising=False)
+                with pytest.raises(ImportError, match='pass backend="torch"'):
+                    hsp.linear_attention(x, x, x, shard=shard, backend="triton")
+    assert not book.calls
+
+
+def test_a_missing_package_is_missed_before_any_communication() -> None:
+    run_ranks(check_missing, 2)
+
+
+def check_bf16(group: Any, cases: list[tuple[Case, list[dict[str, Tensor]]]]) -> None:
+    with small(32):
+        check_low_precision(group, cases, torch.bfloat16)
+
+
+def test_bf16_on_two_ranks_errs_at_most_twice_as_much() -> None:
+    """And on one device at most 5e-3, also where a normaliser makes dq the difference of two greater numbers."""
+    case = replace(CASES[3], documents=None, layout="zigzag")
+    truths = [truth(replace(case, seed=seed), torch.bfloat16) for seed in range(4)]
+    run_ranks(check_bf16, 2, [(case, truths)], deadline=240)
+
+
+@pytest.mark.parametrize("decay", ["scalar", "vector"])
+def test_nothing_leaks_from_later_tokens(decay: str) -> None:
+    """Outputs before a token that is changed stay as they are, bit by bit; those after it in its document do not."""
+    with small(16):
+        case = replace(CASES[2], decay=decay, states=False)
+        x, changed = case.inputs(torch.float32), 37
+        before, _ = case.call(x, None)
+        for name in ("q", "k", "v", "log_decay"):
+            x[name] = x[name].clone()
+            x[name][:, changed] *= 1.5
+        after, _ = case.call(x, None)
+    assert torch.equal(after[:, :changed], before[:, :changed])
+    assert (after[:, changed:] != before[:, changed:]).any(-1).all()
+
+
+def test_strides_that_layers_make_are_read_as_they_are() -> None:
+    """q, k, v as slices of one projection, heads before tokens, and a decay that is the same for all tokens."""
+    with small(16):
+        torch.manual_seed(0)
+        together = torch.randn(1, 40, 2, 3 * 8)
+        q, k, v = together.split(8, dim=-1)
+        by_head = v.transpose(1, 2).contiguous().transpose(1, 2)
+        g = torch.tensor(-0.1).expand(1, 40, 2)
+        got = hsp.linear_attention(q, k, by_head, log_decay=g, backend="triton")
+        want = hsp.linear_attention(q, k, v, log_decay=g, backend="torch")
+    assert isinstance(got, Tensor) and isinstance(want, Tensor)
+    assert_close("o", got, want, 1e-6)
+
+
+def test_fp16_does_not_overflow_in_the_state() -> None:
+    """Positive features of many tokens add up to more than fp16 holds, and the outputs are within its range."""
+    with small(64):
+        q = torch.full((1, 600, 1, 16), 0.01, dtype=torch.float16)
+        k = v = torch.full((1, 600, 1, 16), 20.0, dtype=torch.float16)
+        o = hsp.linear_attention(q, k, v, scale=0.01, backend="triton")
+        want = hsp.linear_attention(q.double(), k.double(), v.double(), scale=0.01, backend="torch")
+    assert isinstance(o, Tensor) and isinstance(want, Tensor)
+    assert_close("o", o.double(), want, 1e-3)
+
+
+def test_gradients_come_to_kernels_in_the_dtype_of_o(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where states enter and o is summed in fp32: a factor in fp32 costs a kernel second products."""
+    from hybrid_sp.kernels.gpu import linear
+
+    seen, scan = [], linear.scan
+
+    def record(x: Tensor, y: Tensor | None, z: Tensor | None, *rest: Any, **options: Any) -> Tensor:
+        seen.extend(array.dtype for array in (x, y, z) if array is not None)
+        return scan(x, y, z, *rest, **options)
+
+    monkeypatch.setattr(linear, "scan", record)
+    with small(16):
+        q, k, v = (torch.randn(1, 20, 1, 16, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+        o, _ = hsp.linear_attention(q, k, v, return_final_state=True, backend="triton")
+        o.sum().backward()
+    assert set(seen) == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("decay", ["scalar", "vector"])
+def test_fp16_gradients_of_decays_bear_great_states(decay: str) -> None:
+    q, k, v, do = (torch.full((1, 640, 1, 16), x, dtype=torch.float16) for x in (0.005, 20.0, 20.0, 0.005))
+    g = torch.full((1, 640, 1, 16)[: 4 if decay == "vector" else 3], -1e-4)
+    found = []
+    with small(64):
+        for backend, dtype in (("triton", torch.float16), ("torch", torch.float64)):
+            g_ = g.to(torch.float32 if backend == "triton" else dtype).requires_grad_()
+            o = hsp.linear_attention(*(x.to(dtype) for x in (q, k, v)), log_decay=g_, scale=0.01, backend=backend)
+            found.append(torch.autograd.grad(o, g_, do.to(dtype))[0].double())
+    assert_close("dg", *found, 1.3e-3)
+
+
+def test_gradients_of_normalised_outputs_under_decays_per_channel() -> None:
+    """Twice the error of torch's path: what numerator and denominator give to q and k nearly cancels."""
+    torch.manual_seed(0)
+    q, k, v, do = (torch.randn(1, 160, 1, 16) for _ in range(4))
+    g, found = -torch.rand(1, 160, 1, 16) * 0.05, []
+    for backend, dtype in (("triton", torch.bfloat16), ("torch", torch.bfloat16), ("torch", torch.float64)):
+        leaves = [x.bfloat16().to(dtype).requires_grad_() for x in (q.exp() * 0.3, k.exp() * 0.3, v)]
+        with small(64):
+            o = hsp.linear_attention(*leaves, log_decay=g, normalize=True, backend=backend)
+            found.append([x.double() for x in torch.autograd.grad(o, leaves, do.bfloat16().to(dtype))])
+    for name, got, reference, want in zip(("dq", "dk", "dv"), *found, strict=True):
+        assert (got - want).norm() <= 2 * (reference - want).norm(), name
+
+
+@pytest.mark.parametrize("size", [0.02, 30.0])
+def test_fp16_gradients_of_normalised_outputs_have_any_size(size: float) -> None:
+    """That of the numerator is do over the denominator, in fp32: more, or less, than fp16 holds."""
+    torch.manual_seed(0)
+    q, k, v, do = (torch.randn(1, 160, 1, 16) for _ in range(4))
+    q, k, do = q.exp() * 0.3 * size, k.exp() * 0.3 * size, do * (64 if size < 1 else 1e-3)
+    g, found = -torch.rand(1, 160, 1) * 0.05, []
+    with small(64):
+        for backend, dtype in (("triton", torch.float16), ("torch", torch.float64)):
+            leaves = [x.half().to(dtype).requires_grad_() for x in (q, k, v)]
+            o = hsp.linear_attention(*leaves, log_decay=g, normalize=True, backend=backend)
+            found.append(torch.autograd.grad(o, leaves, do.half().to(dtype)))
+    assert_close("dv", found[0][2].double(), found[1][2], 6.5e-4)
+
+
+@pytest.mark.parametrize("decay", ["scalar", "vector"])
+def test_wide_dims_are_taken_in_pieces(decay: str) -> None:
+    """fp32 at most 64 rows and columns of a state at a time, and one column beside a multiple of 16 alone."""
+    make = torch.Generator().manual_seed(0)
+    width = {"scalar": (), "vector": (70,)}[decay]
+    shapes = {"q": (1, 20, 1, 70), "k": (1, 20, 1, 70), "v": (1, 20, 1, 81), "log_decay": (1, 20, 1, *width)}
+    x = {name: torch.randn(shape, generator=make) for name, shape in shapes.items()}
+    x["log_decay"] = -0.3 * x["log_decay"].abs()
+    do = torch.randn(1, 20, 1, 81, generator=make)
+    got, want = [], []
+    with small(16):
+        for backend, dtype, results in (("triton", torch.float32, got), ("torch", torch.float64, want)):
+            given = {name: value.to(dtype).requires_grad_() for name, value in x.items()}
+            o = hsp.linear_attention(**given, backend=backend)
+            assert isinstance(o, Tensor)
+            results += [o, *torch.autograd.grad(o, list(given.values()), do.to(dtype))]
+    for name, a, b in zip(("o", *(f"d{name}" for name in x)), got, want, strict=True):
+        assert_close(name, a.double(), b, 2e-6)
+
+
+@pytest.mark.parametrize("decay", ["scalar", "none"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_what_cancels_in_a_normaliser_is_multiplied_exactly(dtype: torch.dtype, decay: str) -> None:
+    """Values that are nearly the same: of what they give to q, and q and k to g, the denominator takes most back."""
+    make = torch.Generator().manual_seed(0)
+    q, k, v = (torch.rand(1, 40, 1, 16, generator=make) for _ in range(3))
+    g, do = -0.3 * torch.rand(1, 40, 1, generator=make), torch.randn(1, 40, 1, 16, generator=make).to(dtype)
+    given = [q.to(dtype), k.to(dtype), (v + 2).to(dtype), *([g] if decay == "scalar" else [])]
+    got, want = [], []
+    with small(16):
+        for backend, results in (("triton", got), ("torch", want)):
+            x = [y.to(torch.float64 if backend == "torch" else y.dtype).requires_grad_() for y in given]
+            o = hsp.linear_attention(*x[:3], log_decay=(*x, None)[3], normalize=True, backend=backend)
+            assert isinstance(o, Tensor)
+            results += torch.autograd.grad(o, x, do.to(o.dtype))
+    bounds = {"dq": 0.023, "dk": 0.014, "dv": 0.004, "dg": 0.045}  # no more than bf16 needs
+    for (name, bound), a, b in zip(bounds.items(), got, want, strict=False):
+        error = float((a.double() - b).norm() / b.norm())
+        assert error <= bound, f"{name}: {error:.2g}"
