@@ -3,23 +3,25 @@
     S_t = (I - beta_t k_t k_t^T) diag(exp(g_t)) S_(t-1) + beta_t k_t v_t^T          o_t = scale * q_t S_t
 
 The schedule is `_causal` below, that of linear attention with dense transitions; the mathematics of a phase is in
-`kernels/delta.py`, of the exchange in `state.py`.
+`kernels/delta.py` and, by the passes of fla-core, in `kernels/gpu/fla.py`, of the exchange in `state.py`.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .backends import backend_of
 from .exchange import exchange_of
 from .heads import FORMS, by_heads
 from .kernels import delta as kernel
-from .kernels.chunks import Chunks, cut
-from .kernels.delta import Local
+from .kernels.chunks import cut
+from .kernels.gpu import fla
 from .layout import Shard
 from .overlap import Call, finish, start
 from .public import compute_dtype, operator, require, require_recurrence, require_state, shard_of
@@ -69,18 +71,16 @@ def delta_rule(
     2412.06464 ([B,T,H]) and 2510.26692 ([B,T,H,K]); the exchange, LASP-2, arXiv 2502.07563, algorithms 2 and 4.
     """
     shard = shard_of(shard, q)
-    _check(q, k, v, beta, log_decay, shard, initial_state, backend)
+    _check(q, k, v, beta, log_decay, shard, initial_state)
+    backend = backend_of("delta_rule", backend, q, q.shape[3], v.shape[3])
+    if backend == "fla":
+        fla.passes()  # what it misses is said here
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if shard.sp.linear in FORMS:
         alone = functools.partial(delta_rule, scale=scale, return_final_state=return_final_state, backend=backend)
         tokens = {"q": q, "k": k, "v": v, "beta": beta, "log_decay": log_decay}
         return by_heads("delta_rule", alone, shard, "linear", tokens, initial_state)
-    dtype = compute_dtype(q)
-    g = None if log_decay is None else log_decay.to(dtype)
-    o, final = _causal(
-        q.to(dtype), k.to(dtype), v.to(dtype), beta.to(dtype), g, initial_state, return_final_state, scale, shard
-    )
-    o = o.to(q.dtype)
+    o, final = _causal(q, k, v, beta, log_decay, initial_state, return_final_state, scale, shard, backend)
     return o if final is None else (o, final)
 
 
@@ -94,22 +94,33 @@ def _causal(
     final: bool,
     scale: float,
     shard: Shard,
+    backend: str,
 ) -> tuple[Tensor, Tensor | None]:
     """LASP-2, algorithms 2 and 4, with transitions that are sent beside the states."""
-    chunks = cut(shard.span_lengths, v.shape[0] * v.shape[2], shard.local_boundaries)
     exchanged = shard.span_count > 1 or initial is not None or final  # else nobody reads a summary
+    dtype, wide = q.dtype, compute_dtype(q)
+    beta, g = beta.to(wide), None if g is None else g.to(wide)
+    phases: Phases
+    if backend == "fla":
+        phases = fla.Phases(fla.cut(shard.span_lengths, len(v), shard.local_boundaries, v.device), scale, exchanged)
+        g = fla.decay_of(g, k.shape[-1])
+    else:
+        chunks = cut(shard.span_lengths, v.shape[0] * v.shape[2], shard.local_boundaries)
+        phases = kernel.Phases(chunks, scale, exchanged)
+        q, k, v = q.to(wide), k.to(wide), v.to(wide)
     entering = S_final = None
     with Call(shard, "linear") as call:
-        carry = _Carry(call)
-        h, leaving, transitions, D, A, inverse, w, r0 = _States.apply(carry, k, v, beta, g, exchanged, chunks)
+        carry = _Carry(call, phases)
+        states = _States.apply(carry, q if phases.q_in_states else q.detach(), k, v, beta, g)
+        _, leaving, transitions, *_ = states
         if exchanged:
             exchange = exchange_of(shard, leaving, transitions, known=None, entered=initial is not None, final=final)
             token = start(call, exchange, leaving, transitions, initial)
-        o_intra, e = _Intra.apply(carry, q, k, v, beta, g, h, D, inverse, w, r0, scale, chunks)
+        o_intra, e = _Intra.apply(carry, q, k, v, beta, g, *states)
         if exchanged:
             entering, S_final = finish(call, exchange, token)
-        o, S_final = _Inter.apply(carry, o_intra, e, h, D, entering, S_final, scale, chunks)
-    return o, S_final if final else None
+        o, S_final = _Inter.apply(carry, o_intra, e, entering, S_final, *states)
+    return o.to(dtype), S_final if final else None
 
 
 def _check(
@@ -120,12 +131,11 @@ def _check(
     log_decay: Tensor | None,
     shard: Shard,
     initial_state: Tensor | None,
-    backend: str,
 ) -> None:
     name = "delta_rule"
     left = shard.sp.linear == "ring_attention"
     require(not left, name, 'linear="ring_attention" takes linear_attention alone: the delta rule has no left product')
-    require_recurrence(name, q, k, v, shard, backend)
+    require_recurrence(name, q, k, v, shard)
     tokens, key = tuple(v.shape[:3]), q.shape[3]
     require(tuple(beta.shape) == tokens, name, f"beta must be {tokens}, got {tuple(beta.shape)}")
     require(beta.dtype.is_floating_point, name, f"beta must be floating point, got {beta.dtype}")
@@ -140,14 +150,39 @@ def _check(
         require_state(name, (initial_state,), [(q.shape[0], v.shape[2], key, v.shape[3])], compute_dtype(q))
 
 
+class Phases(Protocol):
+    """The arithmetic of one call: three phases forward and back, between which `_causal` communicates.
+
+    The forward of a phase also gives what its backward asks to have saved, that of the states what the other phases
+    ask for: a tuple that begins with h, the states that leave the spans [s,B,H,K,V] and their transitions. The gradient
+    of q comes from `intra_backward` or, if `q_in_states`, with those of k, v, beta and g from `states_backward`.
+    """
+
+    q_in_states: ClassVar[bool]
+
+    def states_forward(self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None) -> Any: ...
+
+    def intra_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, states: Sequence[Any]
+    ) -> Any: ...
+
+    def inter_forward(self, o_intra: Tensor, e: Any, states: Sequence[Any], S_in: Tensor | None) -> Any: ...
+
+    def inter_backward(self, do: Tensor, saved: Sequence[Any]) -> Any: ...
+
+    def intra_backward(self, do: Tensor, saved: Sequence[Any], S_in: Tensor | None) -> Any: ...
+
+    def states_backward(self, dh: Any, d_leaving: Tensor | None, saved: Sequence[Any], local: Any) -> Any: ...
+
+
 class _Carry:
     """What one backward pass hands from phase to phase, beside what autograd hands: `_Inter` the entering states to
     `_Intra`, and that its part of the gradients to `_States`, which adds its own."""
 
-    def __init__(self, call: Call) -> None:
-        self.call = call
+    def __init__(self, call: Call, phases: Phases) -> None:
+        self.call, self.phases = call, phases
         self.entering: Tensor | None = None
-        self.local: list[Local] = []
+        self.local: Any = None
 
 
 class _States(torch.autograd.Function):
@@ -155,31 +190,23 @@ class _States(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        carry: _Carry,
-        k: Tensor,
-        v: Tensor,
-        beta: Tensor,
-        g: Tensor | None,
-        entered: bool,
-        chunks: Chunks,
+        ctx: Any, carry: _Carry, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         with carry.call.phase("states", "forward", k):
-            states = kernel.states_forward(k, v, beta, g, entered, chunks)
+            states, saved = carry.phases.states_forward(q, k, v, beta, g)
         ctx.mark_non_differentiable(*(x for x in states[2:] if x is not None))
-        ctx.save_for_backward(k, v, beta, g, states.A, states.inverse)
-        ctx.carry, ctx.chunks = carry, chunks
+        ctx.save_for_backward(k, *saved)
+        ctx.carry = carry
         ctx.set_materialize_grads(False)
         return tuple(states)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dh: Tensor, d_leaving: Tensor | None, *_: None) -> Any:
-        k, v, beta, g, A, inverse = ctx.saved_tensors
-        local, ctx.carry.local = ctx.carry.local, []
-        with ctx.carry.call.phase("states", "backward", k):
-            grads = kernel.states_backward(dh, d_leaving, k, v, beta, g, A, inverse, local, ctx.chunks)
-        return None, *grads, None, None
+    def backward(ctx: Any, dh: Tensor | None, d_leaving: Tensor | None, *_: None) -> Any:
+        carry, (k, *saved) = ctx.carry, ctx.saved_tensors
+        local, carry.local = carry.local, None
+        with carry.call.phase("states", "backward", k):
+            return None, *carry.phases.states_backward(dh, d_leaving, saved, local)
 
 
 class _Intra(torch.autograd.Function):
@@ -187,39 +214,25 @@ class _Intra(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        carry: _Carry,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        beta: Tensor,
-        g: Tensor | None,
-        h: Tensor,
-        D: Tensor | None,
-        inverse: Tensor,
-        w: Tensor,
-        r0: Tensor,
-        scale: float,
-        chunks: Chunks,
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, carry: _Carry, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, *states: Any
+    ) -> tuple[Tensor, Tensor | None]:
         with carry.call.phase("intra", "forward", q):
-            o_intra, e = kernel.intra_forward(q, k, beta, g, w, r0, chunks)
-        ctx.mark_dirty(w)
-        ctx.mark_non_differentiable(e)
-        ctx.save_for_backward(q, k, v, beta, g, h, D, inverse)
-        ctx.carry, ctx.scale, ctx.chunks = carry, scale, chunks
+            o_intra, e, saved = carry.phases.intra_forward(q, k, v, beta, g, states)
+        ctx.mark_dirty(*(x for x in states if x is e and e is not None))
+        if e is not None:
+            ctx.mark_non_differentiable(e)
+        ctx.save_for_backward(*saved)
+        ctx.carry, ctx.inputs = carry, 5 + len(states)
         return o_intra, e
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor, _: None) -> Any:
-        q, k, v, beta, g, h, D, inverse = ctx.saved_tensors
-        S_in, ctx.carry.entering = ctx.carry.entering, None
-        with ctx.carry.call.phase("intra", "backward", q):
-            dq, ctx.carry.local = kernel.intra_backward(
-                do, q, k, v, beta, g, h, D, inverse, S_in, ctx.scale, ctx.chunks
-            )
-        return None, dq, *(None,) * 11
+        carry, saved = ctx.carry, ctx.saved_tensors
+        S_in, carry.entering = carry.entering, None
+        with carry.call.phase("intra", "backward", do):
+            dq, carry.local = carry.phases.intra_backward(do, saved, S_in)
+        return None, dq, *(None,) * (ctx.inputs - 1)
 
 
 class _Inter(torch.autograd.Function):
@@ -231,25 +244,23 @@ class _Inter(torch.autograd.Function):
         ctx: Any,
         carry: _Carry,
         o_intra: Tensor,
-        e: Tensor,
-        h: Tensor,
-        D: Tensor | None,
+        e: Tensor | None,
         S_in: Tensor | None,
         S_final: Tensor | None,
-        scale: float,
-        chunks: Chunks,
+        *states: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        ctx.save_for_backward(e, h, D, S_in)
-        ctx.carry, ctx.scale, ctx.chunks = carry, scale, chunks
         ctx.mark_dirty(o_intra)
-        with carry.call.phase("inter", "forward", h):
-            return kernel.inter_forward(o_intra, e, h, D, S_in, scale, chunks), S_final
+        with carry.call.phase("inter", "forward", o_intra):
+            o, saved = carry.phases.inter_forward(o_intra, e, states, S_in)
+        ctx.save_for_backward(S_in, *saved)
+        ctx.carry, ctx.states = carry, len(states)
+        return o, S_final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor, d_final: Tensor | None) -> Any:
-        e, h, D, S_in = ctx.saved_tensors
-        with ctx.carry.call.phase("inter", "backward", h):
-            dh, dS_in = kernel.inter_backward(do, e, h, D, S_in, ctx.scale, ctx.chunks)
-        ctx.carry.entering = S_in
-        return None, do, None, dh, None, dS_in, d_final, None, None
+        carry, (S_in, *saved) = ctx.carry, ctx.saved_tensors
+        with carry.call.phase("inter", "backward", do):
+            dh, dS_in = carry.phases.inter_backward(do, saved)
+        carry.entering = S_in
+        return None, do, None, dS_in, d_final, dh, *(None,) * (ctx.states - 1)

@@ -30,7 +30,9 @@ and Kimi Delta Attention (arXiv 2510.26692, section 3).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -274,3 +276,46 @@ def states_backward(
         block.store(dbeta, (db * tokens.k).sum(-1))
         block.store(dk, dk_.sub_(dk_since).addcmul_(db, tokens.beta))
     return dk, dv, dbeta, dg
+
+
+@dataclass(frozen=True)
+class Phases:
+    """The arithmetic of one call. `entered`: a state may enter the spans, or somebody reads their summaries."""
+
+    chunks: Chunks
+    scale: float
+    entered: bool
+    q_in_states: ClassVar = False
+
+    def states_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None
+    ) -> tuple[States, tuple[Tensor | None, ...]]:
+        states = states_forward(k, v, beta, g, self.entered, self.chunks)
+        return states, (k, v, beta, g, states.A, states.inverse)
+
+    def intra_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, states: Sequence[Any]
+    ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+        h, _, _, D, _, inverse, w, r0 = states
+        o_intra, e = intra_forward(q, k, beta, g, w, r0, self.chunks)
+        return o_intra, e, (q, k, v, beta, g, h, D, inverse)
+
+    def inter_forward(
+        self, o_intra: Tensor, e: Tensor, states: Sequence[Any], S_in: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        h, _, _, D, *_ = states
+        return inter_forward(o_intra, e, h, D, S_in, self.scale, self.chunks), (e, h, D, S_in)
+
+    def inter_backward(self, do: Tensor, saved: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
+        e, h, D, S_in = saved
+        return inter_backward(do, e, h, D, S_in, self.scale, self.chunks)
+
+    def intra_backward(self, do: Tensor, saved: Sequence[Any], S_in: Tensor | None) -> tuple[Tensor, list[Local]]:
+        q, k, v, beta, g, h, D, inverse = saved
+        return intra_backward(do, q, k, v, beta, g, h, D, inverse, S_in, self.scale, self.chunks)
+
+    def states_backward(
+        self, dh: Tensor, d_leaving: Tensor | None, saved: Sequence[Any], local: list[Local]
+    ) -> tuple[None, Tensor, Tensor, Tensor, Tensor | None]:
+        k, v, beta, g, A, inverse = saved
+        return None, *states_backward(dh, d_leaving, k, v, beta, g, A, inverse, local, self.chunks)

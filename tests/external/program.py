@@ -16,10 +16,10 @@ ROOT = Path(__file__).parents[2]
 Errors = dict[str, dict[str, float]]  # of every comparison: the relative error of every tensor
 
 
-def errors_of(name: str) -> Errors:
+def errors_of(name: str, *arguments: str) -> Errors:
     """What the program tests/external/NAME.py reports."""
     run = subprocess.run(
-        [sys.executable, "-m", f"tests.external.{name}"],
+        [sys.executable, "-m", f"tests.external.{name}", *arguments],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,

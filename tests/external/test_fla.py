@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tests.external.program import Errors, errors_of
+from tests.support.packages import require_installed
+
+require_installed("fla", "triton")
 
 STATE = {"S", "d S"}
 LINEAR = {"o", "d q", "d k", "d v"}

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 
 from tests.external.program import Errors, errors_of
+from tests.support.packages import require_installed
 
-if importlib.util.find_spec("transformers") is None:
-    pytest.skip("transformers is not installed; it needs Python 3.11", allow_module_level=True)
+require_installed("transformers")  # which needs Python 3.11
 
 BOUND = 1e-5  # they compute in float32 inside
 GATED = {"d rule.steps.A_log", "d rule.steps.dt_bias"}
