@@ -85,22 +85,24 @@ def parts_of(shard: Shard, causal: bool, window: int | None = None) -> list[list
 
 
 def ring_softmax(
-    q: Tensor, k: Tensor, v: Tensor, shard: Shard, causal: bool, window: int | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, shard: Shard, causal: bool, window: int | None, scale: float, backend: str
 ) -> Tensor:
     """Softmax attention, as `softmax_attention` says; q [B,T,H,D], k and v [B,T,G,D]."""
-    return _Softmax.apply(Call(shard, "softmax"), parts_of(shard, causal, window), q, k, v, scale)
+    return _Softmax.apply(Call(shard, "softmax"), parts_of(shard, causal, window), q, k, v, scale, backend)
 
 
 class _Softmax(torch.autograd.Function):
     """Blocks are merged by their log-sum-exp, in the dtype of sums."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, parts: list[list[Part]], q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        ctx.call, ctx.parts, ctx.scale = call, parts, scale
+    def forward(
+        ctx: Any, call: Call, parts: list[list[Part]], q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str
+    ) -> Tensor:
+        ctx.call, ctx.parts, ctx.scale, ctx.backend = call, parts, scale, backend
         o, lse = (q.new_empty(shape, dtype=compute_dtype(q)) for shape in (q.shape, q.shape[:3]))
 
         def visit(source: int, block: Block) -> None:
-            attend_parts(parts[source], o, lse, q, block[0][0], block[0][1], scale)
+            attend_parts(parts[source], o, lse, q, block[0][0], block[0][1], scale, backend)
 
         block = (call.shard.pad(torch.stack([k, v]), 2),)
         header = call.header("forward", "grad" if any(ctx.needs_input_grad) else "no grad")
@@ -119,9 +121,10 @@ class _Softmax(torch.autograd.Function):
         def visit(source: int, block: Block) -> Tensor:
             d_kv = torch.zeros_like(block[0], dtype=lse.dtype)
             grads = dq, d_kv[0], d_kv[1]
-            attend_parts_backward(parts[source], grads, do, q, block[0][0], block[0][1], o, lse, scale)
+            k_, v_ = block[0]
+            attend_parts_backward(parts[source], grads, do, q, k_, v_, o, lse, scale, ctx.backend)
             return d_kv
 
         block = (call.shard.pad(torch.stack([k, v]), 2),)
         dk, dv = Ring(call, call.header("backward"), block).collect(block, visit)[:, :, : k.shape[1]]
-        return None, None, dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
+        return None, None, dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None

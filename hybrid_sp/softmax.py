@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .backends import backend_of
 from .heads import FORMS, by_heads
 from .kernels.masked import attend_parts, attend_parts_backward
+from .kernels.softmax import kernel_of
 from .layout import Shard
 from .masks import Mask, mask_of
 from .overlap import Call, recorded
@@ -55,29 +57,35 @@ def softmax_attention(
     scale   None is D**-0.5
     shard   this rank's part of the sequence, None for one device, where with causal=False k and v may have a length of
             their own
+    backend "torch" on CUDA is torch's flash kernel for bf16 and fp16, its memory-efficient one for fp32; "flash_attn"
+            is the package flash-attn (2.7 and newer) or flash-attn-4, for bf16 and fp16 on CUDA. "auto" is "torch"
 
     Returns o [B,T,Hq,D] in the dtype of q. By the all-gather (`SequenceParallel.softmax`) each rank receives
     2 (P-1) B T Hkv D numbers forward (dtype of k) and as many backward (fp32, or fp64); with keep_kv=False those of
     the forward come twice. With a window or packed documents it receives only the tokens that its spans see before
     them, 2 B (window-1) Hkv D numbers for each span at most (backward, what the others see of its tokens), unless some
     rank sees all others. The work of a window is T * window. Raises ValueError for shapes, dtypes and windows that do
-    not fit, and heads that a baseline cannot cut, before any communication.
+    not fit, and heads that a baseline cannot cut, and ImportError for a backend that is not installed, before any
+    communication.
 
     Sources: AllGather-KV, arXiv 2407.21783, section 3.3.2; arXiv 2502.07563, algorithm 7. The window is that of Mistral
     (2310.06825, section 2).
     """
     alone, shard = shard is None, shard_of(shard, q)
-    _check(q, k, v, shard, causal, window, alone, backend)
+    _check(q, k, v, shard, causal, window, alone)
+    backend = backend_of("softmax_attention", backend, q, q.shape[-1], q.shape[-1])
+    kernel_of(q, backend)  # what it misses is said here
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if shard.sp.softmax in FORMS:
         one = functools.partial(softmax_attention, causal=causal, window=window, scale=scale, backend=backend)
         return by_heads("softmax_attention", one, shard, "softmax", {"q": q, "k": k, "v": v})
     if shard.sp.softmax == "ring":
-        return ring_softmax(q, k, v, shard, causal, window, scale)
+        return ring_softmax(q, k, v, shard, causal, window, scale, backend)
     mask = mask_of(shard, causal, window, k.shape[1])
     keep = shard.sp.keep_kv and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     with Call(shard, "softmax") as call:
-        return _Attention.apply(_Job(call, mask, _groups(q, k, shard.sp.kv_heads_per_gather), scale, keep), q, k, v)
+        groups = _groups(q, k, shard.sp.kv_heads_per_gather)
+        return _Attention.apply(_Job(call, mask, groups, scale, keep, backend), q, k, v)
 
 
 _Grads = tuple[Tensor, Tensor, Tensor]  # of q, k and v, in the precision of sums
@@ -105,7 +113,8 @@ def _groups(q: Tensor, k: Tensor, at_a_time: int | None) -> list[_Heads]:
 
 @dataclass(frozen=True)
 class _Job:
-    """One call of the operator, forward and backward; `keep`: what is received is kept for backward.
+    """One call of the operator, forward and backward, by a `backend` that has been chosen; `keep`: what is received is
+    kept for backward.
 
     A group's tensors are the locals of one function, so that they are freed before the next group's arrive.
     """
@@ -115,6 +124,7 @@ class _Job:
     groups: list[_Heads]
     scale: float
     keep: bool
+    backend: str
 
     def forward(self, note: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         """o, its lse, and what was received of each group, if it is kept."""
@@ -122,7 +132,7 @@ class _Job:
         kept: list[Tensor] = []
         self._send(0, note, k, v)
         with self.call.phase("own", "forward", q):
-            attend_parts(self.mask.own, o, lse, q, k, v, self.scale)
+            attend_parts(self.mask.own, o, lse, q, k, v, self.scale, self.backend)
         for i in range(len(self.groups)):
             kept += self._rest(i, note, o, lse, q, k, v)
         return o.to(q.dtype), lse, *kept
@@ -143,8 +153,9 @@ class _Job:
         (kv,) = recorded(self._received) if self.keep else self._received()
         self._send(i + 1, note, k, v)
         heads = self.groups[i].queries
+        o, lse, q = (x[:, :, heads] for x in (o, lse, q))
         with self.call.phase("rest", "forward", q):
-            attend_parts(self.mask.rest, o[:, :, heads], lse[:, :, heads], q[:, :, heads], kv[0], kv[1], self.scale)
+            attend_parts(self.mask.rest, o, lse, q, kv[0], kv[1], self.scale, self.backend)
         return [kv] if self.keep else []
 
     def _received(self) -> tuple[Tensor]:
@@ -169,7 +180,7 @@ class _Job:
     def _own_backward(self, grads: _Grads, do: Tensor, saved: _Saved) -> None:
         q, k, v, o, lse = saved
         with self.call.phase("own", "backward", q):
-            attend_parts_backward(self.mask.own, grads, do, q, k, v, o, lse, self.scale)
+            attend_parts_backward(self.mask.own, grads, do, q, k, v, o, lse, self.scale, self.backend)
 
     def _rest_backward(
         self, i: int, grads: _Grads, do: Tensor, saved: _Saved, kept: Sequence[Tensor], shared: bool
@@ -182,8 +193,9 @@ class _Job:
         d_kv = torch.zeros_like(kv, dtype=lse.dtype)
         heads, queries = self.groups[i], (grads[0], do, q, o, lse)
         dq_, do_, q_, o_, lse_ = (x[:, :, heads.queries] for x in queries)
+        to, kernel = (dq_, d_kv[0], d_kv[1]), (self.scale, self.backend)
         with self.call.phase("rest", "backward", q):
-            attend_parts_backward(self.mask.rest, (dq_, d_kv[0], d_kv[1]), do_, q_, kv[0], kv[1], o_, lse_, self.scale)
+            attend_parts_backward(self.mask.rest, to, do_, q_, kv[0], kv[1], o_, lse_, *kernel)
         del kv
         self._add(i - 1, grads, shared)
         if shared:
@@ -221,11 +233,8 @@ class _Attention(torch.autograd.Function):
         return None, *(grad.to(do.dtype) for grad in grads)
 
 
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, shard: Shard, causal: bool, window: int | None, alone: bool, backend: str
-) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, shard: Shard, causal: bool, window: int | None, alone: bool) -> None:
     name = "softmax_attention"
-    require(backend in ("auto", "torch"), name, f'backend must be "auto" or "torch", got {backend!r}')
     require(q.ndim == k.ndim == v.ndim == 4, name, "q, k and v must be [batch, tokens, heads, dim]")
     require(k.shape == v.shape, name, f"k and v must have one shape, got {tuple(k.shape)} and {tuple(v.shape)}")
     require(

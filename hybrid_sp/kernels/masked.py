@@ -9,11 +9,13 @@ from .parts import Part
 from .softmax import attend, attend_backward, merge
 
 
-def attend_parts(todo: list[Part], o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
+def attend_parts(
+    todo: list[Part], o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str
+) -> None:
     """Merge the attention of these parts into o and lse, in place."""
     for part in todo:
         seen = [_load(part, x) for x in (part.of_queries(q), part.of_keys(k), part.of_keys(v))]
-        found = attend(seen[0], seen[1], seen[2], part.kind != "full", scale)
+        found = attend(seen[0], seen[1], seen[2], part.kind != "full", scale, backend)
         o_part, lse_part = part.of_queries(o), part.of_queries(lse)
         o_new, lse_new = (_store(part, x, o_part.shape[:2]) for x in found)
         if not part.fresh:
@@ -32,12 +34,13 @@ def attend_parts_backward(
     o: Tensor,
     lse: Tensor,
     scale: float,
+    backend: str,
 ) -> None:
     """Add the gradients of these parts to dq, dk and dv, in place, from o and lse of the whole."""
     for part in todo:
         do_, q_, o_, lse_ = (_load(part, part.of_queries(x)) for x in (do, q, o, lse))
         k_, v_ = (_load(part, part.of_keys(x)) for x in (k, v))
-        found = attend_backward(do_, q_, k_, v_, o_, lse_, part.kind != "full", scale)
+        found = attend_backward(do_, q_, k_, v_, o_, lse_, part.kind != "full", scale, backend)
         outputs = part.of_queries(grads[0]), part.of_keys(grads[1]), part.of_keys(grads[2])
         for x, grad in zip(outputs, found, strict=True):
             x += _store(part, grad, x.shape[:2])
