@@ -10,7 +10,7 @@ CORES := $(shell getconf _NPROCESSORS_ONLN)
 OMP_NUM_THREADS ?= $(shell echo $$(( $(CORES) > $(NPROC) ? $(CORES) / $(NPROC) : 1 )))
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 train: $(READY) ## train RECIPE (recipes/quickstart.yaml) on NPROC (2) processes, with ARGS="model.ratio=1/8 train.steps=20"
 	@WORLD_SIZE=$(NPROC) $(BIN)/python -m recipes.check $(RECIPE) $(ARGS) > /dev/null
@@ -32,8 +32,18 @@ ablation: $(READY) ## loss against the share of softmax blocks: 11 runs on 2 pro
 	OMP_NUM_THREADS=1 $(BIN)/python -m recipes.sweep recipes/ablations/hybrid_ratio.yaml $(ARGS)
 	$(BIN)/python -m analysis.report runs/hybrid_ratio --out analysis/results/hybrid_ratio
 
+kernels: $(READY) ## compile every kernel for sm_80, sm_90 and sm_100, without a GPU: half an hour; ARGS="--grid main" for minutes
+	$(BIN)/python -m tests.hybrid_sp.kernels.aot --out analysis/results/kernels/aot.md $(ARGS)
+
 bench: $(READY) ## the speed tables of the README; ARGS=linear for one of them
 	$(BIN)/python -m recipes.bench $(ARGS)
+
+# On a machine with a GPU, which may have no package index: PYTHON itself, no virtual environment. 8 processes if pytest-xdist is there,
+# because most of the time goes into compiling kernels.
+gpu-test: ## every backend on a CUDA device, by PYTHON itself with pytest: minutes; ARGS="-k delta" for a part of it
+	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make gpu-test needs a CUDA device")'
+	TRITON_INTERPRET=0 CUBLAS_WORKSPACE_CONFIG=:4096:8 $(PYTHON) -m pytest tests/gpu/test_device.py \
+		$(shell $(PYTHON) -c 'import xdist' 2> /dev/null && echo --numprocesses=8) --durations 10 $(ARGS)
 
 clean: ## remove the virtual environment and all caches; run folders stay
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache hybrid_sp.egg-info
@@ -47,4 +57,4 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	@touch $(READY)
 
-.PHONY: help train test check mutants ablation bench clean
+.PHONY: help train test check mutants ablation kernels bench gpu-test clean

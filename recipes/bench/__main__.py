@@ -9,6 +9,8 @@ overlap     how much of a gather is left to wait for when it is overlapped
 balance     causal softmax in the zigzag layout beside the contiguous one
 flat        time of a linear layer's exchange, from 4K to 64K tokens per rank
 memory  memory of softmax attention, one key head at a time beside all at once, four ranks
+kernels on a CUDA device: linear attention beside fla-core's kernels and flash attention, a rank's step of a model of
+        1B, what its exchange would leave to wait for; without such a device tiny sizes, to see that it works
 
 Contenders take turns in every repetition, so that a busy moment of the machine hits all of them. A table gives medians
 and the span from fastest to slowest; report.md and results.json, with commit, versions and command, lie in OUT/NAME.
@@ -21,6 +23,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from recipes.allocator import keep_freed_memory
+from recipes.bench.kernels import kernels
 from recipes.bench.measure import QUICK, Result, Sizes, provenance, write
 from recipes.bench.memory import memory
 from recipes.bench.mixers import mixers
@@ -39,6 +42,7 @@ BENCHES: dict[str, Callable[[Sizes, Path], Result]] = {
     "balance": balance,
     "flat": flat,
     "memory": memory,
+    "kernels": kernels,
 }
 
 
@@ -47,12 +51,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHES)}; all if none is given")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it works")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
+    parser.add_argument("--commit", help="of the tree, where it is a copy without git")
     options = parser.parse_args(argv)
     unknown = [name for name in options.names if name not in BENCHES]
     if unknown:
         parser.error(f"unknown benchmark {', '.join(unknown)}; known: {', '.join(BENCHES)}")
     keep_freed_memory()
-    facts = provenance()
+    facts = provenance(options.commit)
     for name in options.names or BENCHES:
         folder = options.out / name
         folder.mkdir(parents=True, exist_ok=True)

@@ -13,12 +13,36 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from recipes.bench.device import device_facts
+
 THREADS = 2
 ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelSizes:
+    """What `kernels` measures on a CUDA device; without one it takes the quick sizes, in fp32."""
+
+    lengths: tuple[int, ...] = tuple(2**n for n in range(12, 19))  # 4K to 256K tokens
+    heads: tuple[int, ...] = (16, 32)
+    width: int = 128
+    softmax_until: int = 65536  # its cost is quadratic
+    tuned_at: int = 32768  # tokens at which fla-core chooses its configurations
+    repetitions: int = 15
+    copied: int = 2**32  # bytes
+    side: int = 8192  # of the matrices whose product is the ceiling
+    model: dict[str, Any] = field(
+        default_factory=lambda: {"vocab": 128256, "dim": 2048, "depth": 16, "heads": 16, "mlp_dim": 8192}
+    )
+    model_lengths: tuple[int, ...] = (16384, 65536)  # tokens per rank
+    model_steps: int = 5
+    # That compiling the peers, the operators, the model and the phases may take, so that all is done in ten minutes.
+    seconds: tuple[float, float, float, float] = (90.0, 220.0, 120.0, 30.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +64,7 @@ class Sizes:
     overlap_repetitions: int = 20
     overlap_megabits: float = 120.0
     memory_length: int = 65536
+    kernels: KernelSizes = KernelSizes()
 
 
 QUICK = Sizes(
@@ -58,6 +83,20 @@ QUICK = Sizes(
     overlap_repetitions=2,
     overlap_megabits=200.0,
     memory_length=256,
+    kernels=KernelSizes(
+        lengths=(48, 96),
+        heads=(1, 2),
+        width=16,
+        softmax_until=48,
+        tuned_at=48,
+        repetitions=2,
+        copied=2**20,
+        side=64,
+        model={"vocab": 64, "dim": 32, "depth": 4, "heads": 2, "mlp_dim": 64},
+        model_lengths=(48, 96),
+        model_steps=2,
+        seconds=(1.0, 30.0, 30.0, 30.0),
+    ),
 )
 
 
@@ -99,6 +138,7 @@ class Result:
     lines: list[str]
     rows: list[Row]
     claims: list[Claim]
+    facts: dict[str, Any] = field(default_factory=dict)  # what else results.json holds
 
 
 Timed = Callable[[], object]
@@ -144,24 +184,32 @@ def growth(rows: Mapping[tuple[str, int], Row], name: str, lengths: Sequence[int
     return Claim(what=what, measured=last / first, at_most=1.2)
 
 
-def provenance() -> dict[str, object]:
-    git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout.strip()
+def provenance(commit: str | None = None) -> dict[str, Any]:
+    """Command, commit (as told, where the tree is a copy without git), versions, machine and time."""
     return {
         "command": " ".join(["python -m recipes.bench", *sys.argv[1:]]),
-        "commit": commit or None,
-        "uncommitted_changes": bool(changed),
+        "commit": commit or _git("rev-parse", "HEAD") or None,
+        "uncommitted_changes": bool(_git("status", "--porcelain")),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, **_installed()},
         "machine": {"system": platform.platform(), "cpus": os.cpu_count(), "load_before": os.getloadavg()[0]},
+        "device": device_facts(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
 
+def _git(*arguments: str) -> str:
+    """What git says of this tree; nothing where there is no git, or where this is no checkout."""
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+    except OSError:
+        return ""
+    return done.stdout.strip()
+
+
 def _installed() -> dict[str, str]:
-    """Versions of the peers that are installed."""
+    """Versions of the kernels' packages and of the peers that are installed."""
     versions = {}
-    for package in ("fla-core", "transformers"):
+    for package in ("triton", "fla-core", "flash-attn", "transformers"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
@@ -169,8 +217,9 @@ def _installed() -> dict[str, str]:
     return versions
 
 
-def write(result: Result, facts: dict[str, object], folder: Path) -> str:
+def write(result: Result, facts: dict[str, Any], folder: Path) -> str:
     """report.md and results.json; returns the report."""
+    device = f", {facts['device']['name']}" if facts["device"] else ""
     report = "\n".join(
         [
             f"## {result.title}\n",
@@ -178,10 +227,10 @@ def write(result: Result, facts: dict[str, object], folder: Path) -> str:
             *result.lines,
             "\n| ratio of medians | measured | bound | holds |\n|---|---|---|---|",
             *(claim.line() for claim in result.claims),
-            f"\n`{facts['command']}` at commit {facts['commit']}, torch {torch.__version__}.",
+            f"\n`{facts['command']}` at commit {facts['commit']}, torch {torch.__version__}{device}.",
         ]
     )
-    values = {**facts, "unit": result.unit, "rows": result.rows, "claims": result.claims}
+    values = {**facts, **result.facts, "unit": result.unit, "rows": result.rows, "claims": result.claims}
     (folder / "report.md").write_text(report + "\n")
     (folder / "results.json").write_text(json.dumps(values, default=asdict, indent=1) + "\n")
     return report

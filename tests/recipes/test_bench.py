@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
 import json
+import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from torch import Tensor
 
+from layers.cost import Summary
 from layers.registry import MIXERS
-from recipes.bench import network
+from recipes.bench import hiding, kernels, network
 from recipes.bench.__main__ import BENCHES, main
-from recipes.bench.measure import Claim
+from recipes.bench.contenders import DECAYS, Contender, found
+from recipes.bench.device import Budget, Ceilings, Stopwatch
+from recipes.bench.measure import QUICK, Claim
 from recipes.bench.strategies import LINEAR, SOFTMAX
+from tests.support.packages import require_installed
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_linear_runs_without_the_packages_of_recipes(tmp_path: Path) -> None:
-    """In a process of its own: it needs omegaconf and wandb as little as the engine does."""
+@pytest.mark.parametrize("peers", [[], ["fla", "triton"]], ids=["with fla-core", "without fla-core"])
+def test_linear_runs_without_the_packages_of_recipes(tmp_path: Path, peers: list[str]) -> None:
+    """In a process of its own: it needs omegaconf and wandb as little as the engine does, and fla-core to compare."""
+    if not peers:
+        require_installed("fla", "triton")
     code = f"""
 import sys
-sys.modules.update(dict.fromkeys(["omegaconf", "wandb", "matplotlib", "rich"]))
+sys.modules.update(dict.fromkeys(["omegaconf", "wandb", "matplotlib", "rich", *{peers}]))
 from recipes.bench import network
 from recipes.bench.__main__ import BENCHES, main
 main(["linear", "--quick", "--out", {str(tmp_path)!r}])
@@ -35,10 +48,99 @@ main(["linear", "--quick", "--out", {str(tmp_path)!r}])
     results = json.loads((tmp_path / "linear" / "results.json").read_text())
     assert {"command", "commit", "versions", "machine", "unit", "rows", "claims"} <= results.keys()
     measured = {(row["contender"], row["length"]) for row in results["rows"]}
-    assert {("torch causal SDPA", 128), ("fla-core naive_chunk_simple_gla", 128)} <= measured
-    assert {length for _, length in measured} == {128, 256} and len(measured) == 10
+    naive = ("fla-core naive_chunk_simple_gla", 128)
+    assert (naive in measured) == (not peers) == ("skipped: fla-core" not in run.stderr)
+    assert ("torch causal SDPA", 128) in measured
+    assert {length for _, length in measured} == {128, 256} and len(measured) == 10 - bool(peers)
     assert all(len(row["values"]) == 2 and min(row["values"]) > 0 for row in results["rows"])
-    assert len(results["claims"]) == 4 and report.count("| at ") == 4
+    assert len(results["claims"]) == report.count("| at ") == 4 - bool(peers)
+
+
+def test_kernels_run_without_the_packages_of_recipes_or_of_kernels(tmp_path: Path) -> None:
+    """On a CPU every contender, step and phase is measured."""
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys(["omegaconf", "wandb", "matplotlib", "rich", "triton", "fla", "transformers"]))
+from recipes.bench.__main__ import main
+main(["kernels", "--quick", "--commit", "abc", "--out", {str(tmp_path)!r}])
+"""
+    environment = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    report = (tmp_path / "kernels" / "report.md").read_text()
+    assert report in run.stdout and "without a CUDA device" in report and "skipped: fla-core" in report
+    results = json.loads((tmp_path / "kernels" / "results.json").read_text())
+    assert results["commit"] == "abc" and results["claims"] == [] and results["device"] is None
+    measured = {(row["contender"], row["length"]) for row in results["rows"]}
+    shape = QUICK.kernels
+    for heads, length, way in itertools.product(shape.heads, shape.lengths, ("forward", "forward + backward")):
+        assert {(f"ours, {decay}, H={heads}, {way}", length) for decay in DECAYS} <= measured
+        flash = (f"torch flash attention, H={heads}, {way}", length)
+        assert (flash in measured) == (length <= shape.softmax_until)
+    for length in shape.model_lengths:
+        assert {("step, pure", length), ("step, 1/4 hybrid", length)} <= measured
+        assert {(f"phase intra, {way}, decay scalar", length) for way in ("forward", "backward")} <= measured
+    assert all(row["values"] and min(row["values"]) > 0 for row in results["rows"])
+    assert not [note for note in results["notes"] if note.startswith("failed")]
+
+
+def test_our_kernels_are_measured_in_the_interpreter() -> None:
+    if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("triton is not installed, or not set to interpret")
+    model = {"dim": 16, "heads": 1}
+    shape = replace(
+        QUICK.kernels, lengths=(17,), heads=(1,), tuned_at=17, repetitions=1, model=model, model_lengths=(17,)
+    )
+    watch, notes = Stopwatch(torch.device("cpu")), []
+    contenders, _ = found(watch.device, shape.softmax_until)
+    cells, _ = kernels.measured(contenders, shape, watch, torch.float32, Budget(60.0), notes)
+    assert [cell.contender.decay for cell in cells] == [d for d in (*DECAYS, "softmax") for _ in range(2)]
+    phases = hiding.phases(shape, watch, torch.float32, Budget(60.0), notes)
+    assert len(phases) == 12 and all(phase.values for phase in phases) and notes == []
+
+
+def test_goals_are_held_on_the_shape_that_is_the_furthest_from_them() -> None:
+    ours = Contender(name="ours, scalar", decay="scalar", call=torch.add)
+    peer = Contender(name="fla chunk_simple_gla", decay="scalar", call=torch.add)
+    cells = [
+        kernels.Cell(contender=one, heads=16, length=length, way=way, values=[seconds])
+        for one, length, way, seconds in (
+            (ours, 4096, "forward", 1.0), (peer, 4096, "forward", 1.1),
+            (ours, 65536, "forward", 10.0), (peer, 65536, "forward", 12.0),
+            (ours, 4096, "forward + backward", 3.0), (peer, 4096, "forward + backward", 3.0),
+            (ours, 65536, "forward + backward", 30.0), (peer, 65536, "forward + backward", 36.0),
+        )
+    ]  # fmt: skip
+    moved = cells[0].work(128, 2)[0]
+    assert moved == 16 * 4096 * (4 * 128 * 2 + 4)
+    limits = Ceilings(copy=moved, matmul=1.0)
+    faster, both, longer, none, fixed, share = (claim.line() for claim in kernels.goals(cells, limits, 128, 2))
+    assert faster.startswith("| scalar decay, times faster than fla-core, forward; worst at H=16, T=4096 | 1.10 |")
+    assert "worst at H=16, T=4096 | 1.00 | at least 1 | yes" in both
+    assert "T >= 32K; worst at H=16, T=65536 | 1.20 | at least 1.3 | NO" in longer
+    assert "worst at H=16, T=4096 | 1.00 | at least 0.5 | yes" in share
+    assert none.endswith("worst at no shape: it failed | nan | at least 0.5 | NO |") and "fixed" in fixed
+
+
+def test_a_contender_that_fails_is_noted_and_the_others_go_on() -> None:
+    def fails(*_: Tensor) -> Tensor:
+        raise RuntimeError("no kernel image\nfor this device")
+
+    good = Contender(name="ours, none", decay="none", call=lambda q, k, v: q * k * v)
+    bad = Contender(name="fla chunk_linear_attn", decay="none", call=fails)
+    notes: list[str] = []
+    watch = Stopwatch(torch.device("cpu"))
+    cells, _ = kernels.measured([good, bad], QUICK.kernels, watch, torch.float32, Budget(10.0), notes)
+    assert {cell.contender.name for cell in cells} == {"ours, none"} and all(cell.values for cell in cells)
+    assert notes == ["failed: fla chunk_linear_attn: RuntimeError: no kernel image"]
+    assert kernels.measured([good], QUICK.kernels, watch, torch.float32, Budget(0.0), notes)[0] == []
+    assert "not measured, out of time: ours, none" in notes
+
+
+def test_the_modelled_exchange_is_the_ledgers_formula() -> None:
+    summary = Summary(heads=16, key=128, value=128, transition="scalar")
+    assert hiding.received(summary, 8, 2, "forward") == 7 * 2 * 16 * (128 * 128 + 1) * 4
+    assert hiding.received(summary, 64, 1, "backward") == 63 * 16 * 128 * 128 * 4
 
 
 def test_delta_and_mixers_measure_every_contender(tmp_path: Path) -> None:
