@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.mutants.baselines import BASELINE_MUTANTS
 from tests.mutants.exchanges import EXCHANGE_MUTANTS
+from tests.mutants.kernels import KERNEL_MUTANTS
 from tests.mutants.mutant import Mutant
 from tests.mutants.programs import PROGRAM_MUTANTS
 
@@ -16,10 +17,17 @@ SOFTMAX = "tests/hybrid_sp/test_softmax.py"
 MUTANTS = [
     # The algebra of states.
     Mutant(
-        name="adjoint sign of a span's decay",
-        file="hybrid_sp/state.py",
-        old="product = apply(transition, entering) * d_leaving",
-        new="product = -apply(transition, entering) * d_leaving",
+        name="adjoint sign of a chunk's decay",
+        file="hybrid_sp/kernels/linear.py",
+        old="d_total = _decay_gradient(d_total * decays",
+        new="d_total = _decay_gradient(-d_total * decays",
+        test=f"{PARITY}[2-contiguous-linear]",
+    ),
+    Mutant(
+        name="entering states left out of the gradient of decays",
+        file="hybrid_sp/kernels/linear.py",
+        old="d_total = (flat * _entering(block, h, carried, S_in))",
+        new="d_total = (flat * _entering(block, h, None, None))",
         test=f"{PARITY}[2-contiguous-linear]",
     ),
     Mutant(
@@ -488,5 +496,6 @@ MUTANTS = [
     ),
     *BASELINE_MUTANTS,
     *EXCHANGE_MUTANTS,
+    *KERNEL_MUTANTS,
     *PROGRAM_MUTANTS,
 ]

@@ -26,12 +26,13 @@ PROGRAM_MUTANTS = [
     Mutant(
         name="recomputation counted in the phase that asks for it",
         file="hybrid_sp/linear.py",
-        old="""        q, g, h, totals, S_in = ctx.saved_tensors
-        with ctx.carry.call.phase("inter", "backward", q):
-            dh,""",
-        new="""        with ctx.carry.call.phase("inter", "backward", do):
-            q, g, h, totals, S_in = ctx.saved_tensors
-            dh,""",
+        old="""        carry, (q, k, g, bonus, h, totals, S_in) = ctx.carry, ctx.saved_tensors
+        with carry.phase("inter", "backward", q):
+""",
+        new="""        carry = ctx.carry
+        with carry.phase("inter", "backward", do):
+            q, k, g, bonus, h, totals, S_in = ctx.saved_tensors
+""",
         test=f"{TIMELINE}::test_a_recomputed_block_is_no_part_of_the_phase_that_asks_for_it",
     ),
     Mutant(
