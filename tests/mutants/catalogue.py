@@ -24,13 +24,6 @@ MUTANTS = [
         test=f"{PARITY}[2-contiguous-linear]",
     ),
     Mutant(
-        name="entering states left out of the gradient of decays",
-        file="hybrid_sp/kernels/linear.py",
-        old="d_total = (flat * _entering(block, h, carried, S_in))",
-        new="d_total = (flat * _entering(block, h, None, None))",
-        test=f"{PARITY}[2-contiguous-linear]",
-    ),
-    Mutant(
         name="forward fold in reverse order",
         file="hybrid_sp/state.py",
         old="compose(span(spans, i), AffineState(None, states[-1]))",

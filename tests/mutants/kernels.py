@@ -380,4 +380,11 @@ KERNEL_MUTANTS = [
         new="_cached = functools.cache\n\n\ndef _say",
         test=f"{BACKENDS}::test_every_choice_is_said_once",
     ),
+    Mutant(
+        name="entering states left out of the gradient of decays",
+        file="hybrid_sp/kernels/linear.py",
+        old="d_total = (flat * _entering(block, h, carried, S_in))",
+        new="d_total = (flat * _entering(block, h, None, None))",
+        test="tests/hybrid_sp/test_parity.py::test_parity_fp64[2-contiguous-linear]",
+    ),
 ]
