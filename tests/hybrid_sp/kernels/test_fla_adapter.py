@@ -141,7 +141,8 @@ CASES = {  # what the program compares: kind, and whether states are given and a
 @pytest.fixture(scope="module")
 def errors(request: pytest.FixtureRequest) -> Errors:
     """By one program, of all cases; or of those alone whose tests have been chosen, where no other test needs them."""
-    asking = [item for item in request.session.items if "errors" in getattr(item, "fixturenames", ())]
+    here = [item for item in request.session.items if item.path == request.node.path]
+    asking = [item for item in here if "errors" in getattr(item, "fixturenames", ())]
     chosen = {item.callspec.params["case"] if hasattr(item, "callspec") else None for item in asking}
     return errors_of("fla_passes", *(() if None in chosen else sorted(chosen)))
 
