@@ -81,7 +81,7 @@ def factor(b_x, DTYPE: tl.constexpr):
     multiplied by, since fp16 has too few exponents for a state."""
     unit = 1.0
     if DTYPE.is_fp16():
-        largest = tl.max(tl.max(tl.abs(b_x), 1), 0)
+        largest = tl.max(tl.abs(b_x))
         unit = tl.where(largest > 0.0, largest, 1.0)
         b_x = b_x / unit
     b_rounded = b_x.to(DTYPE)

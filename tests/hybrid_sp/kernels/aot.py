@@ -223,7 +223,7 @@ GRIDS: dict[str, list[tuple[str, Sequence[tuple[int, int]], Sequence[int], bool]
     "main": [
         ("bf16", SQUARES, EVERY, False),
         ("bf16", [(128, 128)], [90], True),
-        ("fp16", [(128, 128)], [90], False),
+        ("fp16", [(128, 128)], [90, 100], False),
         ("fp32", [(128, 128)], [90], False),
     ],
     "full": [(dtype, [*SQUARES, *ODD], EVERY, True) for dtype in DTYPES],
