@@ -37,7 +37,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
+from .launch import launch, rows
 from .scan import factor
 from .segments import Segments
 
@@ -288,7 +288,7 @@ def _queries_backward_kernel(
 def keys_forward(k_BTGK: Tensor, g_BTHK: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
     """k_until_BTHK in the dtype of k, and totals_NBHK in fp32."""
     batch, _, heads, width = g_BTHK.shape
-    k, g = _rows(k_BTGK), _rows(g_BTHK)
+    k, g = rows(k_BTGK), rows(g_BTHK)
     until = k.new_empty(g.shape)
     totals = g.new_empty(len(segments.chunks), batch, heads, width)
     _launch(_keys_forward_kernel, k, g, segments, (k, g), until, totals)
@@ -307,7 +307,7 @@ def keys_backward(
     """dk_BTHK (of each value head) and dg_BTHK, fp32, both in the place of what `queries_backward` gave."""
     dk, dg = dk_intra_BTHK, dg_BTHK
     assert dk.stride(-1) == 1 and dg.stride(-1) == 1, "written in place"
-    d_until, k, g = _rows(dk_until_BTHK), _rows(k_BTGK), _rows(g_BTHK)
+    d_until, k, g = rows(dk_until_BTHK), rows(k_BTGK), rows(g_BTHK)
     _launch(_keys_backward_kernel, k, g, segments, (d_until, dk, dg, k, g), d_totals_NBHK.contiguous())
     return dk, dg
 
@@ -316,7 +316,7 @@ def queries_forward(
     q_BTGK: Tensor, k_BTGK: Tensor, g_BTHK: Tensor, bonus_HK: Tensor | None, segments: Segments
 ) -> tuple[Tensor, Tensor]:
     """q_since_BTHK and A_BTHC in the dtype of q; A is 0 where s > t."""
-    q, k, g = _rows(q_BTGK), _rows(k_BTGK), _rows(g_BTHK)
+    q, k, g = rows(q_BTGK), rows(k_BTGK), rows(g_BTHK)
     bonus = None if bonus_HK is None else bonus_HK.float().contiguous()
     since = q.new_empty(g.shape)
     A = q.new_empty(*g.shape[:3], segments.chunk)
@@ -339,7 +339,7 @@ def queries_backward(
     """dq_BTHK and dk_intra_BTHK (of each value head), dg_BTHK and d_bonus_HK, fp32, from the gradients of q_since
     and, by A, of o: all that q and the bonus get, and all that k and g get through q_since and A."""
     batch, _, heads, width = g_BTHK.shape
-    d_since, do, q, k, v, g = (_rows(x) for x in (dq_since_BTHK, do_BTHV, q_BTGK, k_BTGK, v_BTHV, g_BTHK))
+    d_since, do, q, k, v, g = (rows(x) for x in (dq_since_BTHK, do_BTHV, q_BTGK, k_BTGK, v_BTHV, g_BTHK))
     bonus = None if bonus_HK is None else bonus_HK.float().contiguous()
     d_bonus = None if bonus is None else g.new_empty(len(segments.chunks), batch, heads, width)
     dq, dk, dg = (g.new_empty(g.shape) for _ in range(3))
@@ -347,11 +347,6 @@ def queries_backward(
     strided = d_since, do, q, k, v, g
     _launch(_queries_backward_kernel, k, g, segments, strided, bonus, dq, dk, dg, d_bonus, float(scale), **constants)
     return dq, dk, dg, None if d_bonus is None else d_bonus.sum((0, 1))
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x with its last dim contiguous, as kernels read it; its other strides they are told."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _launch(

@@ -1,4 +1,5 @@
-"""The one door through which kernels are launched, so that a test can compile every launch without a device."""
+"""The one door through which kernels are launched, so that a test can compile every launch without a device; and how
+tensors come to it."""
 
 from __future__ import annotations
 
@@ -15,3 +16,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, num_s
         return
     with torch.cuda.device_of(next(x for x in args if isinstance(x, Tensor))):
         kernel[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages)
+
+
+def rows(x_BTHD: Tensor) -> Tensor:
+    """x as kernels read it: the last dim contiguous, and places within a chunk no further apart than 32 bits say."""
+    return x_BTHD if x_BTHD.stride(-1) == 1 and x_BTHD.stride(1) < 1 << 24 else x_BTHD.contiguous()

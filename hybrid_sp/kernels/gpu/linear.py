@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..linear import Plan
 from . import gates
+from .launch import rows
 from .scan import Decay, Gate, scan, scan_chunk
 from .segments import Segments, segment
 from .states import fold, summary
@@ -31,8 +32,7 @@ PADDING = 8  # columns that v is widened by for a normaliser, of which one is us
 
 def partition(lengths: Sequence[int], boundaries: Sequence[int], v: Tensor) -> Segments:
     """The segments of spans of these lengths (tokens), cut also where documents begin."""
-    rows = v.shape[0] * v.shape[2]
-    return segment(tuple(lengths), rows, tuple(boundaries), scan_chunk(v.dtype), v.device)
+    return segment(tuple(lengths), v.shape[0] * v.shape[2], tuple(boundaries), scan_chunk(v.dtype), v.device)
 
 
 class Tokens(NamedTuple):
@@ -62,11 +62,6 @@ def _gated(g: Tensor | None) -> TypeGuard[Tensor]:
     return g is not None and g.ndim == 4
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x as kernels read it: the last dim contiguous, and places within a chunk no further apart than 32 bits say."""
-    return x if x.stride(-1) == 1 and x.stride(1) < 1 << 24 else x.contiguous()
-
-
 def states_forward(
     k: Tensor, v: Tensor, g: Tensor | None, plan: Plan
 ) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
@@ -75,12 +70,12 @@ def states_forward(
     segments: Segments = plan.chunks
     B, _, H, V = v.shape
     kept = None
-    tokens = _plain(k, _rows(k), g)
+    tokens = _plain(k, rows(k), g)
     if _gated(g):
         kept = gates.keys_forward(k, g, segments)
         tokens = Tokens(k, kept[0], None, ("rows", kept[1]))
     added = v.new_empty(segments.count, B, H, k.shape[3], V, dtype=torch.float32)
-    total = summary(tokens.k, _rows(v), segments, k.dtype, out=added, decay=tokens.decay)
+    total = summary(tokens.k, rows(v), segments, k.dtype, out=added, decay=tokens.decay)
     h, leaving = fold(added, total, None, segments)
     return h, leaving, total, kept
 
@@ -97,7 +92,7 @@ def intra_forward(
 ) -> tuple[Tensor, Tokens | None]:
     """o [B,T,H,V] of this rank's tokens, fp32 if entering states are to be added."""
     segments: Segments = plan.chunks
-    tokens = _plain(_rows(q), _rows(k), g)
+    tokens = _plain(rows(q), rows(k), g)
     if kept is not None and _gated(g):
         q_since, scores = gates.queries_forward(q, k, g, bonus, segments)
         tokens = Tokens(q_since, kept[0], scores, ("rows", kept[1]))
@@ -105,7 +100,7 @@ def intra_forward(
     scan(
         tokens.q,
         tokens.k,
-        _rows(v),
+        rows(v),
         h,
         segments,
         k.dtype,
@@ -162,7 +157,7 @@ def inter_backward(
 ) -> tuple[Tensor, Tensor | None, Reading]:
     """What other ranks wait for, dS_in; and of each segment alone, the gradient dh of the state that enters it."""
     segments: Segments = plan.chunks
-    do, tokens = _rows(do), _plain(_rows(q), _rows(k), g)
+    do, tokens = rows(do), _plain(rows(q), rows(k), g)
     if _gated(g):
         q_since, scores = gates.queries_forward(q, k, g, bonus, segments)
         k_until, chunk_totals = gates.keys_forward(k, g, segments)
@@ -197,7 +192,7 @@ def intra_backward(
 ) -> tuple[Tensor, Tensor | None, Kept]:
     """dq and the gradient of the bonus, whole."""
     segments: Segments = plan.chunks
-    do, tokens, v, q = kept.do, kept.tokens, _rows(v), _rows(q)
+    do, tokens, v, q = kept.do, kept.tokens, rows(v), rows(q)
     S = (h if kept.S_in is None else h + _carried(totals, kept.S_in, segments)).mT
     gate = Gate(S, segments, v, do, _gated(g)) if plan.gated else None
     dq = scan(
@@ -233,7 +228,7 @@ def states_backward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """dk, dv, dg, from dh and what comes back to the ends of the spans, d_leaving [s,B,H,K,V]."""
     segments: Segments = plan.chunks
-    (do, tokens, gate, dk_pairs, dg), v = kept, _rows(v)
+    (do, tokens, gate, dk_pairs, dg), v = kept, rows(v)
     dS, _ = fold(dh, totals, d_leaving, segments, reverse=True)
     dv = scan(
         tokens.k,
@@ -262,7 +257,7 @@ def states_backward(
         write=plan.scale,
         reverse=True,
         gate=gate,
-        w=_rows(k),
+        w=rows(k),
     )
     d_decay = None if gate is None else gate.decay_gradient()
     if _gated(g) and tokens.decay[1] is not None and dk_pairs is not None and dg is not None:
