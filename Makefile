@@ -3,6 +3,7 @@ PYTHON ?= python3
 RECIPE ?= recipes/quickstart.yaml
 NPROC  ?= 2
 ARGS   ?=
+TORCH_INDEX ?=
 
 BIN   := .venv/bin
 READY := .venv/.installed
@@ -10,14 +11,17 @@ CORES := $(shell getconf _NPROCESSORS_ONLN)
 OMP_NUM_THREADS ?= $(shell echo $$(( $(CORES) > $(NPROC) ? $(CORES) / $(NPROC) : 1 )))
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 train: $(READY) ## train RECIPE (recipes/quickstart.yaml) on NPROC (2) processes, with ARGS="model.ratio=1/8 train.steps=20"
 	@WORLD_SIZE=$(NPROC) $(BIN)/python -m recipes.check $(RECIPE) $(ARGS) > /dev/null
 	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node $(NPROC) \
 		-m recipes.train $(RECIPE) $(ARGS)
 
-test: $(READY) ## the whole test suite; ARGS="tests/layers -x" for a part of it
+test: $(READY) ## the tests of every law, in minutes; ARGS="tests/layers -x" for a part of them
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: $(READY) ## the whole test suite, with what is marked slow: more cases of the same laws
 	$(BIN)/python -m pytest $(ARGS)
 
 check: $(READY) ## format, lint and types, changing nothing
@@ -51,10 +55,12 @@ clean: ## remove the virtual environment and all caches; run folders stay
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.11 ...")'
-	@echo "Installing into .venv (minutes on a fresh machine) ..."
+	@echo "Installing torch 2.13.0 and the packages of constraints.txt into .venv: minutes on a fresh machine."
+	@echo "pip's default torch for Linux carries CUDA, gigabytes; make TORCH_INDEX=URL takes it from another index," \
+		"such as that of PyTorch's CPU wheels, a tenth of the size."
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0 setuptools
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH_INDEX:%=--extra-index-url %) torch==2.13.0 setuptools
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	@touch $(READY)
 
-.PHONY: help train test check mutants ablation kernels bench gpu-test clean
+.PHONY: help train test test-all check mutants ablation kernels bench gpu-test clean

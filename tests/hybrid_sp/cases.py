@@ -128,22 +128,23 @@ class Case:
             return out, []
         return out[0], list(out[1]) if self.normalize else [out[1]]
 
-    def loop(self, x: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """The same by the token loop, document by document: the initial state continues the first one."""
+    def loop(self, x: dict[str, Tensor], **options: bool) -> tuple[Tensor, list[Tensor]]:
+        """The same by the token loop, document by document: the initial state continues the first one. Options are of
+        the loop of operators that have a denominator."""
         outputs, finals = [], []
         for start, end in itertools.pairwise(self.documents or (0, self.length)):
             here = {name: value if self.whole(name) else value[:, start:end] for name, value in x.items()}
             if start:
                 here = {name: value for name, value in here.items() if not name.startswith("initial")}
-            o, finals = self._loop(here)
+            o, finals = self._loop(here, **options)
             outputs.append(o)
         return torch.cat(outputs, 1), finals if self.states else []
 
-    def _loop(self, x: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def _loop(self, x: dict[str, Tensor], **options: bool) -> tuple[Tensor, list[Tensor]]:
         initial = x.get("initial")
         match self.operator:
             case "softmax":
-                return softmax_attention_loop(x["q"], x["k"], x["v"], causal=self.causal, window=self.window), []
+                return softmax_attention_loop(**x, causal=self.causal, window=self.window, **options), []
             case "conv" | "shift":
                 weight = x["weight"] if self.operator == "conv" else x["x"].new_tensor([[1.0, 0.0]]).expand(7, 2)
                 o, final = short_conv_loop(x["x"], weight, x.get("bias"), silu=self.bias, initial_state=initial)
@@ -159,6 +160,7 @@ class Case:
                     causal=self.causal,
                     normalize=self.normalize,
                     initial_state=(initial, x["initial_z"]) if "initial_z" in x else initial,
+                    **options,
                 )
         return o, list(final) if isinstance(final, tuple) else [final]
 
@@ -168,15 +170,22 @@ def weights(like: Tensor, seed: int) -> Tensor:
     return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(like.dtype)
 
 
-def truth(case: Case, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+def truth(case: Case, dtype: torch.dtype = torch.float64, **options: bool) -> dict[str, Tensor]:
     """Outputs and gradients of the whole sequence by the token loop, in fp64 on inputs rounded to dtype."""
     x = {name: value.double().requires_grad_() for name, value in case.inputs(dtype).items()}
-    o, finals = case.loop(x)
+    o, finals = case.loop(x, **options)
     outputs = {"o": o, **{f"final{i}": final for i, final in enumerate(finals)}}
     given = [weights(outputs["o"], 0).to(dtype), *(weights(x, i + 1) for i, x in enumerate(finals))]
     given = [w.double() for w in given]
     grads = torch.autograd.grad(list(outputs.values()), list(x.values()), given, materialize_grads=True)
     return {k: v.detach() for k, v in outputs.items()} | {f"d{n}": g for n, g in zip(x, grads, strict=True)}
+
+
+def terms(case: Case, name: str) -> Tensor:
+    """The terms that may cancel in a gradient of the whole sequence: see the oracle. Zero where there are none."""
+    if name.startswith("d") and (case.operator == "softmax" or case.normalize):
+        return truth(case, fixed_denominator=True)[name]
+    return torch.zeros(())
 
 
 def measured(case: Case, group: Any, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from tests.hybrid_sp.cases import (
     linear_cases,
     measured,
     softmax_cases,
+    terms,
     truth,
 )
 from tests.support.oracle import assert_close
@@ -45,7 +47,8 @@ def check_cases(group: Any, cases: list[tuple[Case, dict[str, Tensor]]], chunk: 
                 expected = want[name]
                 if value.shape != expected.shape:
                     expected = shard.take(expected)
-                assert_close(f"{case} {name} on rank {collectives.rank(group)}", value, expected, BOUND)
+                where = f"{case} {name} on rank {collectives.rank(group)}"
+                assert_close(where, value, expected, BOUND, partial(terms, case, name))
     finally:
         chunks.CHUNK, chunks.BLOCK_ROWS = default
     return len(cases)

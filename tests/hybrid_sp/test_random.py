@@ -6,19 +6,14 @@ import random
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
-import hybrid_sp as hsp
-from hybrid_sp import collectives
 from hybrid_sp.exchange import EXCHANGES
-from hybrid_sp.kernels import chunks
-from tests.hybrid_sp.cases import Case, measured, truth
+from tests.hybrid_sp.cases import Case, truth
+from tests.hybrid_sp.test_parity import check_cases
 from tests.support.ranks import run_ranks
 
 SEEDS = range(8)
 CASES = 24  # of one seed
-NOTHING = 1e-13  # a gradient that cancels to nothing, as of documents of one normalised token, is rounding
 
 
 def random_case(draw: random.Random) -> Case:
@@ -53,23 +48,9 @@ def random_case(draw: random.Random) -> Case:
     return Case(**options, states=draw.random() < 0.5)
 
 
-def check(group: Any, cases: list[tuple[Case, dict[str, Tensor]]], chunk: int, rows: int) -> None:
-    default = chunks.CHUNK, chunks.BLOCK_ROWS
-    chunks.CHUNK, chunks.BLOCK_ROWS = chunk, rows
-    try:
-        for case, want in cases:
-            shard = hsp.SequenceParallel(group, layout=case.layout).shard(case.length, case.documents)
-            for name, got in measured(case, group).items():
-                here = want[name] if got.shape == want[name].shape else shard.take(want[name])
-                miss, allowed = torch.dist(got, here).item(), 1e-10 * here.norm().item() + NOTHING
-                assert miss <= allowed, f"{case} {name} on rank {collectives.rank(group)}: {miss:.1e}"
-    finally:
-        chunks.CHUNK, chunks.BLOCK_ROWS = default
-
-
 @pytest.mark.parametrize("seed", SEEDS)
 def test_random_calls_are_the_token_loop(seed: int) -> None:
     draw = random.Random(seed)
     world, chunk, rows = draw.randint(1, 4), draw.choice([1, 2, 4, 8, 64]), draw.choice([1, 64, 8192])
     cases = [random_case(draw) for _ in range(CASES)]
-    run_ranks(check, world, [(case, truth(case)) for case in cases], chunk, rows, deadline=120)
+    run_ranks(check_cases, world, [(case, truth(case)) for case in cases], chunk, rows, deadline=120)

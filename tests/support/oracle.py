@@ -4,14 +4,22 @@
                                          o_t = scale * q_t (S_(t-1) + diag(u) k_t v_t^T)     with a bonus u
 
 Plain torch in the dtype of q (float64 in tests), differentiable by autograd, no code shared with the engine.
+
+Zero by structure and zero by cancellation differ. Where a mask or a missing path makes the truth zero, what is tested
+must be zero exactly. Where terms cancel, a library that sums in another order leaves rounding: there the error is
+measured against the size of the terms. Here that is the quotient rule, d(x/y) = dx/y - x dy/y^2: under softmax or a
+normaliser, a token that sees itself alone has the same gradient twice. The terms are the gradient with y held fixed.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 NORMALIZER_EPS = 1e-10
+ROUNDING = 1e-13  # of the terms of a float64 sum, which may cancel: a few hundred roundings
 
 LinearState = Tensor | tuple[Tensor, Tensor]
 
@@ -26,12 +34,14 @@ def linear_attention_loop(
     normalize: bool = False,
     initial_state: LinearState | None = None,
     bonus: Tensor | None = None,
+    fixed_denominator: bool = False,
 ) -> tuple[Tensor, LinearState]:
     """o [B,T,H,V] and the final state, S [B,H,K,V] or (S, z [B,H,K]) with normalize.
 
     q, k [B,T,G,K] (value head h reads key head h // (H // G)); v [B,T,H,V]; log_decay None, [H], [B,T,H] or [B,T,H,K].
     With normalize z_t = a_t z_(t-1) + k_t and o_t is divided by scale * q_t z_t + 1e-10. Not causal: every token reads
     the sum over all tokens; decay and initial state do not exist then. A bonus [H,K] reads the state before the token.
+    With a fixed denominator gradients do not pass through it: they are the terms that may cancel.
     """
     if not causal and (log_decay is not None or initial_state is not None):
         raise ValueError("the bidirectional form has no decay and no initial state")
@@ -58,7 +68,8 @@ def linear_attention_loop(
         S_read, z_read = states[t] if causal else states[-1]
         o = torch.einsum("bhk,bhkv->bhv", q[:, t], S_read)
         if normalize:
-            o = o / (torch.einsum("bhk,bhk->bh", q[:, t], z_read)[..., None] + NORMALIZER_EPS)
+            denominator = torch.einsum("bhk,bhk->bh", q[:, t], z_read)[..., None] + NORMALIZER_EPS
+            o = o / (denominator.detach() if fixed_denominator else denominator)
         outputs.append(o)
     return torch.stack(outputs, dim=1), (S, z) if normalize else S
 
@@ -100,10 +111,17 @@ def delta_rule_loop(
 
 
 def softmax_attention_loop(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool = True, scale: float | None = None, window: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    fixed_denominator: bool = False,
 ) -> Tensor:
     """softmax(scale * q k^T) v as dense math. q [B,T,Hq,D]; k, v [B,T,Hkv,D]; query head h reads h // (Hq // Hkv).
-    With a window a token sees itself and the window - 1 tokens before it."""
+    With a window a token sees itself and the window - 1 tokens before it. With a fixed denominator gradients do not
+    pass through it: they are the terms that may cancel."""
     T, heads, D = q.shape[1:]
     k = k.repeat_interleave(heads // k.shape[2], dim=2)
     v = v.repeat_interleave(heads // v.shape[2], dim=2)
@@ -114,7 +132,9 @@ def softmax_attention_loop(
     if window is not None:
         gone = torch.ones(T, T, dtype=torch.bool).tril(-window)
         scores = scores.masked_fill(gone, float("-inf"))
-    return torch.einsum("bhij,bjhd->bihd", scores.softmax(dim=-1), v)
+    log_denominator = scores.logsumexp(dim=-1, keepdim=True)
+    weights = (scores - (log_denominator.detach() if fixed_denominator else log_denominator)).exp()
+    return torch.einsum("bhij,bjhd->bihd", weights, v)
 
 
 def short_conv_loop(
@@ -142,28 +162,41 @@ def relative(got: Tensor, want: Tensor) -> float:
     """|got - want| / |want| over the whole tensor, in float64; where want is all zero, 0.0 or infinity."""
     if got.shape != want.shape:
         raise AssertionError(f"shapes differ: got {tuple(got.shape)}, want {tuple(want.shape)}")
-    difference = torch.linalg.vector_norm(got.detach().double() - want.detach().double()).item()
-    size = torch.linalg.vector_norm(want.detach().double()).item()
+    difference, size = norm(got.detach().double() - want.detach().double()), norm(want)
     if size == 0.0:
         return 0.0 if difference == 0.0 else float("inf")
     return difference / size
 
 
-def assert_close(name: str, got: Tensor | None, want: Tensor | None, bound: float) -> None:
-    """relative(got, want) <= bound, for one tensor; name says which, on which rank, in which case."""
+def norm(x: Tensor) -> float:
+    return torch.linalg.vector_norm(x.detach().double()).item()
+
+
+def assert_close(
+    name: str, got: Tensor | None, want: Tensor | None, bound: float, terms: Callable[[], Tensor] | None = None
+) -> None:
+    """|got - want| <= bound * |want|, for one tensor; name says which, on which rank, in which case.
+
+    `terms` gives what may cancel in want, of which ROUNDING is allowed besides; it is called only if it is needed.
+    """
     if got is None or want is None:
         assert got is want, f"{name}: got {describe(got)}, want {describe(want)}"
         return
     assert got.shape == want.shape, f"{name}: got {describe(got)}, want {describe(want)}"
     error = relative(got, want)
-    if not error <= bound:  # NaN fails too
-        difference = (got.detach().double() - want.detach().double()).abs()
-        worst = difference.nan_to_num(float("inf")).flatten().argmax().item() if got.numel() else 0
-        index = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), got.shape))
-        raise AssertionError(
-            f"{name}: relative error {error:.3g} is over {bound:g}; worst at {index}: "
-            f"got {got[index].item():.6g}, want {want[index].item():.6g}"
-        )
+    if error <= bound:  # NaN is not
+        return
+    difference = (got.detach().double() - want.detach().double()).abs()
+    size = norm(terms()) if terms is not None else 0.0
+    if norm(difference) <= bound * norm(want) + ROUNDING * size:
+        return
+    worst = difference.nan_to_num(float("inf")).flatten().argmax().item() if got.numel() else 0
+    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), got.shape))
+    cancelling = f", of terms of size {size:.3g}" if size else ""
+    raise AssertionError(
+        f"{name}: relative error {error:.3g} is over {bound:g}{cancelling}; worst at {index}: "
+        f"got {got[index].item():.6g}, want {want[index].item():.6g}"
+    )
 
 
 def describe(x: Tensor | None) -> str:

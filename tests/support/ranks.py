@@ -29,6 +29,8 @@ from typing import Any
 START_SECONDS = 180.0  # for a new process to import torch on a loaded machine
 GRACE_SECONDS = 2.0  # after the first failure, for the others to say what they saw
 
+arithmetic: dict[str, Any] = {}  # how ranks compute: what conftest.py gives Arithmetic in this process
+
 
 class RankError(AssertionError):
     """A rank failed, died or did not finish; the message names it and says where the others were."""
@@ -77,6 +79,7 @@ class Worker:
             )
         self.pipe = Connection(ours.detach())
         self.pipe.send(sys.path)
+        self.pipe.send(arithmetic)
 
     def stack(self) -> str:
         """Where the rank is now: its call stack, innermost frame last."""
@@ -208,6 +211,9 @@ def serve(pipe: Connection, stack_path: str) -> None:
     import torch
     import torch.distributed
 
+    from tests.support.arithmetic import Arithmetic
+
+    given = Arithmetic(**pipe.recv())
     environment = dict(os.environ)
     pipe.send("ready")
     with open(stack_path, "w") as stack_file:
@@ -221,7 +227,7 @@ def serve(pipe: Connection, stack_path: str) -> None:
             try:
                 os.environ.clear()
                 os.environ.update(environment)
-                torch.set_num_threads(1)
+                given.apply()
                 torch.set_default_dtype(torch.float32)
                 torch.use_deterministic_algorithms(True)
                 torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]

@@ -7,7 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.support.oracle import assert_close, delta_rule_loop, linear_attention_loop, relative, softmax_attention_loop
+from tests.support.oracle import (
+    ROUNDING,
+    assert_close,
+    delta_rule_loop,
+    linear_attention_loop,
+    norm,
+    relative,
+    softmax_attention_loop,
+)
 
 B, T, G, H, K, V = 2, 13, 2, 4, 3, 5
 
@@ -108,3 +116,35 @@ def test_assert_close_says_what_and_where() -> None:
         assert_close("o", want[0], want, 1e-6)
     assert relative(torch.zeros(2), torch.zeros(2)) == 0.0
     assert relative(torch.full((2,), 1e-30), torch.zeros(2)) == float("inf")
+
+
+def quotients(fixed_denominator: bool) -> dict[str, Tensor]:
+    """dq, dk and dv of tokens that see themselves alone, by softmax and by a normaliser."""
+    found = {}
+    for name, positive in (("softmax", False), ("normaliser", True)):
+        leaves = [(x.abs() if positive else x)[:, :1].detach().requires_grad_() for x in inputs(heads=H)]
+        if positive:
+            o = linear_attention_loop(*leaves, normalize=True, fixed_denominator=fixed_denominator)[0]
+        else:
+            o = softmax_attention_loop(*leaves, fixed_denominator=fixed_denominator)
+        grads = torch.autograd.grad((o * torch.arange(1.0, V + 1)).sum(), leaves)
+        found |= {f"{name} d{x}": grad for x, grad in zip("qkv", grads, strict=True)}
+    return found
+
+
+def test_terms_are_what_cancels_in_a_quotient() -> None:
+    want, terms = quotients(False), quotients(True)
+    for name in want:
+        if name.endswith("v"):
+            assert torch.equal(want[name], terms[name])
+        else:  # the normaliser's 1e-10 keeps a ten-thousand-millionth
+            assert norm(want[name]) < 1e-8 * norm(terms[name]), name
+
+
+def test_only_rounding_of_what_cancels_is_allowed() -> None:
+    want, terms = torch.zeros(3, dtype=torch.float64), torch.tensor([2.0, -1.0, 2.0], dtype=torch.float64)
+    off = torch.tensor([0.0, 2.9 * ROUNDING, 0.0], dtype=torch.float64)
+    assert_close("dq", off, want, 1e-10, lambda: terms)
+    for got, given in ((off, None), (off, lambda: 0 * terms), (2 * off, lambda: terms), (0 * off / 0, lambda: terms)):
+        with pytest.raises(AssertionError, match="dq: relative error (inf|nan) is over 1e-10"):
+            assert_close("dq", got, want, 1e-10, given)
