@@ -217,8 +217,10 @@ def cases(dtype: str, key: int, value: int, all_of_them: bool) -> Iterator[Case]
 EVERY = tuple(SHARED)
 SQUARES = tuple((width, width) for width in (64, 128, 256))
 ODD = ((153, 64), (100, 36))  # those of Based, and widths that no power of two divides
-# What is compiled: dtype, (key, value) dims, compute capabilities, and whether all forms. `main` is part of the tests.
+# What is compiled: dtype, (key, value) dims, compute capabilities, and whether all forms. `first` is for `make test`,
+# `main` of `make test-all`.
 GRIDS: dict[str, list[tuple[str, Sequence[tuple[int, int]], Sequence[int], bool]]] = {
+    "first": [("bf16", [(64, 64)], [90], False)],
     "quick": [("bf16", [(128, 128)], [90], True)],
     "main": [
         ("bf16", SQUARES, EVERY, False),
