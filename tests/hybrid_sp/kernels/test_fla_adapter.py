@@ -19,6 +19,7 @@ import hybrid_sp as hsp
 from hybrid_sp import delta
 from hybrid_sp.kernels.gpu import fla as adapter
 from tests.external.program import Errors, errors_of
+from tests.support.tiers import tiered
 
 needs_fla = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("fla", "triton")), reason="fla-core is not installed"
@@ -138,6 +139,9 @@ CASES = {  # what the program compares: kind, and whether states are given and a
 }
 
 
+FIRST = ("gated alone, documents", "half, two spans", "delta on 3, states", "kda on 3, zigzag")  # of the first tier
+
+
 @pytest.fixture(scope="module")
 def errors(request: pytest.FixtureRequest) -> Errors:
     """By one program, of all cases; or of those alone whose tests have been chosen, where no other test needs them."""
@@ -148,12 +152,13 @@ def errors(request: pytest.FixtureRequest) -> Errors:
 
 
 @needs_fla
+@pytest.mark.slow
 def test_every_case_is_reported(errors: Errors) -> None:
     assert errors.keys() == CASES.keys()
 
 
 @needs_fla
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", tiered(FIRST, [case for case in CASES if case not in FIRST]))
 def test_agrees_with_the_token_loop(errors: Errors, case: str) -> None:
     """Outputs, final states and every gradient on every rank; the exchange leaves before the work that hides it."""
     found, half = errors[case], case.startswith("half")
@@ -163,6 +168,7 @@ def test_agrees_with_the_token_loop(errors: Errors, case: str) -> None:
 
 
 @needs_fla
+@pytest.mark.slow
 def test_cutting_costs_no_precision_in_half(errors: Errors) -> None:
     """The summaries and what is read of them are rounded as the states of one device are."""
     one, two = errors["half"], errors["half, two spans"]

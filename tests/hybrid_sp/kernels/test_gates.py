@@ -12,6 +12,7 @@ from hybrid_sp.kernels import linear, scores
 from hybrid_sp.kernels.chunks import cut
 from tests.support.interpreter import mend
 from tests.support.oracle import assert_close
+from tests.support.tiers import tiered
 
 pytest.importorskip("triton")
 from hybrid_sp.kernels.gpu.segments import Segments, segment  # noqa: E402
@@ -149,7 +150,7 @@ WIDTHS = [
 ]
 
 
-@pytest.mark.parametrize(("width", "chunk", "length", "dtype", "bonus"), WIDTHS, ids=str)
+@pytest.mark.parametrize(("width", "chunk", "length", "dtype", "bonus"), tiered(WIDTHS[:-2], WIDTHS[-2:]), ids=str)
 def test_all_widths_and_dtypes(width: int, chunk: int, length: int, dtype: torch.dtype, bonus: bool) -> None:
     Case(width, segment((length,), 1, (), chunk, CPU), dtype, heads=1, bonus=bonus).check(BOUNDS[dtype])
 
@@ -160,7 +161,7 @@ def test_strong_decays_cost_the_others_nothing(decays: str, bonus: bool) -> None
     Case(8, segment((33,), 1, (), 32, CPU), heads=1, decays=decays, bonus=bonus).check(BOUNDS[torch.float32])
 
 
-@pytest.mark.parametrize(("batch", "heads", "bonus"), [(1, 4, True), (2, 2, False)])
+@pytest.mark.parametrize(("batch", "heads", "bonus"), tiered([(1, 4, True)], [(2, 2, False)]))
 def test_spans_documents_heads_and_strides(batch: int, heads: int, bonus: bool) -> None:
     segments = segment((7, 1, 21), 4, (0, 3, 13), 16, CPU)
     assert segments.count == 5
@@ -176,7 +177,7 @@ def test_large_gradients_fit_into_fp16() -> None:
     case.check(BOUNDS[torch.float16])
 
 
-@pytest.mark.parametrize("bonus", [False, True], ids=["plain", "bonus"])
+@pytest.mark.parametrize("bonus", tiered([False], [True]), ids=["plain", "bonus"])
 def test_the_same_as_the_torch_kernels(bonus: bool) -> None:
     """With these variables and a state from chunk to chunk, o and all gradients of `kernels/linear.py`."""
     lengths, documents = (80, 20), (70,)
