@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from dataclasses import replace
 from typing import Any
@@ -27,6 +28,7 @@ from tests.hybrid_sp.cases import (
 )
 from tests.hybrid_sp.test_parity import check_cases, check_low_precision, check_overlap_is_bit_equal
 from tests.support.ranks import run_ranks
+from tests.support.tiers import tiered
 
 LAYOUTS = ("contiguous", "zigzag")
 HEADS, RINGS = ("ulysses", "megatron"), ("ring", "ring_attention")
@@ -62,9 +64,18 @@ def check_in_tiles(group: Any, cases: list[tuple[Case, dict[str, Tensor]]]) -> N
         quadratic.QUERIES, quadratic.KEYS = tiles
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("baseline", HEADS)
+PAIRS = [
+    ("ulysses", 2, "contiguous"),
+    ("ulysses", 2, "zigzag"),
+    ("megatron", 2, "contiguous"),
+    ("megatron", 4, "zigzag"),
+]
+EVERY_HEAD = [*itertools.product(HEADS, (2, 4), LAYOUTS)]
+
+
+@pytest.mark.parametrize(
+    ("baseline", "world", "layout"), tiered(PAIRS, [one for one in EVERY_HEAD if one not in PAIRS])
+)
 def test_cutting_heads(baseline: str, world: int, layout: str) -> None:
     """Half of the cases each."""
     cases = [case for case in cases_of(baseline) if case.groups % world == 0]
@@ -72,9 +83,15 @@ def test_cutting_heads(baseline: str, world: int, layout: str) -> None:
     run_ranks(check_cases, world, [(case, wanted(case)) for case in cases], 8, 64)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("world", [2, 3, 4])
-@pytest.mark.parametrize("baseline", RINGS)
+FEW_RINGS = [
+    ("ring", 4, "contiguous"),
+    *itertools.product(RINGS, (2,), LAYOUTS),
+    *itertools.product(RINGS, (3,), LAYOUTS),
+]
+MANY_RINGS = [("ring", 4, "zigzag"), *itertools.product(["ring_attention"], (4,), LAYOUTS)]
+
+
+@pytest.mark.parametrize(("baseline", "world", "layout"), tiered(FEW_RINGS, MANY_RINGS))
 def test_rings(baseline: str, world: int, layout: str) -> None:
     cases = [replace(case, layout=layout) for case in cases_of(baseline)]
     run_ranks(check_in_tiles, world, [(case, wanted(case)) for case in cases])
@@ -103,8 +120,9 @@ def test_overlap_off_is_bit_equal(baseline: str) -> None:
     run_ranks(check_overlap_is_bit_equal, 2, cases)
 
 
+@pytest.mark.parametrize(("world", "layout"), tiered([(2, "zigzag")], [(4, "contiguous")]))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_low_precision(dtype: torch.dtype) -> None:
+def test_low_precision(dtype: torch.dtype, world: int, layout: str) -> None:
     kinds = [
         Case(decay="scalar", states=True, groups=2),
         Case(decay="vector", normalize=True, states=True, groups=2),
@@ -116,15 +134,11 @@ def test_low_precision(dtype: torch.dtype) -> None:
     cases += [Case(operator="softmax", groups=2, softmax="ring", causal=False)]
     cases += [Case(linear="ring_attention", decay=decay, groups=2) for decay in (None, "fixed", "scalar")]
     cases += [Case(linear="ring_attention", normalize=True, groups=2, decay="scalar")]
-    truths = {replace(case, linear="all_gather", softmax="all_gather"): case for case in cases}
-    found = {plain: [truth(replace(plain, seed=seed), dtype) for seed in range(4)] for plain in truths}
-    for world, layout in ((2, "zigzag"), (4, "contiguous")):
-        here = [case for case in cases if case.groups % world == 0 or "ring" in case.linear + case.softmax]
-        given = [
-            (replace(case, layout=layout), found[replace(case, linear="all_gather", softmax="all_gather")])
-            for case in here
-        ]
-        run_ranks(check_low_precision, world, given, dtype)
+    cases = [case for case in cases if case.groups % world == 0 or "ring" in case.linear + case.softmax]
+    plain = [replace(case, linear="all_gather", softmax="all_gather") for case in cases]
+    found = {case: [truth(replace(case, seed=seed), dtype) for seed in range(4)] for case in set(plain)}
+    given = [(replace(case, layout=layout), found[same]) for case, same in zip(cases, plain, strict=True)]
+    run_ranks(check_low_precision, world, given, dtype)
 
 
 LAYERS = [  # of one model each: what the layers need of the heads and the states is in `cases_of`
