@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import re
 from datetime import timedelta
 from typing import Any
 
@@ -12,9 +12,10 @@ import torch.distributed as dist
 
 import hybrid_sp as hsp
 from hybrid_sp import collectives
-from hybrid_sp.collectives import Header
+from hybrid_sp.collectives import CommunicationError, Header
 from hybrid_sp.mesh import whole_group
-from tests.support.ranks import RankError, run_ranks
+from tests.support.impatience import MOMENT, timeout_of
+from tests.support.ranks import run_ranks
 
 H, G, K, V, B = 4, 2, 8, 6, 2
 Counts = dict[str, list[int]]
@@ -154,20 +155,26 @@ def test_basic_forms(world: int) -> None:
     run_ranks(basic_forms, world)
 
 
-def late(group: Any) -> float:
-    mesh = hsp.init_mesh(dp=1, sp=2, timeout=timedelta(seconds=2))
-    if dist.get_rank() == 1:
-        time.sleep(4)
-        return 0.0
-    shard = hsp.SequenceParallel(mesh["sp"].get_group()).shard(8)
-    q = torch.randn(1, 4, 2, 4)
+def missing(_: Any) -> str:
+    """What rank 0 says where rank 1 does not come to the second call before that."""
+    asked = timedelta(minutes=7)
+    group = hsp.init_mesh(dp=1, sp=2, timeout=asked)["sp"].get_group()
+    assert timeout_of(group) == timeout_of(collectives._messages(group)) == asked
+    shard, q = hsp.SequenceParallel(group).shard(8), torch.randn(1, 4, 2, 4)
     hsp.linear_attention(q, q, q, shard=shard)
-    return 1.0
+    said = ""
+    if dist.get_rank() == 0:
+        dist.distributed_c10d._set_pg_timeout(MOMENT, group)
+        with pytest.raises(CommunicationError) as caught:
+            hsp.linear_attention(q, q, q, shard=shard)
+        said = str(caught.value)
+    dist.barrier()
+    return said
 
 
 def test_a_rank_that_does_not_come_is_a_timeout_that_names_the_collective() -> None:
-    with pytest.raises(RankError, match=r"rank 0 failed in: all_gather linear forward call 0"):
-        run_ranks(late, 2, deadline=30)
+    said, _ = run_ranks(missing, 2)
+    assert re.match(r"rank 0 failed in: all_gather linear forward call 1 .*Timed out", said, re.DOTALL)
 
 
 def strided_mesh(group: Any) -> tuple[list[int], list[int], int]:

@@ -26,7 +26,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-START_SECONDS = 180.0  # for a new process to import torch on a loaded machine
+START_SECONDS = 600.0  # for processes to import torch and the test, and to meet, on a loaded machine
 GRACE_SECONDS = 2.0  # after the first failure, for the others to say what they saw
 
 arithmetic: dict[str, Any] = {}  # how ranks compute: what conftest.py gives Arithmetic in this process
@@ -40,7 +40,8 @@ def run_ranks(fn: Callable[..., Any], world: int, *args: Any, deadline: float = 
     """fn(group, *args, **kwargs) on `world` ranks; returns what each rank returned, in rank order.
 
     fn is a function at the top of a module; group is the default group of that world. Arguments and results travel
-    through torch.save. After `deadline` seconds every rank's stack is reported. Raises RankError.
+    through torch.save. Every rank's stack is reported when `deadline` seconds have passed since the last rank came to
+    fn. Raises RankError.
     """
     if world < 1:
         raise ValueError(f"world must be at least 1, got {world}")
@@ -82,9 +83,7 @@ class Worker:
         self.pipe.send(arithmetic)
 
     def stack(self) -> str:
-        """Where the rank is now: its call stack, innermost frame last."""
-        self.process.send_signal(signal.SIGUSR1)
-        time.sleep(0.3)
+        """Where the rank was when `end_with_stacks` ended it: its call stack, innermost frame last."""
         blocks = Path(self.stack_file.name).read_text().split("\n\n")
         serving = [block.splitlines() for block in blocks if block.count(" in serve\n")]
         if not serving:
@@ -132,7 +131,7 @@ class Pool:
             for worker in workers:
                 worker.pipe.send((f"file://{folder}/store", world, worker.rank, deadline, source))
                 worker.pipe.send_bytes(packed((args, kwargs)))
-            ends = time.monotonic() + deadline
+            ends, entered = time.monotonic() + START_SECONDS, 0
             while running and (left := ends - time.monotonic()) > 0:
                 for pipe in wait(list(running), timeout=left):
                     assert isinstance(pipe, Connection)
@@ -140,31 +139,38 @@ class Pool:
                     try:
                         kind, when, *rest = pipe.recv()
                     except (EOFError, OSError):
-                        kind, when = "failed", time.monotonic()
-                        rest = [exit_words(worker), f"the process of rank {worker.rank} {exit_words(worker)}"]
-                    if kind == "returned":
-                        results[worker.rank] = unpacked(rest[0])
-                        continue  # its second word, after the barrier, frees the process
-                    del running[pipe]
+                        kind, (when, *rest) = "failed", death(worker)
+                    if kind == "entered":
+                        entered += 1
+                        if entered == world and not failures:
+                            ends = time.monotonic() + deadline
+                    elif kind == "returned":
+                        results[worker.rank] = unpacked(rest[0])  # its last word, after the barrier, frees the process
+                    else:
+                        del running[pipe]
                     if kind == "failed":
                         failures[worker.rank] = (when, rest[0], rest[1])
                         ends = min(ends, time.monotonic() + GRACE_SECONDS)
             if running or failures:
                 late = [worker for worker in running.values() if worker.rank not in results]
-                raise RankError(report(fn.__qualname__, world, deadline, failures, results, late))
+                for worker in end_with_stacks(late):
+                    failures[worker.rank] = death(worker)
+                    late.remove(worker)
+                trouble = f"not finished after {deadline:g} s" if entered == world else f"only {entered} began"
+                raise RankError(report(fn.__qualname__, world, trouble, failures, results, late))
         return [results[rank] for rank in range(world)]
 
 
 def report(
     name: str,
     world: int,
-    deadline: float,
+    trouble: str,
     failures: dict[int, tuple[float, str, str]],
     results: dict[int, Any],
     late: list[Worker],
 ) -> str:
     """The earliest failure in full, one line for each other rank, and the stack of those that had not finished."""
-    lines = [f"{name} on {world} ranks: not finished after {deadline:g} s"]
+    lines = [f"{name} on {world} ranks: {trouble}"]
     first = min(failures, key=lambda rank: failures[rank][0]) if failures else None
     if first is not None:
         lines = [f"rank {first} of {world} failed first in {name}: {failures[first][1]}", failures[first][2]]
@@ -178,8 +184,24 @@ def report(
 
 
 def exit_words(worker: Worker) -> str:
-    code = worker.process.wait(timeout=10)
+    code = worker.process.wait(START_SECONDS)
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
+def death(worker: Worker) -> tuple[float, str, str]:
+    """The failure of a rank that ended without a word. It is the earliest: the others fail because it is gone."""
+    return 0.0, exit_words(worker), f"the process of rank {worker.rank} {exit_words(worker)}"
+
+
+def end_with_stacks(workers: list[Worker]) -> list[Worker]:
+    """Each writes its stack and ends, so that the stack is whole. Returns those that had ended by themselves.
+
+    All of them stand still before the first one ends, for the end of one would move those that wait for it.
+    """
+    for number in (signal.SIGSTOP, signal.SIGUSR1, signal.SIGCONT):
+        for worker in workers:
+            worker.process.send_signal(number)
+    return [worker for worker in workers if worker.process.wait(START_SECONDS) != -signal.SIGUSR1]
 
 
 def packed(value: Any) -> bytes:
@@ -217,7 +239,7 @@ def serve(pipe: Connection, stack_path: str) -> None:
     environment = dict(os.environ)
     pipe.send("ready")
     with open(stack_path, "w") as stack_file:
-        faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=True)
+        faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=True, chain=True)  # then it ends us
         while True:
             try:
                 store, world, rank, deadline, source = pipe.recv()
@@ -234,9 +256,10 @@ def serve(pipe: Connection, stack_path: str) -> None:
                 torch.manual_seed(0)
                 fn = load_function(*source)
                 args, kwargs = unpacked(data)
+                torch.distributed.init_process_group("gloo", store, timedelta(seconds=START_SECONDS), world, rank)
                 # Shorter than the deadline, so that a rank waiting for another says so itself.
-                timeout = timedelta(seconds=0.6 * deadline)
-                torch.distributed.init_process_group("gloo", store, timeout, world, rank)
+                torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=0.6 * deadline))
+                pipe.send(("entered", time.monotonic()))
                 result = fn(torch.distributed.group.WORLD, *args, **kwargs)
                 pipe.send(("returned", time.monotonic(), packed(result)))
                 torch.distributed.barrier()  # a group that is destroyed while a peer still works fails the peer
