@@ -31,7 +31,7 @@ def test_two_ranks_receive_what_the_cost_model_says(tmp_path: Path, monkeypatch:
     )
     Path("trial.yaml").write_text(SWEEP)
     words = [sys.executable, "-m", "recipes.sweep", "trial.yaml"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "[2/2] model-linear-gated-delta-net_parallel-linear-ulysses: finished after" in done.stdout
 

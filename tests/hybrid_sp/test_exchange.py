@@ -31,7 +31,7 @@ from tests.hybrid_sp.test_parity import LAYOUTS, check_cases
 from tests.support.impatience import Impatience
 from tests.support.ranks import run_ranks
 
-PATIENCE = 30.0  # seconds for another thread of a broken run
+PATIENCE = 300.0  # seconds for another thread, which comes unless something is broken
 SCANS = [name for name in EXCHANGES if name != "all_gather"]
 Wanted = list[tuple[Case, dict[str, Tensor]]]
 
@@ -47,7 +47,7 @@ def wanted() -> Wanted:
 @pytest.mark.parametrize("world", [2, 3, 4])  # one rank: below
 def test_parity_fp64(world: int, layout: str, exchange: str) -> None:
     cases = [(replace(case, layout=layout, linear=exchange), want) for case, want in wanted()]
-    assert run_ranks(check_cases, world, cases, 8, 64, deadline=60) == [len(cases)] * world
+    assert run_ranks(check_cases, world, cases, 8, 64) == [len(cases)] * world
 
 
 def every_third() -> Wanted:

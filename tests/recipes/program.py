@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-GRACE = 3.0  # seconds that the other ranks have to end after the first one failed, as torchrun gives them some
+REFUSED = 2  # exit code of a recipe that cannot be run: the other ranks then wait to be ended, as torchrun does it
+GRACE = 60.0  # seconds for the others to end when one has failed otherwise: each finds out by itself
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ class Outcome:
 
 
 def run_program(
-    *arguments: str, ranks: int = 1, fault: str | None = None, rank: int = 0, nth: int = 1, deadline: float = 60.0
+    *arguments: str, ranks: int = 1, fault: str | None = None, rank: int = 0, nth: int = 1, deadline: float = 300.0
 ) -> Outcome:
     """``recipes.train.main(arguments)`` on some ranks; a ``fault`` of FAULTS strikes one of them, its nth time."""
     with tempfile.TemporaryDirectory() as logs:
@@ -104,7 +105,7 @@ def _fork_ranks(request: dict[str, Any]) -> list[int]:
             if done:
                 codes[child] = os.waitstatus_to_exitcode(status)
                 if codes[child]:
-                    deadline = min(deadline, time.monotonic() + GRACE)
+                    deadline = min(deadline, time.monotonic() + GRACE * (codes[child] != REFUSED))
         if time.monotonic() > deadline:
             for child in children.keys() - codes.keys():
                 os.kill(child, signal.SIGTERM if time.monotonic() < deadline + GRACE else signal.SIGKILL)
@@ -126,6 +127,7 @@ def _be_rank(request: dict[str, Any], rank: int, port: int) -> None:
             world = str(request["ranks"])
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=world, LOCAL_WORLD_SIZE=world)
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        train.PATIENCE = request["deadline"]
         _draw_numbers(rank)
         if request["fault"] is not None:
             FAULTS[request["fault"]](request["nth"] if rank == request["rank"] else 0)

@@ -17,7 +17,7 @@ from tests.recipes.conftest import Train
 from tests.recipes.program import ROOT
 
 MEGABITS = 100
-DEADLINE = 120  # seconds
+DEADLINE = 600  # seconds
 SETTINGS = ("train.dtype=float64", "optim.lr=1e-4", "optim.schedule=constant", "optim.warmup=0", "train.steps=3")
 
 

