@@ -1,14 +1,13 @@
 """run_ranks: one function on P ranks (gloo, a file store, no ports), with errors that name the rank.
 
-Starting a process and importing torch costs seconds, so rank processes stay warm from one call to the next; only the
-process group is new. Whatever happens in a failed call, its processes are killed and the next call gets fresh ones.
+Rank processes (`rank.py` beside) stay warm from one call to the next; only the process group is new. Whatever happens
+in a failed call, its processes are killed and the next call gets fresh ones. Importing torch and hybrid_sp costs
+seconds: one process does it, and ranks are forked from it.
 """
 
 from __future__ import annotations
 
 import atexit
-import faulthandler
-import importlib.util
 import io
 import os
 import signal
@@ -16,14 +15,11 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-import traceback
 from collections.abc import Callable
-from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import send_handle
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 START_SECONDS = 600.0  # for processes to import torch and the test, and to meet, on a loaded machine
@@ -57,27 +53,69 @@ def run_ranks(fn: Callable[..., Any], world: int, *args: Any, deadline: float = 
 
 def close_pool() -> None:
     """Ends the rank processes; the next run_ranks starts new ones."""
-    _pool.close()
+    _pool.end()
 
 
-# -- the side of the tests -------------------------------------------------------------------------------------------
+class Forker:
+    """The process that ranks are forked from. It is their parent, so it is asked how they ended."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name("rank.py")), str(theirs.fileno())],
+                stdin=subprocess.PIPE,  # never written: its end of file tells all of them that we are gone
+                pass_fds=[theirs.fileno()],
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                start_new_session=True,
+            )
+        self.pipe = Connection(ours.detach())
+        self.pipe.send(sys.path)
+
+    def fork(self, socket_: socket.socket, stack_path: str) -> Process:
+        """A rank that talks through this socket."""
+        self.pipe.send(("fork", dict(os.environ), stack_path))
+        send_handle(self.pipe, socket_.fileno(), self.process.pid)
+        return Process(self, self.answer(START_SECONDS))
+
+    def answer(self, timeout: float) -> int:
+        if not self.pipe.poll(timeout):
+            raise RankError(f"the process that ranks are forked from has not answered within {timeout:.0f} s")
+        return self.pipe.recv()
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+class Process:
+    """A rank's process, as of subprocess, but that it is not our child."""
+
+    def __init__(self, forker: Forker, pid: int) -> None:
+        self.forker, self.pid = forker, pid
+        self.returncode: int | None = None
+
+    def send_signal(self, number: int) -> None:
+        if self.returncode is None:  # nobody has waited for it: the number is still its own
+            os.kill(self.pid, number)
+
+    def wait(self, timeout: float) -> int:
+        """Its exit code, negative for a signal that ended it."""
+        if self.returncode is None:
+            self.forker.pipe.send(("wait", self.pid))
+            self.returncode = self.forker.answer(timeout)
+        return self.returncode
 
 
 class Worker:
     """One rank's process, the pipe to it, and the file its stack is dumped into."""
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, forker: Forker) -> None:
         self.rank = rank
         ours, theirs = socket.socketpair()
         self.stack_file = tempfile.NamedTemporaryFile(prefix=f"rank-{rank}-stack-")  # noqa: SIM115 (as long as the rank)
         with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, __file__, str(theirs.fileno()), self.stack_file.name],
-                stdin=subprocess.PIPE,  # never written: its end of file tells the rank that we are gone
-                pass_fds=[theirs.fileno()],
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-                start_new_session=True,
-            )
+            self.process = forker.fork(theirs, self.stack_file.name)
         self.pipe = Connection(ours.detach())
         self.pipe.send(sys.path)
         self.pipe.send(arithmetic)
@@ -93,10 +131,8 @@ class Worker:
         return "\n".join("  " + line for line in reversed(frames[:outermost]))
 
     def end(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        assert self.process.stdin is not None
-        self.process.stdin.close()
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait(START_SECONDS)
         self.pipe.close()
         self.stack_file.close()
 
@@ -104,9 +140,11 @@ class Worker:
 class Pool:
     def __init__(self) -> None:
         self.workers: list[Worker] = []
+        self.forker: Forker | None = None
 
     def grow(self, world: int) -> None:
-        new = [Worker(rank) for rank in range(len(self.workers), world)]
+        self.forker = self.forker or Forker()
+        new = [Worker(rank, self.forker) for rank in range(len(self.workers), world)]
         self.workers += new
         for worker in new:
             if not worker.pipe.poll(START_SECONDS):
@@ -120,6 +158,12 @@ class Pool:
         for worker in self.workers:
             worker.end()
         self.workers = []
+
+    def end(self) -> None:
+        self.close()
+        if self.forker is not None:
+            self.forker.end()
+            self.forker = None
 
     def call(self, fn: Callable[..., Any], world: int, args: Any, kwargs: Any, deadline: float) -> list[Any]:
         workers = self.workers[:world]
@@ -220,87 +264,4 @@ def unpacked(data: bytes) -> Any:
 
 
 _pool = Pool()
-atexit.register(_pool.close)
-
-
-# -- the side of the ranks -------------------------------------------------------------------------------------------
-
-
-def serve(pipe: Connection, stack_path: str) -> None:
-    """A rank's life: settings, then one call after another until the tests are over."""
-    threading.Thread(target=leave_with_parent, daemon=True).start()
-    sys.path[:] = pipe.recv()
-    import torch
-    import torch.distributed
-
-    from tests.support.arithmetic import Arithmetic
-
-    given = Arithmetic(**pipe.recv())
-    environment = dict(os.environ)
-    pipe.send("ready")
-    with open(stack_path, "w") as stack_file:
-        faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=True, chain=True)  # then it ends us
-        while True:
-            try:
-                store, world, rank, deadline, source = pipe.recv()
-            except EOFError:
-                return
-            data = pipe.recv_bytes()
-            try:
-                os.environ.clear()
-                os.environ.update(environment)
-                given.apply()
-                torch.set_default_dtype(torch.float32)
-                torch.use_deterministic_algorithms(True)
-                torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
-                torch.manual_seed(0)
-                fn = load_function(*source)
-                args, kwargs = unpacked(data)
-                torch.distributed.init_process_group("gloo", store, timedelta(seconds=START_SECONDS), world, rank)
-                # Shorter than the deadline, so that a rank waiting for another says so itself.
-                torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=0.6 * deadline))
-                pipe.send(("entered", time.monotonic()))
-                result = fn(torch.distributed.group.WORLD, *args, **kwargs)
-                pipe.send(("returned", time.monotonic(), packed(result)))
-                torch.distributed.barrier()  # a group that is destroyed while a peer still works fails the peer
-                torch.distributed.destroy_process_group()
-                pipe.send(("left", time.monotonic()))
-            except BaseException as error:
-                line = traceback.format_exception_only(error)[-1].strip()
-                pipe.send(("failed", time.monotonic(), line, traceback.format_exc()))
-
-
-def load_function(module_name: str, path: str, qualname: str) -> Callable[..., Any]:
-    """From its file, under the name pytest gave the module: pickled classes of that module then resolve too."""
-    if module_name == "__main__":
-        module_name = f"ranks_main_{Path(path).stem}"
-    module = sys.modules.get(module_name)
-    if module is None or module.__file__ != path:
-        module = load_module(module_name, path)
-    fn: Any = module
-    for part in qualname.split("."):
-        fn = getattr(fn, part)
-    return fn
-
-
-def load_module(name: str, path: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None, f"{path} cannot be imported"
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
-
-
-def leave_with_parent() -> None:
-    """Standard input ends when the parent does, however it ended; a rank never outlives it."""
-    os.read(0, 1)
-    os._exit(1)
-
-
-if __name__ == "__main__":
-    serve(Connection(int(sys.argv[1])), sys.argv[2])
+atexit.register(_pool.end)
