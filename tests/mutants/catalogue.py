@@ -100,7 +100,7 @@ MUTANTS = [
         file="hybrid_sp/collectives.py",
         old="                self._work.wait()",
         new="                self._work.is_completed()",
-        test=f"{PARITY}[4-contiguous-linear]",
+        test=f"{PARITY}[4-zigzag-linear]",
     ),
     Mutant(
         name="stale Pending",
@@ -421,7 +421,7 @@ MUTANTS = [
         file="hybrid_sp/exchange/halo.py",
         old="arrived[place[i]]",
         new="arrived[i]",
-        test=f"{PARITY}[3-zigzag-halo]",
+        test=f"{PARITY}[4-zigzag-halo]",
     ),
     Mutant(
         name="gradient of an earlier pass",

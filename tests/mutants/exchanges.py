@@ -48,7 +48,7 @@ EXCHANGE_MUTANTS = [
         file="hybrid_sp/exchange/scan.py",
         old="(kept.mT if kept.ndim == d_entering.ndim else kept)",
         new="kept",
-        test=f"{SCAN}[3-contiguous-ring]",
+        test=f"{SCAN}[4-contiguous-ring]",
     ),
     Mutant(
         name="a rank's spans in forward order on the way back",
