@@ -16,6 +16,7 @@ from hybrid_sp.exchange import EXCHANGES
 from hybrid_sp.layout import LAYOUTS
 from layers.registry import MIXERS, Place, mixer_spec
 from tests.support.ranks import run_ranks
+from tests.support.tiers import tiered
 
 PLACE = Place(dim=16, heads=4, kv_heads=2, layer=1, depth=4, norm_eps=1e-6, rope_base=100.0)
 OPTIONS = {"sliding_window": {"window": 5}}  # fits into a span
@@ -50,9 +51,12 @@ def count(
     return counted
 
 
+WAYS = [(2, "contiguous"), (3, "zigzag")]
+REST = [(1, "contiguous"), (1, "zigzag"), (2, "zigzag"), (3, "contiguous")]
+
+
 @pytest.mark.parametrize("linear", [*EXCHANGES, "auto"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("P", [1, 2, 3])
+@pytest.mark.parametrize(("P", "layout"), tiered(WAYS, REST))
 def test_every_mixer_sends_what_its_cost_says(P: int, layout: str, linear: str) -> None:
     spans = LAYOUTS.index(layout) + 1
     cut = Setting(P=P, world=P, spans=spans, B=2, passes=1, L=LENGTH, kv_bytes=4, linear=linear, link=LINK)

@@ -16,18 +16,23 @@ from hybrid_sp.layout import LAYOUTS
 from tests.layers.cases import CASES, PLACE, Case, tokens
 from tests.support.oracle import assert_close
 from tests.support.ranks import run_ranks
+from tests.support.tiers import tiered
 
 # Of a sequence shorter than a chunk, whose spans are shorter than a convolution reaches, and of a longer one; documents
 # of one token, and of more than a span and a chunk.
 LENGTHS = {11: (0, 1, 2, 7, 11), 137: (0, 1, 4, 5, 60, 61, 137)}
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_mixers_agree_with_one_device(ranks: int, packed: bool) -> None:
-    run_ranks(compare_mixers, ranks, CASES, list(LENGTHS), packed, deadline=180.0)
+PAIRS = [(1, "packed"), (2, "batch"), (3, "packed"), (4, "batch")]
+REST = [(1, "batch"), (2, "packed"), (3, "batch"), (4, "packed")]
 
 
+@pytest.mark.parametrize(("ranks", "rows"), tiered(PAIRS, REST))
+def test_mixers_agree_with_one_device(ranks: int, rows: str) -> None:
+    run_ranks(compare_mixers, ranks, CASES, list(LENGTHS), rows == "packed", deadline=600.0)
+
+
+@pytest.mark.slow
 def test_a_few_mixers_agree_on_eight_ranks() -> None:
     run_ranks(compare_mixers, 8, CASES[2::4], [max(LENGTHS)], True, deadline=180.0)
 
@@ -78,17 +83,18 @@ def one_by_one(case: Case, x: Tensor, dy: Tensor, bounds: tuple[int, ...]) -> di
     }
 
 
+@pytest.mark.parametrize("first", tiered([0], [1, 2]))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_rounding_is_at_most_twice_that_of_one_device(dtype: torch.dtype) -> None:
-    run_ranks(compare_rounding, 2, dtype, deadline=180.0)
+def test_rounding_is_at_most_twice_that_of_one_device(dtype: torch.dtype, first: int) -> None:
+    run_ranks(compare_rounding, 2, dtype, CASES[first::3], deadline=600.0)
 
 
-def compare_rounding(group: Any, dtype: torch.dtype) -> None:
+def compare_rounding(group: Any, dtype: torch.dtype, cases: list[Case]) -> None:
     """Errors against float64 on the same rounded numbers, rms over seeds: of the output, of the input's gradient, and
     of all parameters' gradients together, since the rounding of a few numbers alone is a lottery."""
     length, seeds = max(LENGTHS), 4
     shard = hsp.SequenceParallel(group, layout="zigzag", check=True).shard(length)
-    for case in CASES:
+    for case in cases:
         squares = torch.zeros(3, 2, dtype=torch.float64)  # y, dx, parameters; here, one device
         for seed in range(seeds):
             x, dy = random_pair(length, batch=2, seed=seed)
@@ -109,7 +115,7 @@ def compare_rounding(group: Any, dtype: torch.dtype) -> None:
             assert miss <= 2 * single, f"{case} {dtype} {name}: {miss:.2e}, one device {single:.2e}"
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("ranks", tiered([3], [1]))
 def test_nothing_leaks_from_one_document_into_another(ranks: int) -> None:
     run_ranks(change_documents, ranks, deadline=180.0)
 
@@ -139,7 +145,7 @@ def change_documents(group: Any) -> None:
             assert not alone["dx"][:, ~inside_T].any(), f"{where}: a gradient leaks"
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", tiered([2], [4]))
 def test_a_token_is_seen_by_later_ranks_and_by_none_before_it(ranks: int) -> None:
     run_ranks(change_a_token, ranks, deadline=180.0)
 
