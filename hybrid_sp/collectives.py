@@ -1,7 +1,7 @@
 """The only caller of torch.distributed: collectives and messages, synchronous and pending.
 
 Each names its `Header`: which kind of layer calls it, in which direction, in which call. The ledger counts by it,
-errors quote it, and with `check` every rank compares it with the others before the data moves, so that ranks which
+errors quote it, and with `check` all ranks compare it, uncounted, before the data moves, so that ranks which
 have come apart stop with a message instead of exchanging the wrong tensors. `group=None` is one device.
 """
 
@@ -30,7 +30,7 @@ from .timeline import Row, Wait
 
 Group = dist.ProcessGroup | None
 
-_HEADER_BYTES = 256
+_TEXT_BYTES = 1024  # of one rank in a comparison
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +173,16 @@ def all_reduce(x: Tensor, group: Group, tag: str) -> Tensor:
     return start_all_reduce(x, group, Header(tag=tag)).wait()
 
 
+def start_texts(text: str, group: Group, what: str) -> Pending:
+    """Launch an all-gather of a short text of every rank, over the CPU whatever the group's device: no device waits."""
+    if size(group) == 1:
+        return Pending(lambda: [text])
+    mine = torch.frombuffer(bytearray(text.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")), dtype=torch.uint8)
+    rows = mine.new_empty(size(group), _TEXT_BYTES)
+    work = _all_gather_single(rows.view(-1), mine, group=_on_cpu(group), async_op=True)
+    return Pending(lambda: [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in rows], work, what)
+
+
 def broadcast(x: Tensor, group: Group, src: int = 0) -> Tensor:
     """x of the rank `src` of the group, in place; returns x."""
     if size(group) > 1:
@@ -219,7 +229,7 @@ def device(group: Group) -> torch.device:
 
 # -- messages from one rank to another --------------------------------------------------------------------------------
 
-_twins: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # of a group: that for its messages
+_twins: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()  # of a group: others by backend
 _exchanges: weakref.WeakKeyDictionary[Any, Iterator[int]] = weakref.WeakKeyDictionary()  # by messages, made so far
 
 
@@ -232,7 +242,7 @@ def agree(header: Header, plan: str, x: Tensor, group: Group) -> Header:
     if size(group) == 1:
         return header
     if header.check:
-        _compare(header.text(plan, x), x.device, group)
+        _compare(header.text(plan, x), group)
     _messages(group)
     return replace(header, exchange=next(_exchanges.setdefault(group, itertools.count())))
 
@@ -343,20 +353,26 @@ class _Enqueued:
 
 
 def _messages(group: Group) -> Any:
-    """The group's twin for messages, made when all ranks ask for it the first time: collectives and messages that share
-    a communicator could be ordered differently on two ranks."""
-    if group not in _twins:
-        assert group is not None
-        timeout = group._get_backend(device(group)).options._timeout
-        backend = str(dist.get_backend_config(group))
-        _twins[group] = dist.new_group(
-            dist.get_process_group_ranks(group),
-            timeout=timeout,
-            backend=backend,
-            pg_options=group_options(backend, timeout),
-            use_local_synchronization=True,
-        )
-    return _twins[group]
+    """The group's twin for messages: collectives and messages that share a communicator could be ordered differently on
+    two ranks."""
+    return _twin(group, str(dist.get_backend_config(group)))
+
+
+def _on_cpu(group: Group) -> Any:
+    """The group, or its twin on gloo if it cannot send what lies on the CPU."""
+    assert group is not None
+    return group if torch.device("cpu") in group._device_types else _twin(group, "gloo")
+
+
+def _twin(group: Group, backend: str) -> Any:
+    """Another group of the same ranks, made when all of them ask for it the first time."""
+    assert group is not None
+    twins = _twins.setdefault(group, {})
+    if backend not in twins:
+        timeout = group._get_backend(group._device_types[0]).options._timeout
+        ranks, options = dist.get_process_group_ranks(group), group_options(backend, timeout)
+        twins[backend] = dist.new_group(ranks, timeout, backend, options, use_local_synchronization=True)
+    return twins[backend]
 
 
 def group_options(backend: str, timeout: timedelta) -> Any:
@@ -451,7 +467,7 @@ def _start(
     if size(group) == 1:
         return Pending(lambda: alone, what=what)
     if header.check:
-        _compare(what, x.device, group)
+        _compare(what, group)
     row = _note(collective, header, received, x.device)
     work, result = launch()
     return Pending(result, _slowed(work, size(group) - 1, received), what, header, row, x.device)
@@ -470,14 +486,9 @@ def _note(collective: str, header: Header, received: int, device: torch.device) 
     return row
 
 
-def _compare(what: str, device: torch.device, group: Group) -> None:
+def _compare(what: str, group: Group) -> None:
     """Raise on every rank if the ranks are about to make different collectives."""
-    mine = torch.zeros(_HEADER_BYTES, dtype=torch.uint8, device=device)
-    text = what.encode()[:_HEADER_BYTES]
-    mine[: len(text)] = torch.tensor(list(text), dtype=torch.uint8, device=device)
-    every = mine.new_empty(size(group) * _HEADER_BYTES)
-    _all_gather_single(every, mine, group=group)
-    texts = [bytes(row.tolist()).rstrip(b"\0").decode() for row in every.view(-1, _HEADER_BYTES).cpu()]
+    texts = start_texts(what, group, f"comparison before {what}").wait()
     if len(set(texts)) > 1:
         lines = "\n".join(f"  rank {r}: {text}" for r, text in enumerate(texts))
         raise RuntimeError(

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import collectives
+from .agreement import Agreement
 from .collectives import Header
 
 if TYPE_CHECKING:
@@ -44,24 +45,28 @@ class Shard:
 
     sp          how the sequence is cut
     length      tokens in the whole sequence (L)
-    cu_seqlens  bounds of the documents packed into the sequence, 0 ... L; None: it is one document (and may be a batch)
+    cu_seqlens  bounds of the documents packed into the sequence, 0 ... L, without those of empty ones; None: it is one
+                document (and may be a batch)
     calls       numbers the operator calls on this shard
+    agreement   of all ranks on what the shard was given; None: they are not compared
     """
 
     sp: SequenceParallel
     length: int
     cu_seqlens: tuple[int, ...] | None = None
     calls: Iterator[int] = field(default_factory=itertools.count, repr=False)
+    agreement: Agreement | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.cu_seqlens is not None:
             ends = (self.cu_seqlens[:1], self.cu_seqlens[-1:])
-            rising = all(a < b for a, b in itertools.pairwise(self.cu_seqlens))
-            if ends != ((0,), (self.length,)) or not rising:
+            falls = any(a > b for a, b in itertools.pairwise(self.cu_seqlens))
+            if ends != ((0,), (self.length,)) or falls:
                 raise ValueError(
-                    f"cu_seqlens must rise strictly from 0 to the {self.length} tokens of the sequence, got "
+                    f"cu_seqlens must rise from 0 to the {self.length} tokens of the sequence and never fall, got "
                     f"{_shortened(self.cu_seqlens)}"
                 )
+            object.__setattr__(self, "cu_seqlens", tuple(dict.fromkeys(self.cu_seqlens)))
         if self.length < len(self.bounds) - 1:
             raise ValueError(
                 f"a sequence of {self.length} tokens cannot be cut into {len(self.bounds) - 1} spans "
@@ -104,11 +109,16 @@ class Shard:
 
     @cached_property
     def sequence(self) -> str:
-        """The sequence in words, equal on ranks that have been given the same one."""
+        """The sequence in words, equal on ranks that have been given the same one in the same layout."""
         if self.cu_seqlens is None:
-            return f"{self.length} tokens"
+            return f"{self.length} tokens {self.sp.layout}"
         bounds = zlib.crc32(repr(self.cu_seqlens).encode())
-        return f"{self.length} tokens in {len(self.cu_seqlens) - 1} documents {bounds:08x}"
+        return f"{self.length} tokens {self.sp.layout} in {len(self.cu_seqlens) - 1} documents {bounds:08x}"
+
+    def header(self, tag: str, direction: str, call: int, note: str = "") -> Header:
+        """What a collective of this sequence is for."""
+        note = f"{note} {self.sequence}".strip()
+        return Header(tag=tag, direction=direction, call=call, check=self.sp.check == "calls", note=note)
 
     @property
     def tokens(self) -> int:
@@ -165,6 +175,7 @@ class Shard:
 
     def gather(self, x_local: Tensor, dim: int = 1) -> Tensor:
         """The whole sequence, of which every rank gives its tokens along `dim`. Its backward sums over ranks."""
+        self.require_agreement()
         self.require_tokens("gather", x=x_local.shape[dim])
         return _Gather.apply(self, x_local, dim)
 
@@ -173,6 +184,11 @@ class Shard:
         labels_BL = tokens_BL.roll(-1, 1)
         labels_BL[:, [end - 1 for end in (*self.boundaries, self.length)]] = NO_LABEL
         return self.take(labels_BL, 1)
+
+    def require_agreement(self) -> None:
+        """Raise ValueError, on every rank, if the ranks were given different sequences or strategies."""
+        if self.agreement is not None:
+            self.agreement.require()
 
     def require_tokens(self, operator: str, **lengths: int) -> None:
         """Raise ValueError unless every named tensor has this rank's number of tokens."""
@@ -230,14 +246,14 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, shard: Shard, x_local: Tensor, dim: int) -> Tensor:
         ctx.shard, ctx.dim = shard, dim
-        header = Header(tag="gather", call=next(shard.calls), check=shard.sp.check)
-        ctx.call = header.call
+        ctx.call = next(shard.calls)
+        header = shard.header("gather", "forward", ctx.call)
         return shard.join(collectives.start_all_gather(shard.pad(x_local, dim), shard.sp.group, header).wait(), dim)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dx: Tensor) -> tuple[None, Tensor, None]:
         shard, dim = ctx.shard, ctx.dim
-        header = Header(tag="gather", direction="backward", call=ctx.call, check=shard.sp.check)
+        header = shard.header("gather", "backward", ctx.call)
         mine = collectives.start_reduce_scatter(shard.split(dx, dim), shard.sp.group, header).wait()
         return None, mine.narrow(dim, 0, shard.tokens), None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from typing import Any
 
@@ -14,11 +14,14 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from . import collectives
+from .agreement import Agreement
 from .collectives import Link
 from .exchange import EXCHANGES
 from .layout import LAYOUTS, Shard
 
 KINDS = ("linear", "softmax", "conv")  # of layers that communicate
+CHECKS = ("sequence", "calls", False)
+LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets for every process
 
 # Strategies that are no exchange of states or keys, but another form of the operator.
 BASELINES = {"linear": ("ulysses", "megatron", "ring_attention"), "softmax": ("ring", "ulysses", "megatron")}
@@ -27,18 +30,19 @@ BASELINES = {"linear": ("ulysses", "megatron", "ring_attention"), "softmax": ("r
 def init_mesh(dp: int = 1, sp: int = 1, device: str = "cpu", timeout: timedelta = timedelta(minutes=10)) -> DeviceMesh:
     """Mesh with the axes "dp" (replicas of the model) and "sp" (pieces of a sequence); sp ranks are neighbours.
 
-    Starts the process group where none exists: of torchrun's processes, or of this process alone. gloo serves the CPU,
-    nccl CUDA. A collective that takes longer than `timeout` fails on every rank that waits for it.
+    Starts the process group where none exists: of torchrun's processes, or of this process alone where neither RANK nor
+    a WORLD_SIZE above 1 is set. gloo serves the CPU, nccl CUDA. A collective that takes longer than `timeout` fails on
+    every rank that waits for it.
 
-    Raises ValueError if the number of processes is not dp x sp.
+    Raises ValueError if the number of processes is not dp x sp, and if a launcher's variables are not all set.
     """
-    world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    world = dist.get_world_size() if dist.is_initialized() else _processes()
     if min(dp, sp) < 1 or dp * sp != world:
         raise ValueError(f"dp x sp must be the number of processes: got dp={dp}, sp={sp} for {world} processes")
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         options: dict[str, Any] = {"timeout": timeout, "pg_options": collectives.group_options(backend, timeout)}
-        if "RANK" in os.environ:
+        if os.environ.get("RANK"):
             dist.init_process_group(backend, **options)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, **options)
@@ -51,6 +55,21 @@ def init_mesh(dp: int = 1, sp: int = 1, device: str = "cpu", timeout: timedelta 
         groups.append(dist.new_subgroups_by_enumeration(members, timeout=timeout, pg_options=own)[0])
     rows, columns = groups
     return DeviceMesh.from_group([columns, rows], device, mesh=ranks, mesh_dim_names=("dp", "sp"))
+
+
+def _processes() -> int:
+    """How many a launcher has started; ValueError unless it has told each of them all that it needs to know."""
+    found = {name: os.environ[name] for name in LAUNCHER if os.environ.get(name)}
+    if "RANK" not in found and found.get("WORLD_SIZE", "1") == "1":
+        return 1
+    told = " ".join(f"{name}={value}" for name, value in found.items())
+    advice = "start with torchrun --nproc-per-node N PROGRAM, which sets all four, or unset RANK and WORLD_SIZE for one"
+    if missing := [name for name in LAUNCHER if name not in found]:
+        raise ValueError(f"init_mesh: {told} set in the environment, {', '.join(missing)} missing: {advice} process")
+    rank, world = found["RANK"], found["WORLD_SIZE"]
+    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+        raise ValueError(f"init_mesh: RANK must be one of 0 to WORLD_SIZE - 1, got {told}: {advice} process")
+    return int(world)
 
 
 def whole_group(mesh: DeviceMesh) -> dist.ProcessGroup:
@@ -80,7 +99,10 @@ class SequenceParallel:
     keep_kv   "all_gather" of softmax: keep what was gathered for backward; False gathers it again there
     overlap   compute while collectives are in flight; False waits at once (for ablations; the results are bit-equal).
               Or the kinds of layer that do, of "linear", "softmax" and "conv"
-    check     compare a header on all ranks before each collective; costs a small collective, on in tests
+    check     "sequence": all ranks compare, once per shard, what `shard` was given, and these settings: over the CPU,
+              launched by `shard` and awaited by its first operator, which raises ValueError on every rank if any
+              differ. "calls": also a header before each collective, which costs as many small ones; for tests. False:
+              ranks that differ hang, fail or compute with wrong numbers. The ledger counts no comparison
     link      the network for linear="auto"; None measures it
     """
 
@@ -91,7 +113,7 @@ class SequenceParallel:
     kv_heads_per_gather: int | None = None
     keep_kv: bool = True
     overlap: bool | Collection[str] = True
-    check: bool = False
+    check: str | bool = "sequence"
     link: Link | None = None
 
     def __post_init__(self) -> None:
@@ -99,6 +121,7 @@ class SequenceParallel:
             "layout": LAYOUTS,
             "linear": (*EXCHANGES, "auto", *BASELINES["linear"]),
             "softmax": ("all_gather", *BASELINES["softmax"]),
+            "check": CHECKS,
         }
         for name, choices in allowed.items():
             value = getattr(self, name)
@@ -127,13 +150,33 @@ class SequenceParallel:
     def shard(self, length: int, cu_seqlens: Sequence[int] | None = None) -> Shard:
         """This rank's part of a sequence of `length` tokens. Made once per batch.
 
-        cu_seqlens: bounds of packed documents as host ints, 0 ... length, strictly rising; None: the sequence is one
-        document. Raises ValueError for other bounds, and if the sequence has fewer tokens than spans.
+        It is collective: every rank of the group calls it, with the same arguments and in the same order among its
+        other collectives. With `check` the arguments are compared.
+
+        cu_seqlens: bounds of packed documents as host ints, 0 ... length, never falling; documents may be empty. None:
+        the sequence is one document. Raises ValueError for other bounds, and if the sequence has fewer tokens than
+        spans.
         """
+        fault: ValueError | None = None
+        given: tuple[int, ...] | None = None
         try:
-            bounds = None if cu_seqlens is None else tuple(operator.index(bound) for bound in cu_seqlens)
+            given = None if cu_seqlens is None else tuple(operator.index(bound) for bound in cu_seqlens)
         except TypeError:
-            raise ValueError(f"cu_seqlens must be whole numbers, got {cu_seqlens!r}") from None
-        shard = Shard(self, length, bounds)
+            fault = ValueError(f"cu_seqlens must be whole numbers, got {cu_seqlens!r}")
+        alike = {"length": length, "cu_seqlens": given if fault is None else cu_seqlens, **self._settings()}
+        agreement = Agreement(alike, self.group) if self.check else None
+        try:
+            if fault is not None:
+                raise fault
+            shard = Shard(self, length, given, agreement=agreement)
+        except ValueError:
+            if agreement is not None:
+                agreement.require()  # other ranks may accept what they were given, and would wait for this one
+            raise
         _ = shard.positions  # now: torch.compile would stop at what a layer that reads them computes first
         return shard
+
+    def _settings(self) -> dict[str, Any]:
+        """What all ranks must share."""
+        settings = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "group"}
+        return settings | {"overlap": [kind for kind in KINDS if self.overlaps(kind)]}

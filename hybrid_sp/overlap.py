@@ -60,8 +60,7 @@ class Call:
         self._in_flight: dict[str, deque[Pending]] = {name: deque() for name in ("forward", "backward", "again")}
 
     def header(self, direction: str, note: str = "") -> Header:
-        note = f"{note} {self.shard.sequence}".strip()
-        return Header(tag=self.tag, direction=direction, call=self.number, check=self.sp.check, note=note)
+        return self.shard.header(self.tag, direction, self.number, note)
 
     def phase(self, name: str, direction: str, x: Tensor) -> AbstractContextManager[None]:
         """Note what is computed inside, on the device of x, on the timeline; waits in it are left out."""

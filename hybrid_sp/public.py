@@ -1,10 +1,11 @@
-"""What every public operator does first: leave autocast and torch.compile, and refuse what does not fit."""
+"""What every public operator does first: leave autocast and torch.compile, and refuse what does not fit or differs
+between ranks."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -17,10 +18,22 @@ R = TypeVar("R")
 
 
 def operator(function: Callable[P, R]) -> Callable[P, R]:
-    """Run with autocast off and outside torch.compile's graph: one graph break, the order of collectives kept."""
+    """Run with autocast off and outside torch.compile's graph: one graph break, the order of collectives kept.
+
+    Raises ValueError for a tensor as a keyword that takes none: autograd would not see it.
+    """
+    hints = get_type_hints(function)
+    plain = {name for name, hint in hints.items() if Tensor not in (hint, *get_args(hint))}
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        for name in plain & kwargs.keys():
+            require(
+                not isinstance(kwargs[name], Tensor),
+                function.__name__,
+                f"{name} must be {function.__annotations__[name]}, not a tensor, which would get no gradient; pass "
+                f"{name}.item(), or multiply q by a scale that is learned",
+            )
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             return function(*args, **kwargs)
 
@@ -58,8 +71,11 @@ def require_state(name: str, state: tuple[Tensor, ...], shapes: list[tuple[int, 
 
 
 def shard_of(shard: Shard | None, x_BTHD: Tensor) -> Shard:
-    """The shard, or for one device the one that holds all tokens of x."""
-    return Shard(SequenceParallel(None), x_BTHD.shape[1]) if shard is None else shard
+    """The shard, on which all ranks agree, or for one device the one that holds all tokens of x."""
+    if shard is None:
+        return Shard(SequenceParallel(None), x_BTHD.shape[1])
+    shard.require_agreement()
+    return shard
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

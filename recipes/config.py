@@ -19,7 +19,7 @@ import hybrid_sp as hsp
 from hybrid_sp.backends import BACKENDS
 from hybrid_sp.collectives import Group, Link
 from hybrid_sp.heads import FORMS
-from hybrid_sp.mesh import KINDS
+from hybrid_sp.mesh import CHECKS, KINDS
 from layers.spec import ModelConfig, block_specs, expand_pattern, model_facts, pattern_letters
 
 
@@ -74,7 +74,7 @@ class ParallelConfig:
     keep_kv: bool = True  # keep gathered keys and values for backward; false: gather them again there
     overlap: Any = True  # compute while something is in flight; or the kinds that do: [linear, softmax, conv]
     link: Link | None = None  # of linear=auto: {latency: seconds, bandwidth: bytes a second}; null: measured
-    check: bool = False
+    check: Any = "sequence"  # compare what ranks were given: once per sequence; calls: before each collective; false
     timeout: float = 600.0  # seconds that a rank waits for another before it gives up
 
 
@@ -285,6 +285,12 @@ def _validate_numbers(recipe: Recipe) -> None:
 def _validate_choices(recipe: Recipe) -> None:
     """Keys that take values of more than one type."""
     overlap, blocks, depth = recipe.parallel.overlap, recipe.train.recompute_blocks, recipe.model.depth
+    _require(
+        recipe.parallel.check in CHECKS,
+        f"parallel.check={recipe.parallel.check}",
+        "must be sequence (compare what ranks were given, once per sequence), calls (also before each collective) or "
+        "false",
+    )
     _require(
         isinstance(overlap, bool) or (isinstance(overlap, list | tuple) and set(overlap) <= set(KINDS)),
         f"parallel.overlap={overlap}",

@@ -95,7 +95,7 @@ def test_an_unknown_transition_lists_the_known() -> None:
 
 def count_exchanges(group: Group, length: int, layout: str, exchange: str) -> dict[str, tuple[int, int]]:
     """Bytes that this rank receives forward and backward, by kind of layer, as the ledger counts them."""
-    shard = hsp.SequenceParallel(group, layout=layout, linear=exchange, check=True).shard(length)
+    shard = hsp.SequenceParallel(group, layout=layout, linear=exchange, check="calls").shard(length)
     B, H, K, V = STATE.values()
     T, G, D = shard.tokens, KV["G"], KV["D"]
     decays: dict[str, Any] = {

@@ -35,7 +35,7 @@ def count(
 ) -> dict[str, tuple[int, int]]:
     """Bytes that this rank receives forward and backward for one layer of each mixer, two sequences at a time; `again`:
     checkpointed."""
-    shard = hsp.SequenceParallel(group, layout=layout, link=link, check=True, **strategies).shard(LENGTH)
+    shard = hsp.SequenceParallel(group, layout=layout, link=link, check="calls", **strategies).shard(LENGTH)
     counted = {}
     for name in names:
         mixer = mixer_spec(name, **OPTIONS.get(name, {})).build(PLACE).to(dtype)

@@ -198,7 +198,7 @@ def measured(case: Case, group: Any, dtype: torch.dtype = torch.float64) -> dict
         kv_heads_per_gather=case.kv_heads_per_gather,
         keep_kv=case.keep_kv,
         overlap=case.overlap,
-        check=True,
+        check="calls",
     )
     shard = sp.shard(case.length, case.documents)
     x = {name: v if case.whole(name) else shard.take(v) for name, v in case.inputs(dtype).items()}

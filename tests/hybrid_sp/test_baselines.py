@@ -150,7 +150,7 @@ LAYERS = [  # of one model each: what the layers need of the heads and the state
 
 
 def leaves(case: Case, group: Any) -> tuple[hsp.Shard, dict[str, Tensor]]:
-    sp = hsp.SequenceParallel(group, layout="zigzag", linear=case.linear, softmax=case.softmax, check=True)
+    sp = hsp.SequenceParallel(group, layout="zigzag", linear=case.linear, softmax=case.softmax, check="calls")
     shard = sp.shard(case.length, case.documents)
     x = {name: v if case.whole(name) else shard.take(v) for name, v in case.inputs().items()}
     return shard, {name: value.detach().requires_grad_() for name, value in x.items()}

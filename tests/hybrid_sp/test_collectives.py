@@ -12,7 +12,7 @@ import torch.distributed as dist
 import hybrid_sp as hsp
 from hybrid_sp import collectives
 from hybrid_sp.collectives import CommunicationError, Header
-from hybrid_sp.mesh import whole_group
+from hybrid_sp.mesh import LAUNCHER, whole_group
 from tests.support.impatience import MOMENT, timeout_of
 from tests.support.ranks import run_ranks
 
@@ -192,3 +192,38 @@ def test_mesh_axes() -> None:
     ]
     with pytest.raises(ValueError, match="got dp=1, sp=2 for 1 processes"):
         hsp.init_mesh(dp=1, sp=2)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"WORLD_SIZE": "4"}, "WORLD_SIZE=4 set in the environment, RANK, MASTER_ADDR, MASTER_PORT missing"),
+        ({"RANK": "0"}, "RANK=0 set in the environment, WORLD_SIZE, MASTER_ADDR, MASTER_PORT missing"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "1"}, "MASTER_ADDR missing"),
+        ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "::1", "MASTER_PORT": ""}, "MASTER_PORT missing"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "::1", "MASTER_PORT": "1"}, "RANK must be one of 0 to WORLD"),
+        ({"RANK": "0", "WORLD_SIZE": "two", "MASTER_ADDR": "::1", "MASTER_PORT": "1"}, "got RANK=0 WORLD_SIZE=two"),
+    ],
+)
+def test_half_of_what_a_launcher_sets(given: dict[str, str], told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in LAUNCHER:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(
+        ValueError, match=f"^init_mesh: .*{told}.*: start with torchrun .*, or unset RANK and WORLD_SIZE"
+    ):
+        hsp.init_mesh(sp=2)
+
+
+@pytest.mark.parametrize("given", [{}, {"WORLD_SIZE": "1"}, {"MASTER_ADDR": "localhost", "RANK": ""}])
+def test_one_process_without_a_launcher(given: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With WORLD_SIZE=1 and no RANK too: there is one rank that it can be."""
+    for name in LAUNCHER:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    try:
+        assert hsp.init_mesh().size() == 1
+    finally:
+        dist.destroy_process_group()

@@ -182,7 +182,7 @@ def partial_gradients(group: Any) -> None:
     """Each input alone: as the only one that is asked for, and as the only one that needs a gradient. And the final
     state alone, after a pass that did not get as far as the gradient of x and must leave nothing behind."""
     case = conv(4)
-    shard = hsp.SequenceParallel(group, layout="zigzag", check=True).shard(case.length)
+    shard = hsp.SequenceParallel(group, layout="zigzag", check="calls").shard(case.length)
     leaves = leaves_of(case, shard)
 
     def loss(x: Leaves) -> Tensor:
@@ -218,7 +218,7 @@ def test_an_input_alone_has_the_gradient_that_it_has_among_all() -> None:
 def leaks(group: Any, layout: str) -> None:
     """Change one token: of all outputs those of its document that read it move, and no other by a bit."""
     length, documents, changed = 37, (0, 12, 13, 30, 37), 15
-    shard = hsp.SequenceParallel(group, layout=layout, check=True).shard(length, documents)
+    shard = hsp.SequenceParallel(group, layout=layout, check="calls").shard(length, documents)
     for case in (conv(width, length, False, documents=documents) for width in (4, 0)):
         inputs = case.inputs()
 

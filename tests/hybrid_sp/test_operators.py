@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from typing import Any
 
@@ -76,6 +77,40 @@ def test_without_mask_keys_may_have_their_own_length() -> None:
         torch.testing.assert_close(a, b)
 
 
+OPERATORS: dict[str, Any] = {
+    "linear_attention": lambda **options: hsp.linear_attention(Q, K, V, **options),
+    "delta_rule": lambda **options: hsp.delta_rule(Q, K, V, beta=V[..., 0], **options),
+    "softmax_attention": lambda **options: hsp.softmax_attention(Q, K, K, **options),
+    "short_conv": lambda **options: hsp.short_conv(Q[..., 0], torch.ones(2, 3), **options),
+    "token_shift": lambda **options: hsp.token_shift(Q[..., 0], **options),
+}
+PLAIN = [
+    (kind, name)
+    for kind in OPERATORS
+    for name in inspect.signature(getattr(hsp, kind)).parameters
+    if name in ("scale", "window", "causal", "normalize", "return_final_state", "activation", "backend", "shard")
+]
+
+
+@pytest.mark.parametrize(("kind", "name"), PLAIN)
+def test_what_autograd_would_not_see_is_no_tensor(kind: str, name: str) -> None:
+    """Learned or not: who means a constant can make it a number."""
+    for value in (torch.nn.Parameter(torch.tensor(2.0)), torch.tensor(2.0, requires_grad=True), torch.tensor(2)):
+        with pytest.raises(ValueError, match=rf"^{kind}: {name} must be .*, not a tensor, which would get no gradient"):
+            OPERATORS[kind](**{name: value})
+
+
+@pytest.mark.parametrize("strategy", ["all_gather", "ring", "ulysses", "megatron", "ring_attention"])
+def test_no_strategy_takes_a_scale_that_is_learned(strategy: str) -> None:
+    for field, allowed in (("linear", strategy), ("softmax", "ring" if strategy == "ring_attention" else strategy)):
+        shard = hsp.SequenceParallel(None, **{field: allowed}).shard(6)
+        for causal in (True, False):
+            kind = f"{field}_attention"
+            OPERATORS[kind](shard=shard, causal=causal, scale=0.5)
+            with pytest.raises(ValueError, match=f"{kind}: scale must be float . None, not a tensor"):
+                OPERATORS[kind](shard=shard, causal=causal, scale=torch.nn.Parameter(torch.tensor(0.5)))
+
+
 CALLS = {
     "none": lambda q, k, v, shard: hsp.linear_attention(q, k, v, shard=shard),
     "scalar": lambda q, k, v, shard: hsp.linear_attention(q, k, v, log_decay=-v.abs()[..., 0], shard=shard),
@@ -111,7 +146,7 @@ def test_inputs_are_not_written_to(kind: str, length: int) -> None:
 def moved(group: Any, layout: str) -> None:
     """Change one token: nothing before it moves, by not a bit; it and later ones do, as far as the operator reaches."""
     length, changed = 37, 15
-    shard = hsp.SequenceParallel(group, layout=layout, check=True).shard(length)
+    shard = hsp.SequenceParallel(group, layout=layout, check="calls").shard(length)
     whole = [torch.randn(2, length, 2, 4, generator=torch.Generator().manual_seed(i)) for i in range(3)]
     other = [y.clone() for y in whole]
     for y in other:
@@ -135,7 +170,7 @@ def test_leak_and_dependence(layout: str) -> None:
 def kept_apart(group: Any, layout: str) -> None:
     """Change all of one document: no other document moves, by not a bit, and all of this one do."""
     length, bounds = 37, [0, 1, 9, 10, 30, 37]
-    shard = hsp.SequenceParallel(group, layout=layout, check=True).shard(length, bounds)
+    shard = hsp.SequenceParallel(group, layout=layout, check="calls").shard(length, bounds)
     whole = [torch.randn(1, length, 2, 4, generator=torch.Generator().manual_seed(i)) for i in range(3)]
     for start, end in itertools.pairwise(bounds):
         other = [y.clone() for y in whole]
@@ -160,3 +195,26 @@ def test_packed_documents_are_one_row(kind: str) -> None:
     shard = hsp.SequenceParallel(None).shard(6, [0, 2, 6])
     with pytest.raises(ValueError, match="packed documents .* batch is 2"):
         CALLS[kind](*(torch.ones(2, 6, 2, 4) for _ in range(3)), shard)
+
+
+def with_empty_documents(group: Any, layout: str) -> None:
+    """Outputs and gradients are those of the documents that have tokens."""
+    sp = hsp.SequenceParallel(group, layout=layout, check="calls")
+    for full, bounds in (((0, 5, 23), (0, 0, 5, 5, 23, 23)), ((0, 23), (0, 0, 0, 23)), ((0, 12, 23), (0, 12, 12, 23))):
+        for kind, call in CALLS.items():
+            results = []
+            for documents in (full, bounds):
+                shard = sp.shard(23, documents)
+                make = torch.Generator().manual_seed(0)
+                leaves = [torch.randn(1, 23, 2, 4, dtype=torch.float64, generator=make) for _ in range(3)]
+                local = [shard.take(leaf).requires_grad_() for leaf in leaves]
+                o = shard.gather(call(*local, shard))
+                results.append((o, *torch.autograd.grad((o * o).sum(), local)))
+            for want, got in zip(*results, strict=True):
+                torch.testing.assert_close(got, want, rtol=0, atol=1e-12, msg=f"{kind} {bounds}")
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_empty_documents_change_nothing(world: int, layout: str) -> None:
+    run_ranks(with_empty_documents, world, layout)

@@ -248,7 +248,7 @@ def test_waiting_twice_raises() -> None:
 
 
 def come_apart(group: Any, how: str) -> None:
-    shard = hsp.SequenceParallel(group, check=True).shard(24)
+    shard = hsp.SequenceParallel(group, check="calls").shard(24)
     first = collectives.rank(group) == 0
     x, y = leaves(shard), leaves(shard)
     if how == "requires_grad":
@@ -257,7 +257,10 @@ def come_apart(group: Any, how: str) -> None:
     elif how == "shape":
         attend("linear", leaves(shard, heads=2 if first else 3), shard)
     elif how == "documents":
-        attend("linear", x, hsp.SequenceParallel(group, check=True).shard(24, [0, 7 if first else 8, 24]))
+        shards = [shard.sp.shard(24, [0, end, 24]) for end in (7, 8)]  # every rank has both
+        attend("linear", x, shards[0 if first else 1])
+    elif how == "layout":
+        attend("linear", x, shard if first else hsp.SequenceParallel(group, layout="zigzag", check="calls").shard(24))
     elif how == "kind":
         attend("linear" if first else "softmax", x, shard)
     elif how == "backward order":
@@ -278,7 +281,9 @@ def said_apart(group: Any, how: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("how", ["requires_grad", "shape", "documents", "kind", "backward order", "skipped backward"])
+@pytest.mark.parametrize(
+    "how", ["requires_grad", "shape", "documents", "layout", "kind", "backward order", "skipped backward"]
+)
 def test_ranks_that_come_apart_stop_with_one_message(how: str) -> None:
     for message in run_ranks(said_apart, 2, how):
         assert re.search("about to make different collectives(.|\n)*rank 0: (.|\n)*rank 1: ", message)
@@ -288,7 +293,7 @@ def checkpointed(
     group: Any, layers: list[str], twice: bool, exchange: str = "all_gather", layout: str = "contiguous"
 ) -> tuple[int, int, int]:
     """Collectives of the layers without checkpoint, with a plain one, and with recorded states; gradients agree."""
-    shard = hsp.SequenceParallel(group, linear=exchange, layout=layout, check=True).shard(30)
+    shard = hsp.SequenceParallel(group, linear=exchange, layout=layout, check="calls").shard(30)
     choose(shard.sp, state_bytes=1)  # measures the link for "auto", as a run does at its start
 
     def run(**options: Any) -> tuple[int, list[Tensor]]:
@@ -343,7 +348,7 @@ def test_a_recomputed_forward_chooses_the_same_exchange() -> None:
 
 def reentrant(group: Any) -> tuple[int, int]:
     """Collectives of a linear and a softmax layer under a reentrant checkpoint, and what is left in flight."""
-    shard = hsp.SequenceParallel(group, layout="zigzag", check=True).shard(30)
+    shard = hsp.SequenceParallel(group, layout="zigzag", check="calls").shard(30)
 
     def body(*x: Tensor) -> Tensor:
         return attend("softmax", [attend("linear", list(x), shard), *x[1:]], shard)
@@ -414,7 +419,7 @@ def test_compile_leaves_the_operator_out(kind: str) -> None:
 
 def partial_gradients(group: Any, kind: str, exchange: str) -> None:
     """Each input alone: as the only one that asked for, and as the only one that needs a gradient."""
-    shard = hsp.SequenceParallel(group, layout="zigzag", linear=exchange, check=True).shard(30)
+    shard = hsp.SequenceParallel(group, layout="zigzag", linear=exchange, check="calls").shard(30)
     x = leaves(shard)
     used = x[:3] if kind in ("softmax", "window") else x
     whole = torch.autograd.grad(attend(kind, x, shard).square().sum(), used)

@@ -164,7 +164,7 @@ def test_without_overlap_every_launch_is_waited_for_at_once(keep: bool) -> None:
 
 
 def traffic(group: Any, heads: int | None, keep: bool, window: int | None) -> list[tuple[str, str, int]]:
-    shard, x = few(group, heads, keep, check=True, layout="zigzag")
+    shard, x = few(group, heads, keep, check="calls", layout="zigzag")
     x = [leaf.detach().bfloat16().requires_grad_() for leaf in x]
     with hsp.ledger() as book:
         hsp.softmax_attention(*x, shard=shard, window=window).float().sum().backward()
@@ -196,7 +196,7 @@ def test_groups_together_receive_what_a_window_sees(keep: bool) -> None:
 def partial_gradients(group: Any) -> None:
     """Each input alone: as the only one that is asked for, and as the only one that needs a gradient."""
     for heads, keep in ((1, True), (1, False), (None, False)):
-        shard, x = few(group, heads, keep, check=True, layout="zigzag")
+        shard, x = few(group, heads, keep, check="calls", layout="zigzag")
         whole = torch.autograd.grad(hsp.softmax_attention(*x, shard=shard).square().sum(), x)
         with counted() as made:
             for i, want in enumerate(whole):
@@ -228,7 +228,7 @@ def test_gradients_that_nobody_needs_do_not_travel() -> None:
 
 def fail(group: Any, keep: bool, name: str, at: int) -> int:
     """The kernel fails the at-th time: what is left in flight, after which the group still pairs up."""
-    shard, x = few(group, 1, keep, check=True)
+    shard, x = few(group, 1, keep, check="calls")
     kernel, calls = getattr(masked, name), itertools.count(1)
 
     def broken(*args: Any) -> Any:
@@ -257,7 +257,7 @@ def test_an_exception_leaves_nothing_in_flight(keep: bool, name: str) -> None:
 def checkpointed(group: Any, heads: int, keep: bool) -> list[int]:
     """Collectives of two layers without checkpoint, with a plain one, and with records; the kernel's calls with
     records beside those without. The gradients are the same."""
-    shard, x = few(group, heads, keep, check=True)
+    shard, x = few(group, heads, keep, check="calls")
     kernel, calls = masked.attend, itertools.count()
 
     def attend(*args: Any) -> Any:

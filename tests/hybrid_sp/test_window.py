@@ -69,7 +69,7 @@ def rank_tokens(shard: hsp.Shard, rank: int) -> set[int]:
 
 def ledger_of(group: Any, case: Case, dtype: torch.dtype = torch.float32) -> list[tuple[str, str, int]]:
     """Rows of the ledger; where it is not a gather, their bytes must be those of the tokens seen."""
-    shard = hsp.SequenceParallel(group, layout=case.layout, check=True).shard(case.length, case.documents)
+    shard = hsp.SequenceParallel(group, layout=case.layout, check="calls").shard(case.length, case.documents)
     x = leaves_of(case, shard, dtype)
     with hsp.ledger() as book:
         case.call(x, shard)[0].sum().backward()
@@ -174,7 +174,7 @@ def test_own_keys_are_attended_to_while_the_others_are_in_flight() -> None:
 def leaks(group: Any, layout: str) -> None:
     """Change one token: the outputs that see it move, and no other by a bit."""
     length, documents, changed = 37, (0, 12, 13, 30, 37), 15
-    shard = hsp.SequenceParallel(group, layout=layout, check=True).shard(length, documents)
+    shard = hsp.SequenceParallel(group, layout=layout, check="calls").shard(length, documents)
     for case, end in (
         (attention(4, length, documents=documents), 19),
         (attention(None, length, documents=documents), 30),

@@ -44,7 +44,7 @@ def compare_mixers(group: Any, cases: list[Case], lengths: list[int], packed: bo
         x, dy = random_pair(length, batch=1 if packed else 2)
         want = one_by_one(case, x, dy, bounds if packed else (0, length))
         for layout in LAYOUTS:
-            sp = hsp.SequenceParallel(group, layout=layout, check=True)
+            sp = hsp.SequenceParallel(group, layout=layout, check="calls")
             shard = sp.shard(length, bounds if packed else None)
             got = measured(case, shard.take(x), shard.take(dy), shard)
             where = f"{case}, {length} tokens, {layout}, rank {sp.rank} of {sp.size}"
@@ -93,7 +93,7 @@ def compare_rounding(group: Any, dtype: torch.dtype, cases: list[Case]) -> None:
     """Errors against float64 on the same rounded numbers, rms over seeds: of the output, of the input's gradient, and
     of all parameters' gradients together, since the rounding of a few numbers alone is a lottery."""
     length, seeds = max(LENGTHS), 4
-    shard = hsp.SequenceParallel(group, layout="zigzag", check=True).shard(length)
+    shard = hsp.SequenceParallel(group, layout="zigzag", check="calls").shard(length)
     for case in cases:
         squares = torch.zeros(3, 2, dtype=torch.float64)  # y, dx, parameters; here, one device
         for seed in range(seeds):
@@ -126,7 +126,7 @@ def change_documents(group: Any) -> None:
     length, bounds = max(LENGTHS.items())
     x, dy = random_pair(length, batch=1)
     for case, layout in itertools.product(CASES, LAYOUTS):
-        shard = hsp.SequenceParallel(group, layout=layout, check=True).shard(length, bounds)
+        shard = hsp.SequenceParallel(group, layout=layout, check="calls").shard(length, bounds)
         before = measured(case, shard.take(x), shard.take(dy), shard)
         for document in (1, 3, 5):
             span = slice(bounds[document], bounds[document + 1])
@@ -155,7 +155,7 @@ def change_a_token(group: Any) -> None:
     length = max(LENGTHS)
     for case, layout in itertools.product(CASES, LAYOUTS):
         mixer = case.build()
-        shard = hsp.SequenceParallel(group, layout=layout, check=True).shard(length)
+        shard = hsp.SequenceParallel(group, layout=layout, check="calls").shard(length)
         x = tokens(length)
         y, y_T = mixer(x)[0].detach(), mixer(shard.take(x), shard)[0].detach()
         global_T = torch.cat([torch.arange(a, b) for a, b in shard.spans])

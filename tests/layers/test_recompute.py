@@ -36,7 +36,7 @@ def passed(
     group: Any, recompute: Collection[int], layout: str, packed: bool, dtype: torch.dtype, **strategies: Any
 ) -> Pass:
     model = HybridLM(CONFIG, recompute).to(dtype)
-    sp = hsp.SequenceParallel(group, layout=layout, check=True, **strategies)
+    sp = hsp.SequenceParallel(group, layout=layout, check="calls", **strategies)
     shard = sp.shard(LENGTH, DOCUMENTS if packed else None)
     text = torch.randint(16, (1, LENGTH), generator=torch.Generator().manual_seed(3))
     forwards = [0] * CONFIG.depth

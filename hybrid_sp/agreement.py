@@ -1,0 +1,57 @@
+"""What all ranks of a group must be given alike, compared while they go on.
+
+Ranks that differ in it would exchange tensors of other sizes, and fail or hang, or of the same sizes, and go on with
+wrong numbers.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from . import collectives
+from .collectives import Group, Pending
+
+_LONGEST = 100  # characters of a value that are told
+
+
+class Agreement:
+    """One comparison of named values, launched when it is made: by every rank of the group, in the same order."""
+
+    def __init__(self, given: Mapping[str, Any], group: Group) -> None:
+        lines = [f"{name}={_shortened(repr(value))}" for name, value in given.items()]
+        what = f"the comparison of sp.shard ({lines[0]}), which every rank of the group must call, in the same order"
+        self._pending: Pending | None = collectives.start_texts("\n".join(lines), group, what)
+        self._difference: str | None = None
+
+    @torch.compiler.disable
+    def require(self) -> None:
+        """Wait for the other ranks, the first time; raise ValueError, on every rank and every time, if any differ."""
+        if self._pending is not None:
+            self._difference = _difference(self._pending.wait())
+            self._pending = None
+        if self._difference is not None:
+            raise ValueError(
+                f"sp.shard: ranks of one group were given different arguments: {self._difference}. Give all of them "
+                "the same length, cu_seqlens and settings of SequenceParallel"
+            )
+
+
+def _shortened(text: str) -> str:
+    if len(text) <= _LONGEST:
+        return text
+    return f"{text[:60]} ... {text[-20:]} (crc32 {zlib.crc32(text.encode()):08x})"
+
+
+def _difference(texts: Sequence[str]) -> str | None:
+    """What differs, by the ranks to which it was given."""
+    columns = [column for column in zip(*(text.split("\n") for text in texts), strict=True) if len(set(column)) > 1]
+    if not columns:
+        return None
+    ranks: dict[str, list[str]] = {}
+    for rank, words in enumerate(zip(*columns, strict=True)):
+        ranks.setdefault(", ".join(words), []).append(str(rank))
+    return "; ".join(f"rank{'s'[: len(who) - 1]} {', '.join(who)}: {words}" for words, who in ranks.items())
