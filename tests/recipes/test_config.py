@@ -151,6 +151,7 @@ IMPOSSIBLE = [
     ("checkpoint.keep=0", 1, ["checkpoint.keep=0"]),
     ("parallel.linear=rings", 1, ["parallel", "'rings'", "all_gather", "ring", "auto"]),
     ("parallel.softmax=rings", 1, ["parallel", "'rings'", "all_gather"]),
+    ("parallel.check=true", 1, ["parallel.check=True", "sequence", "calls", "false"]),
     ("parallel.overlap=3", 1, ["parallel.overlap=3", "true, false or a list", "linear, softmax, conv"]),
     ("parallel.overlap=linear", 1, ["parallel.overlap=linear", "true, false or a list"]),
     ("parallel.overlap=[linear,delta]", 1, ["parallel.overlap=['linear', 'delta']", "linear, softmax, conv"]),
