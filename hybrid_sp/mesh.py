@@ -157,18 +157,18 @@ class SequenceParallel:
         the sequence is one document. Raises ValueError for other bounds, and if the sequence has fewer tokens than
         spans.
         """
+        bounds: Any = cu_seqlens
         fault: ValueError | None = None
-        given: tuple[int, ...] | None = None
         try:
-            given = None if cu_seqlens is None else tuple(operator.index(bound) for bound in cu_seqlens)
+            bounds = None if cu_seqlens is None else tuple(operator.index(bound) for bound in cu_seqlens)
         except TypeError:
             fault = ValueError(f"cu_seqlens must be whole numbers, got {cu_seqlens!r}")
-        alike = {"length": length, "cu_seqlens": given if fault is None else cu_seqlens, **self._settings()}
+        alike = {"length": length, "cu_seqlens": bounds, **self._settings()}
         agreement = Agreement(alike, self.group) if self.check else None
         try:
             if fault is not None:
                 raise fault
-            shard = Shard(self, length, given, agreement=agreement)
+            shard = Shard(self, length, bounds, agreement=agreement)
         except ValueError:
             if agreement is not None:
                 agreement.require()  # other ranks may accept what they were given, and would wait for this one

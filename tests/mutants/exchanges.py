@@ -125,8 +125,8 @@ EXCHANGE_MUTANTS = [
     Mutant(
         name="a shard that waits for the other ranks",
         file="hybrid_sp/mesh.py",
-        old="        agreement = Agreement(alike, self.group) if self.check else None\n",
-        new="        agreement = Agreement(alike, self.group) if self.check else None\n        agreement and agreement.require()\n",
+        old="self.group) if self.check else None\n",
+        new="self.group) if self.check else None\n        agreement and agreement.require()\n",
         test=f"{AGREEMENT}::test_a_shard_waits_for_nobody_and_its_first_operator_does",
     ),
     Mutant(
