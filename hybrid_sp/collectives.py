@@ -178,9 +178,12 @@ def start_texts(text: str, group: Group, what: str) -> Pending:
     if size(group) == 1:
         return Pending(lambda: [text])
     mine = torch.frombuffer(bytearray(text.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")), dtype=torch.uint8)
-    rows = mine.new_empty(size(group), _TEXT_BYTES)
-    work = _all_gather_single(rows.view(-1), mine, group=_on_cpu(group), async_op=True)
-    return Pending(lambda: [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in rows], work, what)
+    every = bytearray(size(group) * _TEXT_BYTES)
+    work = _all_gather_single(torch.frombuffer(every, dtype=torch.uint8), mine, group=_on_cpu(group), async_op=True)
+    places = range(0, len(every), _TEXT_BYTES)
+    return Pending(
+        lambda: [every[i : i + _TEXT_BYTES].rstrip(b"\0").decode(errors="replace") for i in places], work, what
+    )
 
 
 def broadcast(x: Tensor, group: Group, src: int = 0) -> Tensor:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from datetime import timedelta
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -163,7 +164,7 @@ class SequenceParallel:
             bounds = None if cu_seqlens is None else tuple(operator.index(bound) for bound in cu_seqlens)
         except TypeError:
             fault = ValueError(f"cu_seqlens must be whole numbers, got {cu_seqlens!r}")
-        alike = {"length": length, "cu_seqlens": bounds, **self._settings()}
+        alike = {"length": length, "cu_seqlens": bounds, **self._settings}
         agreement = Agreement(alike, self.group) if self.check else None
         try:
             if fault is not None:
@@ -176,6 +177,7 @@ class SequenceParallel:
         _ = shard.positions  # now: torch.compile would stop at what a layer that reads them computes first
         return shard
 
+    @cached_property
     def _settings(self) -> dict[str, Any]:
         """What all ranks must share."""
         settings = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "group"}
