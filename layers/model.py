@@ -24,6 +24,8 @@ class HybridLM(nn.Module):
     Of the blocks in `recompute` (their numbers) no activations are kept for backward, which computes them again from
     the block's input. What the block received from other ranks is kept, so nothing but a baseline communicates again
     (`hybrid_sp.checkpoint_contexts`). Outputs and gradients stay as they are.
+
+    `to(torch.bfloat16)` leaves the parameters that make decays in fp32 (`layers.precision`).
     """
 
     def __init__(self, config: ModelConfig, recompute: Collection[int] = ()) -> None:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layers.precision import keep_wide
+
 RATES = (1.0, 16.0)  # exp(A_log) begins uniform in this range
 STEPS = (1e-3, 1e-1)  # softplus(dt_bias) begins log-uniform in this range
 
@@ -18,6 +20,8 @@ class Steps(nn.Module):
     Both are [B, T, heads] or with a `width` [B, T, heads, width]; `project` gives as many channels, dt_bias has one
     number for each, A_log one for each head.
     """
+
+    _apply = keep_wide("A_log", "dt_bias")
 
     def __init__(self, project: nn.Module, heads: int, width: int | None = None) -> None:
         super().__init__()

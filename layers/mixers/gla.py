@@ -8,6 +8,7 @@ The norm is per head. W_1 and W_2 meet in 16 channels. Keys have half the channe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,6 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from layers.cost import Cost
+from layers.precision import keep_wide
 from layers.recurrence import Form, Inputs, RecurrentMixer
 from layers.registry import Place, register
 
@@ -51,12 +53,17 @@ class GLASpec:
 
 
 class GLARule(nn.Module):
+    _apply = keep_wide("low_rank.1.bias")
+
     def __init__(self, spec: GLASpec, dim: int, keys: int) -> None:
         super().__init__()
         self.temperature = spec.temperature
-        self.low_rank = nn.Sequential(nn.Linear(dim, spec.gate_rank, bias=False), nn.Linear(spec.gate_rank, keys))
+        halves = nn.Linear(dim, spec.gate_rank, bias=False), nn.Linear(spec.gate_rank, keys)
+        self.low_rank: Sequence[nn.Linear] = nn.ModuleList(halves)  # type: ignore[assignment]
 
     def forward(self, x_BTD: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, positions_T: Tensor) -> Inputs:
-        gate_BTHK = rearrange(self.low_rank(x_BTD), "b t (h k) -> b t h k", h=q_BTHK.shape[2])
+        down, up = self.low_rank
         wide = torch.promote_types(x_BTD.dtype, torch.float32)
-        return Inputs(q_BTHK, k_BTHK, v_BTHV, F.logsigmoid(gate_BTHK.to(wide)) / self.temperature)
+        gate_BTC = F.linear(down(x_BTD), up.weight).to(wide) + up.bias.to(wide)  # the bias is wide, the product is not
+        gate_BTHK = rearrange(gate_BTC, "b t (h k) -> b t h k", h=q_BTHK.shape[2])
+        return Inputs(q_BTHK, k_BTHK, v_BTHV, F.logsigmoid(gate_BTHK) / self.temperature)

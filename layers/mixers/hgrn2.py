@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers.cost import Cost
+from layers.precision import keep_wide
 from layers.recurrence import Form, Inputs, RecurrentMixer
 from layers.registry import Place, register, unknown
 
@@ -54,6 +55,8 @@ class HGRN2Spec:
 
 
 class HGRN2Rule(nn.Module):
+    _apply = keep_wide("bound")
+
     def __init__(self, spec: HGRN2Spec, place: Place) -> None:
         super().__init__()
         self.start = 0.0 if spec.lower_bound == "none" else place.layer / place.depth

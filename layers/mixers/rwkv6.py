@@ -27,6 +27,7 @@ import hybrid_sp as hsp
 from hybrid_sp.layout import Shard
 from layers.cache import LayerCache, require_one_device
 from layers.cost import Cost, Halo, Summary
+from layers.precision import keep_wide
 from layers.registry import Place, register
 
 MIXED = "wkvrg"  # the five inputs, in the order of mix, mix_down and mix_up
@@ -62,6 +63,8 @@ class RWKV6Spec:
 
 
 class RWKV6Mixer(nn.Module):
+    _apply = keep_wide("decay")
+
     def __init__(self, spec: RWKV6Spec, place: Place) -> None:
         super().__init__()
         dim, heads, width = place.dim, place.heads, place.width()

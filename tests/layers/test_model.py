@@ -201,7 +201,7 @@ def test_dtypes(config: ModelConfig, dtype: torch.dtype, bound: float) -> None:
     assert loss.dtype == torch.float32
     exact.loss(tokens, labels)[0].backward()
     for name, weight in model.named_parameters():
-        assert weight.grad.dtype == dtype
+        assert weight.grad.dtype == weight.dtype
         if dtype == torch.bfloat16 and name.endswith(("A_log", "dt_bias")):
             continue  # one number for a whole head, in which terms of both signs nearly cancel: noise, in bfloat16
         assert relative(weight.grad, exact.get_parameter(name).grad) < 4 * bound, name

@@ -1,0 +1,32 @@
+"""Gate parameters, of which decays are made, stay at least fp32 in a model of narrower weights.
+
+A decay acts once a token: what rounding does to it grows with the tokens that a state remembers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+Apply = Callable[..., nn.Module]
+
+
+def keep_wide(*names: str) -> Apply:
+    """The `_apply` of a module that casts its parameters and their gradients, all but the named ones below fp32.
+
+    `to`, `bfloat16`, `half`, `double` and `cuda` of a module, and of whatever holds it, go through `nn.Module._apply`.
+    """
+
+    def apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        gates = [p for name, p in module.named_parameters() if name in names]
+
+        def cast(x: Tensor) -> Tensor:
+            y = fn(x)
+            kept = y.dtype.itemsize < 4 and any(x is p or x is p.grad for p in gates)
+            return x.to(y.device, torch.float32) if kept else y
+
+        return nn.Module._apply(module, cast, recurse)
+
+    return apply
