@@ -1,4 +1,4 @@
-"""LayerCache: what one mixer remembers of the tokens it has decoded."""
+"""LayerCache: what one mixer remembers of the tokens it has read."""
 
 from __future__ import annotations
 

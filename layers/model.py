@@ -96,9 +96,16 @@ class HybridLM(nn.Module):
         Equal to the last column of `forward` on all tokens so far. Linear blocks keep a state of constant size,
         softmax blocks the keys and values of every token.
         """
-        x_BTD = self.embedding(token_B[:, None])
+        return self._read(token_B[:, None], cache)
+
+    def prefill(self, tokens_BT: Tensor) -> tuple[Tensor, Cache]:
+        """The same for all tokens of a prompt at once: equal to one `step` after another from an empty cache."""
+        return self._read(tokens_BT, self.init_cache(len(tokens_BT)))
+
+    def _read(self, tokens_BT: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
+        x_BTD = self.embedding(tokens_BT)
         extended = []
         for block, layer_cache in zip(self.blocks, cache, strict=True):
             x_BTD, layer_cache = block(x_BTD, cache=layer_cache)
             extended.append(layer_cache)
-        return self.head(self.norm(x_BTD))[:, 0], tuple(extended)
+        return self.head(self.norm(x_BTD[:, -1])), tuple(extended)

@@ -21,27 +21,34 @@ PROMPT = "def "
 def generate(model: HybridLM, prompt: str, tokens: int, temperature: float = 1.0, seed: int = 0) -> str:
     """``prompt`` and ``tokens`` bytes after it, drawn one by one from softmax(logits / temperature).
 
-    Decodes on one device with `HybridLM.step`: linear blocks keep a state of constant size, softmax blocks their keys
-    and values. Temperature 0 takes the likeliest byte. The global random state is left alone; bytes that are not UTF-8
-    become U+FFFD. Raises ValueError for an empty prompt or a negative temperature.
+    Reads the prompt at once and decodes on one device with `HybridLM.step`: linear blocks keep a state of constant
+    size, softmax blocks their keys and values. Temperature 0 takes the likeliest byte. The global random state is left
+    alone; bytes that are not UTF-8 become U+FFFD. Raises ValueError for an argument out of its range.
     """
-    written = list(prompt.encode())
-    if not written or temperature < 0:
-        raise ValueError(f"prompt must not be empty and temperature at least 0, got {prompt!r} and {temperature}")
+    written = list(prompt.encode(errors="surrogateescape"))  # bytes of a command line that are not UTF-8 as they are
+    for name, value, valid, allowed in (
+        ("prompt", repr(prompt), written, "it must not be empty"),
+        ("tokens", tokens, tokens >= 0, "it must be at least 0"),
+        ("temperature", temperature, 0 <= temperature < float("inf"), "it must be a finite number, at least 0"),
+        ("seed", seed, -(2**63) <= seed < 2**64, "it must be an integer from -2**63 to 2**64 - 1"),
+    ):
+        if not valid:
+            raise ValueError(f"{name} is {value}; {allowed}")
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    cache = model.init_cache(1)
-    for place in range(len(written) + tokens - 1):
-        logits_BV, cache = model.step(torch.tensor([written[place]], device=device), cache)
-        if place + 1 == len(written):
-            written.append(_draw(logits_BV[0].double().cpu(), temperature, generator))
+    logits_BV, cache = model.prefill(torch.tensor([written], device=device))
+    for number in range(tokens):
+        if number:
+            logits_BV, cache = model.step(torch.tensor(written[-1:], device=device), cache)
+        written.append(_draw(logits_BV[0].double().cpu(), temperature, generator))
     return bytes(written).decode("utf-8", errors="replace")
 
 
 def _draw(logits_V: torch.Tensor, temperature: float, generator: torch.Generator) -> int:
     if temperature == 0:
         return int(logits_V.argmax())
-    return int(torch.multinomial(torch.softmax(logits_V / temperature, -1), 1, generator=generator))
+    scaled_V = (logits_V - logits_V.max()) / temperature  # at most 0, so that no temperature is too small
+    return int(torch.multinomial(torch.softmax(scaled_V, -1), 1, generator=generator))
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -62,12 +69,14 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def load_model(folder: Path) -> HybridLM:
-    """The model of a run folder with the weights of its newest sound checkpoint, on the CPU."""
+    """The model of a run folder as it was trained: the weights of its newest sound checkpoint, in the run's dtype, on
+    the CPU."""
     recipe = config.load_resolved(folder / "recipe.yaml")
-    dtype = torch.float64 if recipe.train.dtype == "float64" else torch.float32  # the masters of narrower weights
-    model = HybridLM(replace(recipe.model, backend="auto")).to(dtype)
+    dtype = getattr(torch, recipe.train.dtype)
+    masters = torch.promote_types(dtype, torch.float32)  # a checkpoint holds these, of which training rounds weights
+    model = HybridLM(replace(recipe.model, backend="auto")).to(masters)
     checkpoint.load_weights(folder / "checkpoints", {name: p.detach() for name, p in model.named_parameters()})
-    return model
+    return model.to(dtype)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ R turns by the angles of the token's position; query head h reads key-value head
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -56,22 +58,25 @@ class SoftmaxMixer(nn.Module):
         self, x_BTD: Tensor, shard: Shard | None = None, cache: LayerCache | None = None
     ) -> tuple[Tensor, LayerCache | None]:
         tokens = x_BTD.shape[1]
-        if cache is not None and tokens != 1:
-            raise ValueError(f"got {tokens} tokens and a cache: softmax attention decodes one token at a time")
+        first = cache is None or cache.position == 0
+        if not first and tokens != 1:
+            raise ValueError(
+                f"got {tokens} tokens and a cache that has read some: softmax attention then takes one token at a "
+                "time; give all tokens of a prompt at once, to an empty cache"
+            )
         positions_T = token_positions(x_BTD, shard, cache)
         q_BTHK, k_BTGK, v_BTGK = self.project(x_BTD)
         q_BTHK, k_BTGK = rotate(positions_T, self.rope_base, q_BTHK, k_BTGK)
+        attend: Callable[..., Tensor] = partial(hsp.softmax_attention, q_BTHK, backend=self.backend)
+        if first:
+            o_BTHK = attend(k_BTGK, v_BTGK, shard=shard, window=self.window)
         if cache is not None:
-            # The only query is the last token, which sees all keys that are kept.
             kept = slice(None if self.window is None else -self.window, None)
             pairs = zip(cache.tensors, (k_BTGK, v_BTGK), strict=True)
             k_BTGK, v_BTGK = (torch.cat(pair, dim=1)[:, kept] for pair in pairs)
             cache = cache.extended(tokens, k_BTGK, v_BTGK)
-            o_BTHK = hsp.softmax_attention(q_BTHK, k_BTGK, v_BTGK, causal=False, backend=self.backend)
-        else:
-            o_BTHK = hsp.softmax_attention(
-                q_BTHK, k_BTGK, v_BTGK, shard=shard, window=self.window, backend=self.backend
-            )
+        if not first:  # the only query is the last token, which sees all keys that are kept
+            o_BTHK = attend(k_BTGK, v_BTGK, causal=False)
         return self.output(rearrange(o_BTHK, "b t h k -> b t (h k)")), cache
 
     @staticmethod

@@ -70,6 +70,32 @@ def test_decoding_is_the_parallel_forward(config: ModelConfig) -> None:
 
 
 @every_config
+@pytest.mark.parametrize("length", [1, 2, 20])
+def test_a_prompt_read_at_once_is_read_token_by_token(config: ModelConfig, length: int) -> None:
+    """Shorter than a convolution, and longer than a window; what is kept of it is the same too."""
+    model = HybridLM(replace(config, mixers={"sliding_window": {"window": 5}})).double()
+    tokens = sequences()
+    want_cache = model.init_cache(2)
+    for t in range(length):
+        want, want_cache = model.step(tokens[:, t], want_cache)
+    got, cache = model.prefill(tokens[:, :length])
+    assert_close("logits", got, want, 1e-10)
+    for layer, (one, other) in enumerate(zip(cache, want_cache, strict=True)):
+        assert one.position == other.position == length
+        for kept, kept_by_steps in zip(one.tensors, other.tensors, strict=True):
+            assert_close(f"block {layer}", kept, kept_by_steps, 1e-10)
+    got, _ = model.step(tokens[:, length], cache)
+    assert_close("the token after it", got, model(tokens)[:, length], 1e-10)
+
+
+def test_several_tokens_after_others_are_refused_by_softmax_attention() -> None:
+    mixer = HybridLM(CONFIG).blocks[-1].mixer
+    _, cache = mixer(torch.zeros(1, 3, 32), cache=mixer.init_cache(1))
+    with pytest.raises(ValueError, match="got 2 tokens and a cache that has read some"):
+        mixer(torch.zeros(1, 2, 32), cache=cache)
+
+
+@every_config
 def test_a_token_changes_no_logits_before_it(config: ModelConfig) -> None:
     model = HybridLM(config)
     tokens = sequences()

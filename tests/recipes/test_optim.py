@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from layers.model import HybridLM
+from layers.spec import ModelConfig
 from recipes.config import OptimConfig
 from recipes.optim import Optimizer, learning_rate
 
@@ -87,6 +89,28 @@ def test_narrow_weights_have_wide_masters() -> None:
             p.grad = torch.ones_like(p)
         optimizer.step(1e-4)
     assert not torch.equal(weight, before) and weight.dtype == torch.bfloat16
+
+
+def test_parameters_that_stay_wide_are_their_own_masters() -> None:
+    """Of a bf16 model gates are fp32: they get their own gradients, one clipping with all, and no rounding."""
+    model = HybridLM(ModelConfig(dim=16, depth=2, heads=2, pattern=["mamba2", "gla"])).bfloat16()
+    optimizer = Optimizer(model, OptimConfig(weight_decay=0.5, clip=1.0))
+    own = {name for name, p in model.named_parameters() if optimizer.masters[name] is p}
+    assert own == {name for name, p in model.named_parameters() if p.dtype == torch.float32} and len(own) == 3
+    assert {p.dtype for p in optimizer.masters.values()} == {torch.float32}
+    before = {name: model.get_parameter(name).detach().clone() for name in own}
+    for _ in range(2):
+        model.loss(torch.arange(20)[None], torch.arange(1, 21)[None])[0].backward()
+        optimizer.collect()
+    norm = math.sqrt(sum(float(p.grad.square().sum()) for p in optimizer.masters.values()))
+    assert all(p.grad is not None and p.grad.any() for p in optimizer.masters.values())
+    assert float(optimizer.clip()) == pytest.approx(norm, rel=1e-5)
+    optimizer.step(1e-5)
+    for name in own:
+        moved = (model.get_parameter(name) - before[name]).abs()
+        assert 0 < moved.max() <= 1.1e-5, f"{name}: a step far below bfloat16's spacing, and no decay of vectors"
+    for name, p in model.named_parameters():
+        assert torch.equal(p, optimizer.masters[name].to(p.dtype)) and p.grad is None, name
 
 
 def test_state_shares_memory_with_the_optimiser() -> None:
