@@ -3,6 +3,9 @@
 A save goes: shards into a temporary folder, a manifest with the SHA-256 of every file, rename to ``step-00000100``,
 the pointer ``latest``, removal of the oldest. A process may die between any two of these; what a reader takes is the
 newest folder whose manifest holds. (torch.distributed.checkpoint alone loads a flipped bit without a word.)
+
+Reading a checkpoint runs no code of whoever made it, manifest included: it holds tensors alone, which torch reads with
+``weights_only``, and its ``.metadata``, a pickle, may name no more than the types that describe tensors.
 """
 
 from __future__ import annotations
@@ -10,20 +13,34 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint import metadata as described
 from torch.distributed.checkpoint.api import CheckpointException
 
 from hybrid_sp import collectives
+from recipes.config import RecipeError
 
 MANIFEST = "manifest.json"
+METADATA = ".metadata"
+TYPES: dict[tuple[str, str], Any] = {  # all that a .metadata may name, besides dtypes
+    **{(one.__module__, one.__name__): one for one in (
+        described.Metadata, described.MetadataIndex, described.StorageMeta, described.TensorStorageMetadata,
+        described.TensorProperties, described.ChunkStorageMetadata, described._MEM_FORMAT_ENCODING,
+        filesystem._StorageInfo, torch.serialization._get_layout,
+    )},
+    ("torch", "Size"): torch.Size,
+    **{(module, "PosixPath"): PurePosixPath for module in ("pathlib", "pathlib._local")},
+}  # fmt: skip
 Result = TypeVar("Result")
 State = dict[str, dict[str, torch.Tensor]]  # section -> name -> tensor; the tensors are read into in place
 
@@ -64,14 +81,12 @@ def find(folder: Path, group: collectives.Group) -> Found:
 def load(path: Path, state: State, group: collectives.Group) -> None:
     """Reads a checkpoint into the tensors of ``state``; random states that it lacks (it had fewer ranks) stay.
 
-    Raises RuntimeError on every rank if a name is missing or a shape differs.
+    Raises RecipeError on every rank if a name is missing, a shape differs or anything in it is not a tensor.
     """
-    stored = on_first_rank(lambda: set(dcp.FileSystemReader(path).read_metadata().state_dict_metadata), group)
+    reader = _Reader(path, on_first_rank(lambda: _metadata(path), group))
+    stored = reader.metadata.state_dict_metadata
     random = {name: value for name, value in state.get("rng", {}).items() if f"rng.{name}" in stored}
-    try:
-        dcp.load({**state, "rng": random}, storage_reader=dcp.FileSystemReader(path), process_group=group)
-    except CheckpointException as error:
-        raise RuntimeError(f"checkpoint {path} does not fit this run: {error}") from error
+    _read(reader, {**state, "rng": random}, process_group=group)
 
 
 def load_weights(folder: Path, weights: dict[str, torch.Tensor]) -> Path:
@@ -80,9 +95,63 @@ def load_weights(folder: Path, weights: dict[str, torch.Tensor]) -> Path:
         if _fault(path) is None:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it should be here
-                dcp.load({"model": weights}, storage_reader=dcp.FileSystemReader(path), no_dist=True)
+                _read(_Reader(path, _metadata(path)), {"model": weights}, no_dist=True)
             return path
     raise FileNotFoundError(f"{folder} holds no sound checkpoint; train the run first")
+
+
+class _Reader(dcp.FileSystemReader):
+    """Torch's, of metadata that was read before: its own way to read it runs the code in it."""
+
+    def __init__(self, path: Path, metadata: described.Metadata) -> None:
+        super().__init__(path)
+        self.metadata = metadata
+
+    def read_metadata(self, *_: Any, **__: Any) -> described.Metadata:
+        return self.metadata
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        found = getattr(torch, name, None) if module == "torch" else None
+        if isinstance(found, torch.dtype):
+            return found
+        if (module, name) not in TYPES:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
+        return TYPES[module, name]
+
+
+def _metadata(path: Path) -> described.Metadata:
+    """What a checkpoint says of its tensors. Raises RecipeError if it says anything else."""
+    try:
+        with (path / METADATA).open("rb") as file:
+            metadata: described.Metadata = _Unpickler(file).load()
+        if not (
+            isinstance(metadata, described.Metadata)
+            and all(isinstance(one, described.TensorStorageMetadata) for one in metadata.state_dict_metadata.values())
+            and all(Path(one.relative_path).name == one.relative_path for one in metadata.storage_data.values())
+        ):
+            raise pickle.UnpicklingError("it describes more than tensors in this folder")
+    except Exception as error:  # what a broken pickle raises may be of any kind
+        raise RecipeError(
+            f"checkpoint {path}: {METADATA} is refused: {_first_line(error)}; take a checkpoint that you trust"
+        ) from error
+    return metadata
+
+
+def _read(reader: _Reader, state: dict[str, Any], **where: Any) -> None:
+    try:
+        dcp.load(state, storage_reader=reader, **where)
+    except CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        reason = f"does not fit this run: {_first_line(cause)}"
+        if isinstance(cause, pickle.UnpicklingError):
+            reason = "is refused: a file of it holds more than tensors; take a checkpoint that you trust"
+        raise RecipeError(f"checkpoint {reader.path} {reason}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def random_state(rank: int) -> dict[str, torch.Tensor]:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import pickle
+import re
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from recipes import checkpoint, config
 from recipes.record import read_metrics
@@ -179,3 +184,139 @@ def test_weights_of_a_run_load_in_one_process(uninterrupted: Path) -> None:
     assert checkpoint.load_weights(uninterrupted / "checkpoints", weights).name == "step-00000008"
     saved = saved_tensors(uninterrupted)
     assert all(torch.equal(p, saved[f"model.{name}"]) for name, p in model.named_parameters())
+
+
+# What a stranger may hand over: the manifest is of the stranger's making too.
+
+
+class Code:
+    """Code that runs when this is unpickled: it makes a file."""
+
+    def __init__(self, proof: Path) -> None:
+        self.proof = proof
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.proof,)
+
+
+def one_matrix(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A checkpoint of one matrix as this program writes it, and the tensors to read it into."""
+    state = {"model": {"weight": torch.ones(2, 3)}, "rng": {}}
+    return checkpoint.save(folder, 1, state, keep=1, group=None), {"weight": torch.zeros(2, 3)}
+
+
+def metadata_is(path: Path, content: Any, name: str = ".metadata") -> None:
+    (path / name).write_bytes(pickle.dumps(content))
+
+
+def metadata_of(path: Path) -> Any:
+    return pickle.loads((path / ".metadata").read_bytes())
+
+
+def shard_is(path: Path, content: Any) -> Any:
+    """Another content where the matrix was, and the metadata that tells where it lies."""
+    torch.save(content, path / "__0_0.distcp")
+    metadata = metadata_of(path)
+    for one in metadata.storage_data.values():
+        one.length = (path / "__0_0.distcp").stat().st_size
+    metadata_is(path, metadata)
+    return metadata
+
+
+def code_as_metadata(path: Path, proof: Path) -> None:
+    metadata_is(path, Code(proof))
+
+
+def code_within_metadata(path: Path, proof: Path) -> None:
+    metadata_is(path, replace(metadata_of(path), planner_data=Code(proof)))
+
+
+def code_as_metadata_of_one_rank(path: Path, proof: Path) -> None:
+    """Which torch reads if it cannot read the metadata of all."""
+    (path / ".metadata").write_bytes(b"")
+    metadata_is(path, Code(proof), "__0.metadata")
+
+
+def bytes_instead_of_a_tensor(path: Path, proof: Path) -> None:
+    """Which torch unpickles without a restriction."""
+    metadata = shard_is(path, Code(proof))
+    (place,) = metadata.storage_data.values()
+    tensors = {"model.weight": BytesStorageMetadata()}
+    metadata_is(
+        path, replace(metadata, state_dict_metadata=tensors, storage_data={MetadataIndex("model.weight"): place})
+    )
+
+
+def code_as_a_shard(path: Path, proof: Path) -> None:
+    shard_is(path, Code(proof))
+
+
+def code_beside_a_tensor(path: Path, proof: Path) -> None:
+    shard_is(path, [torch.ones(2, 3), Code(proof)])
+
+
+def a_file_of_another_folder(path: Path, proof: Path) -> None:
+    metadata = metadata_of(path)
+    for one in metadata.storage_data.values():
+        one.relative_path = f"../{path.name}/{one.relative_path}"
+    metadata_is(path, metadata)
+
+
+def text_as_metadata(path: Path, proof: Path) -> None:
+    metadata_is(path, "text")
+
+
+def empty_metadata(path: Path, proof: Path) -> None:
+    (path / ".metadata").write_bytes(b"")
+
+
+def no_tensor_of_that_name(path: Path, proof: Path) -> None:
+    metadata = metadata_of(path)
+    metadata_is(path, replace(metadata, state_dict_metadata={}, storage_data={}))
+
+
+HOSTILE: list[tuple[Callable[[Path, Path], None], str]] = [
+    (code_as_metadata, "it names .*, which no checkpoint needs; take a checkpoint that you trust"),
+    (code_within_metadata, "it names .*, which no checkpoint needs"),
+    (code_as_metadata_of_one_rank, "Ran out of input"),
+    (bytes_instead_of_a_tensor, "it names .*BytesStorageMetadata, which no checkpoint needs"),
+    (code_as_a_shard, "a file of it holds more than tensors; take a checkpoint that you trust"),
+    (code_beside_a_tensor, "a file of it holds more than tensors"),
+    (a_file_of_another_folder, "it describes more than tensors in this folder"),
+    (text_as_metadata, "it describes more than tensors in this folder"),
+    (empty_metadata, "Ran out of input"),
+    (no_tensor_of_that_name, "does not fit this run: Missing key .*model.weight"),
+]
+
+
+@pytest.mark.parametrize(("attack", "reason"), HOSTILE, ids=[attack.__name__ for attack, _ in HOSTILE])
+def test_a_checkpoint_of_a_stranger_runs_nothing(
+    attack: Callable[[Path, Path], None], reason: str, tmp_path: Path
+) -> None:
+    """Both ways to read one refuse it in one line, though its manifest holds."""
+    (path, weights), proof = one_matrix(tmp_path / "checkpoints"), tmp_path / "it ran"
+    attack(path, proof)
+    (path / "manifest.json").unlink()
+    checkpoint._write_manifest(path)
+    assert checkpoint.find(path.parent, None) == checkpoint.Found(path=path, complaints=[])
+    refusals = []
+    for read in (
+        lambda: checkpoint.load_weights(path.parent, weights),
+        lambda: checkpoint.load(path, {"model": weights, "rng": {}}, None),
+    ):
+        try:
+            read()
+        except BaseException as error:
+            refusals.append(error)
+        assert not proof.exists(), "code of the checkpoint was run"
+    assert len(refusals) == 2 and not weights["weight"].any()
+    for error in refusals:
+        assert isinstance(error, config.RecipeError) and re.search(reason, str(error)), error
+        assert str(path) in str(error) and len(str(error).splitlines()) == 1
+
+
+def test_the_code_of_these_tests_would_run(tmp_path: Path) -> None:
+    pickle.loads(pickle.dumps(Code(tmp_path / "it ran")))
+    assert (tmp_path / "it ran").exists()
+    path, weights = one_matrix(tmp_path / "checkpoints")
+    assert checkpoint.load_weights(path.parent, weights) == path and weights["weight"].all()
