@@ -9,19 +9,27 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from hybrid_sp.mesh import KINDS
 from recipes import config
 from recipes.sweep import PLAN
 
 RUN_FILES = ("recipe.yaml", "provenance.json", "metrics.jsonl", "summary.json", "train.log")
+SECTIONS = tuple(one.name for one in fields(config.Recipe) if is_dataclass(one.default_factory))  # of a recipe
+PROVENANCE = {  # what a report says of how a run was made
+    "commit": (str, type(None)), "dp": int, "sp": int, "machine.cpus": (int, type(None)), "versions.torch": str,
+    "corpus.fingerprint": str, "corpus.files": int, "corpus.bytes": int,
+}  # fmt: skip
 FREE_KEYS = ("name", "out", "wandb", "model.linear", "model.ratio", "model.pattern", "model.mixers", "train.seed")
 STRATEGY_KEYS = (*config.STRATEGY_KEYS, "train.recompute", "train.recompute_blocks")  # how a training is computed
 
@@ -105,14 +113,23 @@ class Folder:
 
 
 def read_folder(path: str | Path) -> Folder:
-    """Read every run of a sweep folder. Raises ValueError if there is no such folder or it holds no finished run."""
+    """Read every run of a sweep folder, but not those that a later start has moved aside to NAME.old-1.
+
+    Raises ValueError if there is no such folder or it holds no finished run.
+    """
     path = Path(path)
     if not path.is_dir():
         raise ValueError(f"{path} is not a folder; give the folder of a sweep, such as runs/hybrid_ratio")
-    plan = json.loads((path / PLAN).read_text()) if (path / PLAN).is_file() else None
+    runs: list[Run] = []
+    faults: list[Fault] = []
+    try:
+        plan = _read_plan(path / PLAN)
+    except ValueError as error:
+        plan = None
+        faults.append(Fault(name=PLAN, reason=str(error)))
     planned = [cell["name"] for cell in plan["cells"]] if plan else []
     present = sorted(child.name for child in path.iterdir() if any((child / file).is_file() for file in RUN_FILES))
-    runs, faults = [], []
+    present = [name for name in present if re.sub(r"\.old-\d+$", "", name) not in {*planned, *present} - {name}]
     for name in dict.fromkeys([*planned, *present]):
         try:
             if name not in present:
@@ -141,20 +158,18 @@ def read_run(folder: Path) -> Run:
         raise ValueError(
             f"{summary.get('status')}: summary.json says so after {summary.get('steps')} steps; see train.log"
         )
-    recipe = (
-        OmegaConf.to_container(OmegaConf.load(folder / "recipe.yaml")) if (folder / "recipe.yaml").is_file() else None
-    )
-    if not isinstance(recipe, dict):
-        raise ValueError("half-written: recipe.yaml is missing or empty")
+    recipe = _read_yaml(folder / "recipe.yaml")
+    if missing := [name for name in SECTIONS if not isinstance(recipe.get(name), Mapping)]:
+        raise ValueError(f"half-written: recipe.yaml lacks {', '.join(missing)}")
     provenance = _read_json(folder / "provenance.json")
-    missing = [key for key in ("commit", "versions", "dp", "sp", "corpus", "machine") if key not in provenance]
-    if missing:
+    told = dict(_flatten(provenance))
+    if missing := [key for key, kind in PROVENANCE.items() if key not in told or not isinstance(told[key], kind)]:
         raise ValueError(f"half-written: provenance.json lacks {', '.join(missing)}")
     try:
         letters = str(summary["pattern"])
         run = Run(
             name=folder.name,
-            recipe={str(key): value for key, value in recipe.items()},
+            recipe=recipe,
             provenance=provenance,
             modified=_is_modified(folder, provenance),
             pattern=letters,
@@ -171,8 +186,10 @@ def read_run(folder: Path) -> Run:
             train=train,
             validation=validation,
         )
-    except (KeyError, TypeError) as error:
+    except KeyError as error:
         raise ValueError(f"half-written: recipe.yaml or summary.json lacks {error}") from None
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"half-written: recipe.yaml or summary.json cannot be used ({error})") from None
     _check(run)
     return run
 
@@ -207,17 +224,44 @@ def _is_modified(folder: Path, provenance: Mapping[str, Any]) -> bool:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        record: dict[str, Any] = json.loads(file.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        record = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
         raise ValueError(f"half-written: {file.name} cannot be read ({error})") from None
+    return _named(record, file)
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        record = OmegaConf.to_container(OmegaConf.load(file))
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"half-written: {file.name} cannot be read ({reason})") from None
+    return _named(record, file)
+
+
+def _named(record: Any, file: Path) -> dict[str, Any]:
+    if not isinstance(record, dict):
+        raise ValueError(f"half-written: {file.name} holds {type(record).__name__} instead of named values")
     return record
+
+
+def _read_plan(file: Path) -> dict[str, Any] | None:
+    if not file.exists():
+        return None
+    plan = _read_json(file)
+    cells = plan.get("cells")
+    if not (isinstance(cells, list) and all(isinstance(cell, dict) and "name" in cell for cell in cells)):
+        raise ValueError(f"half-written: {file.name} names no cells, so runs that were never started cannot be named")
+    if missing := [key for key in ("name", "command") if key not in plan]:
+        raise ValueError(f"half-written: {file.name} lacks {', '.join(missing)}")
+    return plan
 
 
 def _read_metrics(file: Path) -> tuple[tuple[TrainPoint, ...], tuple[ValidationPoint, ...]]:
     """The points of metrics.jsonl by step. After a resume a step may stand there twice: the later line is the run's."""
     if not file.is_file():
         raise ValueError("half-written: there is no metrics.jsonl")
-    lines = file.read_text().splitlines()
+    lines = file.read_text(errors="replace").splitlines()
     train: dict[int, TrainPoint] = {}
     validation: dict[int, ValidationPoint] = {}
     for number, line in enumerate(lines, start=1):
@@ -239,7 +283,7 @@ def _read_metrics(file: Path) -> tuple[tuple[TrainPoint, ...], tuple[ValidationP
             elif row["kind"] == "validation":
                 bits = float(row["bits_per_byte"])
                 validation[step] = ValidationPoint(step=step, tokens=tokens, loss=loss, bits_per_byte=bits)
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"half-written: line {number} of metrics.jsonl cannot be read ({error})") from None
     return tuple(train[step] for step in sorted(train)), tuple(validation[step] for step in sorted(validation))
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from analysis import report
 from analysis.runs import differing_keys, read_folder, read_run
 from tests.analysis.fabricated import COMMIT, UNIGRAM, write_run, write_sweep
 
@@ -78,7 +79,36 @@ def tear_metrics(folder: Path) -> None:
     file.write_text(file.read_text()[:-30])
 
 
+def write(name: str, text: str | bytes) -> Callable[[Path], None]:
+    content = text if isinstance(text, bytes) else text.encode()
+    return lambda folder: (folder / name).write_bytes(content) and None  # type: ignore[func-returns-value]
+
+
+def cut_recipe(folder: Path) -> None:
+    text = (folder / "recipe.yaml").read_text()
+    (folder / "recipe.yaml").write_text(text[: text.index("optim:") + 6])
+
+
+# Each file of a run empty, of another kind, of bytes that are no text, and torn.
+DAMAGE = [
+    (write(name, content), f"half-written: {name}")
+    for name in ("summary.json", "provenance.json", "recipe.yaml")
+    for content in ("", "[1, 2]", "null", "7", b"\xff\xfe\x00", "{", '{"a": ')
+]
+
 FAULTS: list[tuple[Callable[[Path], None], str]] = [
+    *DAMAGE,
+    (write("metrics.jsonl", b"\xff\xfe\n"), "half-written: line 1 of metrics.jsonl"),
+    (write("metrics.jsonl", "[1]\n"), "half-written: line 1 of metrics.jsonl"),
+    (write("metrics.jsonl", '{"step": "x"}\n'), "half-written: line 1 of metrics.jsonl"),
+    (write("recipe.yaml", "a: [1\nb: {"), "half-written: recipe.yaml cannot be read"),
+    (cut_recipe, "half-written: recipe.yaml lacks optim, parallel, checkpoint, wandb"),
+    (lambda folder: edit(folder / "summary.json", pattern=""), "recipe.yaml or summary.json cannot be used"),
+    (lambda folder: edit(folder / "summary.json", steps="many"), "recipe.yaml or summary.json cannot be used"),
+    (lambda folder: edit(folder / "summary.json", seconds=[]), "recipe.yaml or summary.json cannot be used"),
+    (lambda folder: edit(folder / "provenance.json", corpus=[]), "provenance.json lacks corpus.fingerprint"),
+    (lambda folder: edit(folder / "provenance.json", versions="new"), "provenance.json lacks versions.torch"),
+    (lambda folder: edit(folder / "provenance.json", dp="two"), "provenance.json lacks dp"),
     (remove("summary.json"), "unfinished: there is no summary.json, and the last step in metrics.jsonl is 60"),
     (lambda folder: edit(folder / "summary.json", status="failed"), "failed: summary.json says so after 60 steps"),
     (lambda folder: edit(folder / "summary.json", status="stopped"), "stopped"),
@@ -106,6 +136,43 @@ def test_a_run_that_cannot_be_used_says_why(tmp_path: Path, damage: Callable[[Pa
     assert [run.name for run in folder.runs] == ["good"]
     assert [fault.name for fault in folder.faults] == ["bad"]
     assert reason in folder.faults[0].reason
+    assert len(folder.faults[0].reason.splitlines()) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b'{"cells": 3}', b'{"cells": [3]}', b'{"cells": []}', b"\xff"])
+def test_a_plan_that_cannot_be_read_is_a_fault_and_the_runs_are_reported(tmp_path: Path, content: bytes) -> None:
+    write_run(tmp_path / "good")
+    (tmp_path / "sweep.json").write_bytes(content)
+    folder = read_folder(tmp_path)
+    assert [run.name for run in folder.runs] == ["good"] and folder.plan is None
+    assert [fault.name for fault in folder.faults] == ["sweep.json"]
+    assert folder.faults[0].reason.startswith("half-written: sweep.json")
+
+
+def test_a_report_goes_on_beside_broken_runs_and_a_broken_plan(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path / "good", steps=10)
+    (tmp_path / "sweep.json").write_text("{")
+    for number, (damage, _) in enumerate(some := FAULTS[::5]):
+        damage(write_run(tmp_path / f"bad-{number}"))
+    assert report.main([str(tmp_path)]) == 1
+    text, said = (tmp_path / "report/loss.md").read_text(), capsys.readouterr().err
+    for number, (_, reason) in enumerate(some):
+        assert f"- bad-{number}: " in text and reason in text and f"warning: bad-{number}: " in said
+    assert "- sweep.json: half-written" in text and "| gla" in text
+
+
+def test_runs_that_were_moved_aside_are_no_runs_of_the_folder(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "trial")
+    write_run(folder / "ratio-1.old-1")
+    write_run(folder / "ratio-1.old-12")
+    write_run(folder / "else.old-1")
+    found = read_folder(folder)
+    assert len(found.runs) == 11 and [fault.name for fault in found.faults] == ["else.old-1"]
+    write_run(tmp_path / "by hand" / "one")
+    write_run(tmp_path / "by hand" / "one.old-1")
+    assert [run.name for run in read_folder(tmp_path / "by hand").runs] == ["one"]
 
 
 def test_the_plan_names_runs_that_are_missing_or_strange(tmp_path: Path) -> None:
