@@ -10,16 +10,18 @@ from __future__ import annotations
 import argparse
 import base64
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from analysis import plots, strategies, tables, traffic
+from analysis import families, plots, strategies, tables, traffic
 from analysis.runs import STRATEGY_KEYS, Folder, Run, differing_keys, read_folder
 from analysis.tables import Point, Table
 
@@ -83,7 +85,7 @@ def build(folder: Folder, command: str) -> Report:
         commands=tuple([str(folder.plan["command"])] if folder.plan else []) + (command,),
         settings=_settings(runs),
         strategic=bool(found[0].strategy),
-        main=strategies.table(found) if found[0].strategy else tables.ratio_table(found),
+        main=_main_table(found),
         losses=tables.loss_table(found),
         runs=tables.run_table(runs),
         costs=traffic.cost_tables(found),
@@ -116,11 +118,15 @@ def _facts(runs: Sequence[Run], found: Sequence[Point]) -> list[str]:
         facts.append(f"Every run read the same {tokens[0]:,} bytes of training text in {runs[0].steps} steps.")
     if found[0].strategy:
         facts += [strategies.sameness(runs), strategies.LEGEND]
+    elif _many(found):
+        facts.append(families.LEGEND)
     for point in found:
         if len(point.runs) > 1:
+            deviation = stdev(run.bits_per_byte for run in point.runs)
             facts.append(
                 f"{len(point.runs)} seeds of {_title(point)} span {point.high - point.low:.3f} bits per byte "
-                f"({point.low:.3f} to {point.high:.3f}); smaller differences between models may be chance."
+                f"({point.low:.3f} to {point.high:.3f}), a standard deviation of {deviation:.3f}: between two runs, a "
+                f"difference is not resolved below about {2 * math.sqrt(2) * deviation:.2f}, twice its own deviation."
             )
     if all(len(point.runs) == 1 for point in found):
         facts.append("Every model was trained with one seed, so nothing here says how much of a difference is chance.")
@@ -132,6 +138,18 @@ def _title(point: Point) -> str:
     return ", ".join([mixers, *(f"{key}={value}" for key, value in point.strategy.items())])
 
 
+def _many(found: Sequence[Point]) -> bool:
+    """Whether there are more kinds of mixers than lines that can be told apart."""
+    return len(tables.kinds(found)) > len(plots.LOOKS)
+
+
+def _main_table(found: Sequence[Point]) -> Table:
+    """The table that the report begins with: of strategies, of many kinds by family, or of shares."""
+    if found[0].strategy:
+        return strategies.table(found)
+    return families.table(found) if _many(found) else tables.ratio_table(found)
+
+
 def _main_figure(found: Sequence[Point]) -> dict[str, tuple[bytes, str]]:
     """The figure that the report begins with: lines over shares, or for many kinds or strategies a row each."""
     if found[0].strategy:
@@ -139,9 +157,9 @@ def _main_figure(found: Sequence[Point]) -> dict[str, tuple[bytes, str]]:
         columns = {"tokens a second": [*map(strategies.speed, found)], "ms exposed": [*map(strategies.exposed, found)]}
         caption = "The median step of every strategy; exposed is the time in which rank 0 stood still for others."
         return {"strategies.png": (plots.bars(rows, columns), caption)}
-    if len(tables.kinds(found)) <= len(plots.LOOKS):
-        return {"loss_against_ratio.png": (plots.loss_against_ratio(found), _ratio_caption(found))}
-    return {"loss_by_kind.png": (plots.loss_by_kind(found), "Every kind of linear block, the best at the top.")}
+    if _many(found):
+        return {"loss_by_kind.png": (plots.loss_by_kind(found), "Every kind of linear block, the best at the top.")}
+    return {"loss_against_ratio.png": (plots.loss_against_ratio(found), _ratio_caption(found))}
 
 
 def _ratio_caption(found: Sequence[Point]) -> str:

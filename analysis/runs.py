@@ -26,7 +26,7 @@ from recipes.sweep import PLAN
 
 RUN_FILES = ("recipe.yaml", "provenance.json", "metrics.jsonl", "summary.json", "train.log")
 SECTIONS = tuple(one.name for one in fields(config.Recipe) if is_dataclass(one.default_factory))  # of a recipe
-PROVENANCE = {  # what a report says of how a run was made
+PROVENANCE: dict[str, Any] = {  # what a report says of how a run was made
     "commit": (str, type(None)), "dp": int, "sp": int, "machine.cpus": (int, type(None)), "versions.torch": str,
     "corpus.fingerprint": str, "corpus.files": int, "corpus.bytes": int,
 }  # fmt: skip

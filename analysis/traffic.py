@@ -90,7 +90,7 @@ def setting(run: Run) -> Setting:
         softmax=recipe["parallel"]["softmax"],
         keep_kv=recipe["parallel"].get("keep_kv", True),
         wide=2 if train.dtype == "float64" else 1,
-        recomputed=frozenset(recomputed_blocks(_config(ModelConfig, recipe["model"]), train)),
+        recomputed=frozenset(recomputed_blocks(model_config(run), train)),
     )
 
 
@@ -109,9 +109,14 @@ def exchanged(run: Run) -> int:
 
 def _layers(run: Run) -> list[tuple[str, Cost]]:
     """Every block's mixer by name, with its cost."""
-    model = _config(ModelConfig, run.recipe["model"])
+    model = model_config(run)
     blocks = zip(expand_pattern(model), block_specs(model), strict=True)
     return [(name, spec.cost(place)) for name, (spec, place) in blocks]
+
+
+def model_config(run: Run) -> ModelConfig:
+    """The shape of the run's model."""
+    return _config(ModelConfig, run.recipe["model"])
 
 
 def _config(kind: type[C], values: Any) -> C:

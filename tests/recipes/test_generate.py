@@ -58,7 +58,13 @@ def test_no_temperature_is_too_small_and_nothing_is_added_to_nothing(model: Hybr
 @pytest.fixture(scope="module")
 def run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("generate")
-    options = ("train.steps=3", "train.dtype=bfloat16", "model.pattern=[mamba2, gla]", "train.sample=40", "optim.lr=0.1")
+    options = (
+        "train.steps=3",
+        "train.dtype=bfloat16",
+        "model.pattern=[mamba2, gla]",
+        "train.sample=40",
+        "optim.lr=0.1",
+    )
     assert run_program(str(tiny), f"out={out}", "name=run", *options).ok
     return out / "run"
 

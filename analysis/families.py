@@ -1,0 +1,128 @@
+"""The mixers of a sweep by family, with what each is and weighs beside its loss.
+
+`python -m analysis.families FOLDER` writes `families.md` beside the `runs.json` of a report that is kept there, from that
+file alone; the report of a sweep over many mixers has the same table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+from analysis import tables, traffic
+from analysis.runs import Run
+from analysis.tables import Point, Table
+from layers.cost import Cost
+from layers.registry import MixerSpec, Place
+from layers.spec import ModelConfig, block_specs, expand_pattern, model_facts
+
+FAMILIES = (
+    "no decay", "polynomial features", "fixed decay", "scalar gate", "vector gate", "delta rule", "softmax",
+)  # fmt: skip
+DECAYS = {"none": "no decay", "fixed": "fixed decay", "scalar": "scalar gate", "vector": "vector gate"}
+LEGEND = (
+    "Bits per byte at each share of softmax blocks. Parameters are those of the whole model at the mixer's first share. "
+    "State: numbers that one layer keeps of a sequence, over all heads; a window or softmax layer keeps keys and values. "
+    "Convolution: tokens that a short convolution (or rwkv6's token shift) reads."
+)
+Block = tuple[str, MixerSpec, Place]
+
+
+def family(spec: MixerSpec, place: Place) -> str:
+    """What a mixer's state is multiplied by, or what stands in its place."""
+    facts = spec.cost(place)
+    if facts.attention:
+        return "softmax"
+    (summary,) = facts.summaries
+    if summary.transition == "matrix":
+        return "delta rule"
+    form = getattr(spec, "form", None)
+    if form is not None and form(place).features is not None:
+        return "polynomial features"
+    return DECAYS[summary.transition]
+
+
+def state(facts: Cost) -> str:
+    """The numbers that a layer keeps of one sequence, its short convolution's inputs aside."""
+    if not facts.attention:
+        return f"{facts.state:,}"
+    return ", ".join(
+        f"{one.cache:,} a token" if one.window is None else f"{one.cache * one.window:,}" for one in facts.attention
+    )
+
+
+def convolution(facts: Cost) -> str:
+    """The tokens that a short convolution reads, its own among them."""
+    return ", ".join(str(halo.tokens + 1) for halo in facts.halos) or "none"
+
+
+def table(points: Sequence[Point]) -> Table:
+    """A row per kind of linear mixer, and one for pure softmax, with the bits per byte at each share of softmax blocks.
+
+    Its columns are arithmetic on the recipe, by the mixers' own cost facts.
+    """
+    shares = sorted({point.softmax for point in points})
+    rows = []
+    for kind in [*tables.kinds(points), *({None} & {point.linear for point in points})]:
+        of_kind = {point.softmax: point for point in points if point.linear == kind}
+        model = traffic.model_config(of_kind[min(of_kind)].runs[0])
+        blocks = _mixers(model, kind)
+        losses = [f"{of_kind[share].bits_per_byte:.3f}" if share in of_kind else "" for share in shares]
+        rows.append(
+            (
+                _each(blocks, family),
+                kind or "softmax",
+                f"{model_facts(model).parameters:,}",
+                _each(blocks, lambda spec, place: state(spec.cost(place))),
+                _each(blocks, lambda spec, place: convolution(spec.cost(place))),
+                *losses,
+            )
+        )
+    rows.sort(key=lambda row: (FAMILIES.index(row[0].split(" and ")[0]), row[1]))
+    header = ("family", "mixer", "parameters", "state of a layer", "convolution", *(f"share {one}" for one in shares))
+    return Table(header=header, rows=tuple(rows), numbers=frozenset({*header} - {"family", "mixer"}))
+
+
+def _mixers(model: ModelConfig, kind: str | None) -> list[Block]:
+    """The last block of each linear mixer, or of softmax for None."""
+    blocks = zip(expand_pattern(model), block_specs(model), strict=True)
+    found = {name: (name, spec, place) for name, (spec, place) in blocks if (spec.letter == "N") == (kind is None)}
+    return list(found.values())
+
+
+def _each(blocks: Iterable[Block], fact: Callable[[MixerSpec, Place], str]) -> str:
+    return " and ".join(dict.fromkeys(fact(spec, place) for _, spec, place in blocks))
+
+
+def read(file: Path) -> list[Run]:
+    """The runs of a report that is kept, without their curves."""
+    records = json.loads(file.read_text())
+    return [
+        Run(**record | {"softmax": Fraction(record["softmax"]), "train": (), "validation": ()}) for record in records
+    ]
+
+
+def as_text(table: Table) -> str:
+    """The table and what its columns are, as Markdown."""
+    return f"{tables.as_markdown(table)}\n{LEGEND}\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m analysis.families", description="The mixers of a report by family."
+    )
+    parser.add_argument("folder", type=Path, help="a folder with runs.json, such as analysis/results/mixers")
+    folder = parser.parse_args(argv).folder
+    text = as_text(table(tables.points(read(folder / "runs.json"))))
+    (folder / "families.md").write_text(text)
+    print(text, end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
