@@ -1,7 +1,7 @@
 """The mixers of a sweep by family, with what each is and weighs beside its loss.
 
-`python -m analysis.families FOLDER` writes `families.md` beside the `runs.json` of a report that is kept there, from that
-file alone; the report of a sweep over many mixers has the same table.
+`python -m analysis.families FOLDER` writes `families.md` beside the `runs.json` of a report that is kept there, from
+that file alone; the report of a sweep over many mixers has the same table.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ FAMILIES = (
 )  # fmt: skip
 DECAYS = {"none": "no decay", "fixed": "fixed decay", "scalar": "scalar gate", "vector": "vector gate"}
 LEGEND = (
-    "Bits per byte at each share of softmax blocks. Parameters are those of the whole model at the mixer's first share. "
-    "State: numbers that one layer keeps of a sequence, over all heads; a window or softmax layer keeps keys and values. "
-    "Convolution: tokens that a short convolution (or rwkv6's token shift) reads."
+    "Bits per byte at each share of softmax blocks. Parameters are those of the whole model at the mixer's first "
+    "share. State: numbers that one layer keeps of a sequence, over all heads; a window or softmax layer keeps keys "
+    "and values. Convolution: tokens that a short convolution (or rwkv6's token shift) reads."
 )
 Block = tuple[str, MixerSpec, Place]
 

@@ -91,7 +91,7 @@ def test_decays_are_those_of_the_gate_parameters_and_not_of_rounded_ones(
 
 
 def from_activations(mixer: nn.Module, exact: nn.Module, x: Tensor) -> Tensor | None:
-    """The log decay in fp64 of the gate parameters of `exact` and the activations of `mixer`, by the mixer's formula."""
+    """By the mixer's formula: the log decay in fp64 of the gates of `exact` and the activations of `mixer`."""
     if isinstance(mixer, RWKV6Mixer):
         mixed = mixer.mixed(x, F.pad(x, (0, 0, 1, 0))[:, :-1])[0]
         told = torch.tanh(mixed @ mixer.decay_down) @ mixer.decay_up

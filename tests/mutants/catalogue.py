@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.mutants.baselines import BASELINE_MUTANTS
 from tests.mutants.exchanges import EXCHANGE_MUTANTS
 from tests.mutants.kernels import KERNEL_MUTANTS
+from tests.mutants.models import MODEL_MUTANTS
 from tests.mutants.mutant import Mutant
 from tests.mutants.programs import PROGRAM_MUTANTS
 
@@ -490,5 +491,6 @@ MUTANTS = [
     *BASELINE_MUTANTS,
     *EXCHANGE_MUTANTS,
     *KERNEL_MUTANTS,
+    *MODEL_MUTANTS,
     *PROGRAM_MUTANTS,
 ]

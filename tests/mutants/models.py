@@ -1,0 +1,105 @@
+"""Ways to break what is believed of a model and its files: gates, generation, checkpoints of strangers, reports."""
+
+from __future__ import annotations
+
+from tests.mutants.mutant import Mutant
+
+PRECISION = "tests/layers/test_precision.py"
+GENERATE = "tests/recipes/test_generate.py"
+STRANGER = "tests/recipes/test_checkpoint.py::test_a_checkpoint_of_a_stranger_runs_nothing"
+RUNS = "tests/analysis/test_runs.py"
+FAMILIES = "tests/analysis/test_families.py"
+
+MODEL_MUTANTS = [
+    Mutant(
+        name="rates of decay rounded with the model",
+        file="layers/steps.py",
+        old='keep_wide("A_log", "dt_bias")',
+        new='keep_wide("dt_bias")',
+        test=f"{PRECISION}::test_decays_are_those_of_the_gate_parameters_and_not_of_rounded_ones[mamba2-8]",
+    ),
+    Mutant(
+        name="a gate's bias added in the model's dtype",
+        file="layers/mixers/gla.py",
+        old="F.linear(down(x_BTD), up.weight).to(wide) + up.bias.to(wide)",
+        new="F.linear(down(x_BTD), up.weight, up.bias.to(x_BTD.dtype)).to(wide)",
+        test=f"{PRECISION}::test_log_decays_in_bf16_are_those_of_fp32_gates_and_bf16_activations[gla]",
+    ),
+    Mutant(
+        name="a gate widened after it was rounded",
+        file="layers/precision.py",
+        old="return x.to(y.device, torch.float32) if kept else y",
+        new="return y.to(y.device, torch.float32) if kept else y",
+        test=f"{PRECISION}::test_what_makes_decays_stays_fp32_and_the_rest_is_narrow[torch.bfloat16-rwkv6]",
+    ),
+    Mutant(
+        name="a gate's gradient rounded",
+        file="layers/precision.py",
+        old="any(x is p or x is p.grad for p in gates)",
+        new="any(x is p for p in gates)",
+        test=f"{PRECISION}::test_what_makes_decays_stays_fp32_and_the_rest_is_narrow[torch.bfloat16-hgrn2]",
+    ),
+    Mutant(
+        name="text of the masters instead of the model that was trained",
+        file="recipes/generate.py",
+        old="    return model.to(dtype)\n",
+        new="    return model\n",
+        test=f"{GENERATE}::test_generating_runs_the_model_that_was_trained",
+    ),
+    Mutant(
+        name="a temperature divides before the largest is taken off",
+        file="recipes/generate.py",
+        old="(logits_V - logits_V.max()) / temperature",
+        new="logits_V / temperature",
+        test=f"{GENERATE}::test_no_temperature_is_too_small_and_nothing_is_added_to_nothing",
+    ),
+    Mutant(
+        name="a prompt in a window keeps all its keys",
+        file="layers/mixers/softmax.py",
+        old="kept = slice(None if self.window is None else -self.window, None)",
+        new="kept = slice(None)",
+        test="tests/layers/test_model.py::test_a_prompt_read_at_once_is_read_token_by_token[20-rwkv6]",
+    ),
+    Mutant(
+        name="any class of a checkpoint's metadata",
+        file="recipes/checkpoint.py",
+        old="        if (module, name) not in TYPES:\n",
+        new="        if (module, name) not in TYPES:\n            return super().find_class(module, name)\n",
+        test=f"{STRANGER}[code_as_metadata]",
+    ),
+    Mutant(
+        name="metadata read again by torch",
+        file="recipes/checkpoint.py",
+        old="        return self.metadata\n",
+        new="        return super().read_metadata(*_, **__)\n",
+        test=f"{STRANGER}[code_within_metadata]",
+    ),
+    Mutant(
+        name="files of other folders",
+        file="recipes/checkpoint.py",
+        old="            and all(Path(one.relative_path).name == one.relative_path",
+        new="            and all(Path(one.relative_path).name",
+        test=f"{STRANGER}[a_file_of_another_folder]",
+    ),
+    Mutant(
+        name="a summary that is a list",
+        file="analysis/runs.py",
+        old="    if not isinstance(record, dict):\n",
+        new="    if not isinstance(record, dict | list):\n",
+        test=f"{RUNS}::test_a_report_goes_on_beside_broken_runs_and_a_broken_plan",
+    ),
+    Mutant(
+        name="runs that were moved aside are strays",
+        file="analysis/runs.py",
+        old="not in {*planned, *present} - {name}]",
+        new='!= ""]',
+        test=f"{RUNS}::test_runs_that_were_moved_aside_are_no_runs_of_the_folder",
+    ),
+    Mutant(
+        name="a delta rule by the decay beside it",
+        file="analysis/families.py",
+        old='    if summary.transition == "matrix":\n        return "delta rule"\n',
+        new='    if summary.transition == "matrix":\n        return "vector gate"\n',
+        test=f"{FAMILIES}::test_what_each_mixer_is_and_keeps",
+    ),
+]
