@@ -1,4 +1,4 @@
-"""The report of a sweep over ratios of hybrid models or strategies: `python -m analysis.report FOLDER [--out DIR]`.
+"""The report of a sweep over mixers, ratios, strategies or others: `python -m analysis.report FOLDER [--out DIR]`.
 
 It writes `loss.md` and `loss.csv` (a row per model), `runs.csv` (a row per run), `runs.json` (recipe, provenance and
 curves of each run), `loss_against_ratio.png`, `loss_curves.png` and `report.html`, one page that holds all of it and
@@ -22,7 +22,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from analysis import families, plots, strategies, tables, traffic
-from analysis.runs import STRATEGY_KEYS, Folder, Run, differing_keys, read_folder
+from analysis.runs import STRATEGY_KEYS, Folder, Run, axes, differing_keys, read_folder
 from analysis.tables import Point, Table
 
 CSS = """
@@ -54,6 +54,7 @@ class Report:
     warnings: tuple[str, ...]
     commands: tuple[str, ...]
     settings: dict[str, str]
+    question: str  # what is compared
     strategic: bool  # whether runs differ in strategy, which `main` then compares; else it compares ratios
     main: Table
     losses: Table
@@ -66,17 +67,26 @@ class Report:
 def build(folder: Folder, command: str) -> Report:
     """Turn a sweep's folder into a report. `command` is the line that made it, to be printed in it.
 
-    Raises ValueError if its runs differ in more than mixers, seed and strategy, for then no single cause explains a
-    difference.
+    Raises ValueError if its runs differ in more than mixers, seed, strategy and the axes of the sweep's plan, for then
+    no single cause explains a difference.
     """
-    differing = [key for key in differing_keys(folder.runs) if key not in STRATEGY_KEYS]
+    varied = axes(folder)
+    known = (*STRATEGY_KEYS, *varied)
+    differing = [
+        key for key in differing_keys(folder.runs) if not any(key == one or key.startswith(f"{one}.") for one in known)
+    ]
     if differing:
         raise ValueError(
             f"the runs in {folder.path} also differ in {', '.join(differing)}; this report compares kinds and shares "
-            "of mixers, and strategies, so put runs that are equal in all else into one folder"
+            "of mixers, strategies, and the axes of a sweep, so put runs that are equal in all else into one folder"
         )
     runs = sorted(folder.runs, key=lambda run: (run.linear is None, run.linear or "", run.softmax, run.seed))
-    found = tables.points(runs)
+    found = tables.points(runs, varied)
+    if varied and found[0].strategy:
+        raise ValueError(
+            f"the runs in {folder.path} differ in strategy ({', '.join(found[0].strategy)}) and in "
+            f"{', '.join(varied)}, of which this report compares one; give each strategy a folder of its own"
+        )
     name = str(folder.plan["name"]) if folder.plan else folder.path.name
     return Report(
         name=name,
@@ -84,11 +94,12 @@ def build(folder: Folder, command: str) -> Report:
         warnings=tuple(_warnings(folder)),
         commands=tuple([str(folder.plan["command"])] if folder.plan else []) + (command,),
         settings=_settings(runs),
+        question=_question(found),
         strategic=bool(found[0].strategy),
         main=_main_table(found),
         losses=tables.loss_table(found),
         runs=tables.run_table(runs),
-        costs=traffic.cost_tables(found),
+        costs=() if varied else traffic.cost_tables(found),  # which are of layers of one size
         figures={
             **_main_figure(found),
             CURVES: (
@@ -118,7 +129,7 @@ def _facts(runs: Sequence[Run], found: Sequence[Point]) -> list[str]:
         facts.append(f"Every run read the same {tokens[0]:,} bytes of training text in {runs[0].steps} steps.")
     if found[0].strategy:
         facts += [strategies.sameness(runs), strategies.LEGEND]
-    elif _many(found):
+    elif _many(found) and not found[0].axes:
         facts.append(families.LEGEND)
     for point in found:
         if len(point.runs) > 1:
@@ -133,9 +144,17 @@ def _facts(runs: Sequence[Run], found: Sequence[Point]) -> list[str]:
     return facts
 
 
+def _question(found: Sequence[Point]) -> str:
+    if found[0].strategy:
+        return "one training by several strategies"
+    if found[0].axes:
+        return f"loss by {', '.join(found[0].axes)}"
+    return "loss against the ratio of linear to softmax blocks"
+
+
 def _title(point: Point) -> str:
     mixers = "softmax in every block" if point.linear is None else f"{point.linear} with softmax share {point.softmax}"
-    return ", ".join([mixers, *(f"{key}={value}" for key, value in point.strategy.items())])
+    return ", ".join([mixers, *(f"{key}={value}" for key, value in {**point.strategy, **point.axes}.items())])
 
 
 def _many(found: Sequence[Point]) -> bool:
@@ -144,9 +163,11 @@ def _many(found: Sequence[Point]) -> bool:
 
 
 def _main_table(found: Sequence[Point]) -> Table:
-    """The table that the report begins with: of strategies, of many kinds by family, or of shares."""
+    """The table that the report begins with: strategies, a sweep's axes, many kinds by family, or shares."""
     if found[0].strategy:
         return strategies.table(found)
+    if found[0].axes:
+        return tables.loss_table(sorted(found, key=lambda point: point.bits_per_byte))
     return families.table(found) if _many(found) else tables.ratio_table(found)
 
 
@@ -157,6 +178,10 @@ def _main_figure(found: Sequence[Point]) -> dict[str, tuple[bytes, str]]:
         columns = {"tokens a second": [*map(strategies.speed, found)], "ms exposed": [*map(strategies.exposed, found)]}
         caption = "The median step of every strategy; exposed is the time in which rank 0 stood still for others."
         return {"strategies.png": (plots.bars(rows, columns), caption)}
+    if found[0].axes:
+        best = sorted(found, key=lambda point: point.bits_per_byte)
+        losses = {"validation loss (bits per byte)": [point.bits_per_byte for point in best]}
+        return {"loss_by_axes.png": (plots.bars([_title(point) for point in best], losses), "The best at the top.")}
     if _many(found):
         return {"loss_by_kind.png": (plots.loss_by_kind(found), "Every kind of linear block, the best at the top.")}
     return {"loss_against_ratio.png": (plots.loss_against_ratio(found), _ratio_caption(found))}
@@ -227,10 +252,8 @@ def as_page(report: Report) -> str:
 
     warnings = "".join(f"<p>{escape(line)}</p>" for line in report.warnings)
     settings = "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in report.settings.items())
-    ratio = "loss against the ratio of linear to softmax blocks"
-    question = "one training by several strategies" if report.strategic else ratio
     parts = [
-        f"<h1>{escape(report.name)}: {question}</h1>",
+        f"<h1>{escape(report.name)}: {escape(report.question)}</h1>",
         f'<p class="sub">{escape(report.settings["training"])}; {escape(report.settings["sequence cut over"])}</p>',
         f'<div class="warning"><strong>Incomplete or uneven</strong>{warnings}</div>' if warnings else "",
         "<ul>" + "".join(f"<li>{escape(fact)}</li>" for fact in report.facts) + "</ul>",

@@ -298,6 +298,22 @@ def strategies(runs: Sequence[Run]) -> list[dict[str, str]]:
     return [{key: _text(one[key]) if key in one else "not recorded" for key in keys} for one in values]
 
 
+def axes(folder: Folder) -> list[str]:
+    """The axes of a sweep, by its plan, that are neither mixers and their share nor seeds nor strategies."""
+    cells = folder.plan["cells"] if folder.plan else ()
+    keys = dict.fromkeys(key for cell in cells for place in cell.get("covers", ()) for key in place)
+    return [key for key in keys if key not in (*FREE_KEYS, *STRATEGY_KEYS)]
+
+
+def value_of(run: Run, key: str) -> str:
+    """What stands in a run's recipe under a dotted key, as behind `key=`; empty if nothing does, and for options of
+    mixers where no block is linear."""
+    value: Any = {} if run.linear is None and key.startswith("model.mixers") else run.recipe
+    for part in key.split("."):
+        value = value.get(part, "") if isinstance(value, Mapping) else ""
+    return _text(value)
+
+
 def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 

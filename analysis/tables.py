@@ -9,14 +9,15 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from html import escape
 
-from analysis.runs import Run, strategies
+from analysis.runs import Run, strategies, value_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
     """All seeds of one model: `linear` is the kind of its linear blocks (None: none), `softmax` the others' share.
 
-    strategy is how it was computed, in the keys in which runs differ (empty where they do not).
+    strategy is how it was computed, in the keys in which runs differ (empty where they do not); axes are the values of
+    whatever else a sweep varies.
     bits_per_byte and loss (nats per byte) are means over seeds, low and high the lowest and highest bits per byte.
     """
 
@@ -24,6 +25,7 @@ class Point:
     softmax: Fraction
     runs: tuple[Run, ...]
     strategy: Mapping[str, str] = field(default_factory=dict)
+    axes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def bits_per_byte(self) -> float:
@@ -55,15 +57,17 @@ class Table:
     numbers: frozenset[str] = frozenset()
 
 
-def points(runs: Sequence[Run]) -> list[Point]:
-    """Group runs by kind of linear mixer, share of softmax blocks and strategy, sorted by the first two; pure softmax
-    comes last.
+def points(runs: Sequence[Run], axes: Sequence[str] = ()) -> list[Point]:
+    """Group runs by kind of linear mixer, share of softmax blocks, strategy and the values of `axes`, sorted by the
+    first two; pure softmax comes last.
 
     Raises ValueError if two runs of one point have the same seed: then something else differs, which a mean would hide.
     """
-    groups: dict[tuple[str | None, Fraction, tuple[tuple[str, str], ...]], list[Run]] = {}
+    Values = tuple[tuple[str, str], ...]
+    groups: dict[tuple[str | None, Fraction, Values, Values], list[Run]] = {}
     for run, strategy in zip(runs, strategies(runs), strict=True):
-        groups.setdefault((run.linear, run.softmax, tuple(strategy.items())), []).append(run)
+        values = tuple((axis, value_of(run, axis)) for axis in axes)
+        groups.setdefault((run.linear, run.softmax, tuple(strategy.items()), values), []).append(run)
     for members in groups.values():
         seeds = [run.seed for run in members]
         if len(set(seeds)) < len(seeds):
@@ -77,6 +81,7 @@ def points(runs: Sequence[Run]) -> list[Point]:
             linear=key[0],
             softmax=key[1],
             strategy=dict(key[2]),
+            axes=dict(key[3]),
             runs=tuple(sorted(groups[key], key=lambda run: run.seed)),
         )
         for key in keys
@@ -93,6 +98,7 @@ def loss_table(found: Sequence[Point]) -> Table:
     rows = [
         (
             *point.strategy.values(),
+            *point.axes.values(),
             str(point.softmax),
             point.linear or "none (all softmax)",
             point.runs[0].pattern,
@@ -119,7 +125,7 @@ def loss_table(found: Sequence[Point]) -> Table:
         "seconds per run",
     )
     numbers = frozenset({*header} - {"linear blocks", "pattern"})
-    return Table(header=(*found[0].strategy, *header), rows=tuple(rows), numbers=numbers)
+    return Table(header=(*found[0].strategy, *found[0].axes, *header), rows=tuple(rows), numbers=numbers)
 
 
 def ratio_table(found: Sequence[Point]) -> Table:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import io
+import itertools
 import json
 import re
 from fractions import Fraction
@@ -251,6 +252,54 @@ def test_runs_that_differ_in_more_than_mixers_are_refused(tmp_path: Path, capsys
     (tmp_path / "empty").mkdir()
     assert report.main([str(tmp_path / "empty")]) == 2
     assert "no run folders at all" in capsys.readouterr().err
+
+
+def write_axes(folder: Path, axes: dict[str, list[object]], **changes: object) -> Path:
+    """The runs of a sweep over these axes, the later the better, and its plan."""
+    cells = []
+    for number, values in enumerate(itertools.product(*axes.values())):
+        place = dict(zip(axes, values, strict=True))
+        write_run(folder / f"cell-{number}", bits=2.6 - number / 100, steps=10, changes={**changes, **place})
+        cells.append({"name": f"cell-{number}", "covers": [place]})
+    plan = {"name": "trial", "file": "trial.yaml", "command": "python -m recipes.sweep", "nproc": 2, "cells": cells}
+    write_json(folder / "sweep.json", plan)
+    return folder
+
+
+def test_any_axis_of_a_sweep_is_reported(tmp_path: Path) -> None:
+    """A learning rate and an option of a mixer, as the plan has them: a row for each cell, the best first."""
+    folder = write_axes(tmp_path / "trial", {"optim.lr": [1e-3, 3e-3], "model.mixers.gla.expand_k": [0.5, 1.0]})
+    assert report.main([str(folder)]) == 0
+    text = (folder / "report/loss.md").read_text()
+    rows = list(csv.DictReader(io.StringIO((folder / "report/loss.csv").read_text())))
+    assert len(rows) == 4
+    cells = {(row["optim.lr"], row["model.mixers.gla.expand_k"]): row["loss (bits/byte)"] for row in rows}
+    assert cells == {
+        ("0.001", "0.5"): "2.6000",
+        ("0.001", "1.0"): "2.5900",
+        ("0.003", "0.5"): "2.5800",
+        ("0.003", "1.0"): "2.5700",
+    }
+    assert "of gla with softmax share 1/4, optim.lr=0.003, model.mixers.gla.expand_k=1.0" in text
+    first = next(line for line in text.splitlines() if line.startswith("|") and "LLLNLLLN" in line)
+    assert "2.5700" in first, "the best at the top"
+    words = "".join(Page((folder / "report/report.html").read_text()).words)
+    assert "trial: loss by optim.lr, model.mixers.gla.expand_k" in words
+
+
+def test_what_is_no_axis_of_the_plan_is_still_refused(tmp_path: Path) -> None:
+    folder = write_axes(tmp_path / "width", {"model.dim": [64, 96]})
+    found = report.tables.points(read_folder(folder).runs, ["model.dim"])
+    assert [dict(point.axes) for point in found] == [{"model.dim": "64"}, {"model.dim": "96"}]
+    write_run(folder / "cell-0b", changes={"optim.lr": 0.5, "model.dim": 64}, steps=10)
+    plan = json.loads((folder / "sweep.json").read_text())
+    plan["cells"].append({"name": "cell-0b", "covers": [{"model.dim": 64}]})
+    write_json(folder / "sweep.json", plan)
+    with pytest.raises(ValueError, match="also differ in optim.lr;"):
+        report.build(read_folder(folder), "")
+    both = write_axes(tmp_path / "both", {"model.dim": [64, 96], "parallel.linear": ["all_gather", "ring"]})
+    with pytest.raises(ValueError, match=r"differ in strategy \(parallel.linear\) and in model.dim"):
+        report.build(read_folder(both), "")
 
 
 def test_a_single_kind_without_pure_softmax(tmp_path: Path) -> None:

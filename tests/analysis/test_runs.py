@@ -164,15 +164,16 @@ def test_a_report_goes_on_beside_broken_runs_and_a_broken_plan(
 
 
 def test_runs_that_were_moved_aside_are_no_runs_of_the_folder(tmp_path: Path) -> None:
-    folder = write_sweep(tmp_path / "trial")
-    write_run(folder / "ratio-1.old-1")
-    write_run(folder / "ratio-1.old-12")
-    write_run(folder / "else.old-1")
-    found = read_folder(folder)
-    assert len(found.runs) == 11 and [fault.name for fault in found.faults] == ["else.old-1"]
-    write_run(tmp_path / "by hand" / "one")
-    write_run(tmp_path / "by hand" / "one.old-1")
-    assert [run.name for run in read_folder(tmp_path / "by hand").runs] == ["one"]
+    """With a plan and without; what is only called so is a run as any other."""
+    for name in ("one", "one.old-1", "one.old-12", "else.old-1"):
+        write_run(tmp_path / name, steps=10)
+    found = read_folder(tmp_path)
+    assert [run.name for run in found.runs] == ["else.old-1", "one"] and found.faults == ()
+    plan = {"name": "trial", "command": "python -m recipes.sweep", "cells": [{"name": "one"}]}
+    (tmp_path / "sweep.json").write_text(json.dumps(plan))
+    found = read_folder(tmp_path)
+    assert [run.name for run in found.runs] == ["one"]
+    assert [fault.name for fault in found.faults] == ["else.old-1"]
 
 
 def test_the_plan_names_runs_that_are_missing_or_strange(tmp_path: Path) -> None:

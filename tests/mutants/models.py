@@ -86,7 +86,7 @@ MODEL_MUTANTS = [
         file="analysis/runs.py",
         old="    if not isinstance(record, dict):\n",
         new="    if not isinstance(record, dict | list):\n",
-        test=f"{RUNS}::test_a_report_goes_on_beside_broken_runs_and_a_broken_plan",
+        test=f"{RUNS}::test_a_run_that_cannot_be_used_says_why[half-written: summary.json1]",
     ),
     Mutant(
         name="runs that were moved aside are strays",
@@ -94,6 +94,13 @@ MODEL_MUTANTS = [
         old="not in {*planned, *present} - {name}]",
         new='!= ""]',
         test=f"{RUNS}::test_runs_that_were_moved_aside_are_no_runs_of_the_folder",
+    ),
+    Mutant(
+        name="axes of a sweep averaged over",
+        file="analysis/tables.py",
+        old="tuple(strategy.items()), values), [])",
+        new="tuple(strategy.items()), ()), [])",
+        test="tests/analysis/test_report.py::test_what_is_no_axis_of_the_plan_is_still_refused",
     ),
     Mutant(
         name="a delta rule by the decay beside it",
