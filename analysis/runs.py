@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from fractions import Fraction
@@ -22,6 +21,7 @@ from yaml import YAMLError
 
 from hybrid_sp.mesh import KINDS
 from recipes import config
+from recipes.lock import is_aside
 from recipes.sweep import PLAN
 
 RUN_FILES = ("recipe.yaml", "provenance.json", "metrics.jsonl", "summary.json", "train.log")
@@ -128,8 +128,8 @@ def read_folder(path: str | Path) -> Folder:
         plan = None
         faults.append(Fault(name=PLAN, reason=str(error)))
     planned = [cell["name"] for cell in plan["cells"]] if plan else []
-    present = sorted(child.name for child in path.iterdir() if any((child / file).is_file() for file in RUN_FILES))
-    present = [name for name in present if re.sub(r"\.old-\d+$", "", name) not in {*planned, *present} - {name}]
+    folders = [child for child in path.iterdir() if not is_aside(child.name)]
+    present = sorted(child.name for child in folders if any((child / file).is_file() for file in RUN_FILES))
     for name in dict.fromkeys([*planned, *present]):
         try:
             if name not in present:

@@ -57,16 +57,19 @@ def save(folder: Path, step: int, state: State, keep: int, group: collectives.Gr
     """Writes ``folder/step-...`` from all ranks of ``group`` and keeps the newest ``keep`` checkpoints.
 
     Every rank calls it with its own state: what stands under one name must be equal on all ranks, so what differs
-    (random states) needs a name that says the rank. If any rank fails, every rank raises, RuntimeError for a shard that
-    cannot be written; the checkpoints before are untouched.
+    (random states) needs a name that says the rank. If any rank fails, every rank raises, OSError for files that cannot
+    be written; the checkpoints before are untouched.
     """
     final, temporary = folder / f"step-{step:08d}", folder / f".saving-step-{step:08d}"
-    on_first_rank(lambda: _make_empty(temporary), group)
     try:
+        on_first_rank(lambda: _make_empty(temporary), group)
         dcp.save(state, storage_writer=dcp.FileSystemWriter(temporary), process_group=group)
-    except CheckpointException as error:  # a BaseException, raised on every rank
-        raise RuntimeError(f"checkpoint of step {step} was not written: {error}") from error
-    on_first_rank(lambda: _complete(temporary, final, keep), group)
+        on_first_rank(lambda: _complete(temporary, final, keep), group)
+    except (OSError, CheckpointException) as error:  # the second, a BaseException, is raised on every rank
+        failures = error.failures if isinstance(error, CheckpointException) else {0: (error, None)}
+        rank, (cause, _) = min(failures.items(), key=lambda failure: failure[0])
+        kind = OSError if isinstance(cause, OSError) else RuntimeError
+        raise kind(f"checkpoint of step {step} was not written (rank {rank}): {cause}") from error
     return final
 
 

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import json
 import os
 import platform
@@ -17,19 +17,22 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from hybrid_sp.mesh import KINDS
 from hybrid_sp.timeline import Ledger
 from hybrid_sp.trace import Event, write_trace
-from recipes import config
+from recipes import config, lock
 from recipes.config import Recipe, RecipeError
 from recipes.data import nats_to_bits
+from recipes.tracker import Tracker
 
 PACKAGES = ("torch", "einops", "omegaconf", "wandb", "matplotlib", "numpy", "triton", "fla-core", "flash-attn")
 FILES = (
@@ -42,21 +45,27 @@ FILES = (
     "provenance.json",
     "wandb",
 )
+Result = TypeVar("Result")
 LINE_EVERY = 2.0  # seconds between progress lines
+ANEW = "add name=ANOTHER_NAME for a new run, or checkpoint.resume=never to move the old one aside"
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot go on: said by the first process, and raised on every rank."""
 
 
 def refuse_other_run(folder: Path, recipe: Recipe, fingerprint: str) -> None:
-    """Raises RecipeError if ``folder`` holds a run of another recipe or corpus; needs no process group."""
+    """Raises RecipeError if ``folder`` holds a run of another recipe or corpus, or files that cannot be read; needs no
+    process group."""
     if recipe.checkpoint.resume == "never" or not (folder / "provenance.json").exists():
         return
-    advice = "add name=ANOTHER_NAME for a new run, or checkpoint.resume=never to move the old one aside"
-    if changed := config.difference(config.load_resolved(folder / "recipe.yaml"), recipe):
-        raise RecipeError(f"{folder} holds a run of another recipe: {', '.join(changed)}; {advice}")
-    before = json.loads((folder / "provenance.json").read_text())["corpus"]["fingerprint"]
+    before = _read_json(folder / "provenance.json", ("corpus",), ANEW)["corpus"]["fingerprint"]
+    if changed := config.difference(read_recipe(folder), recipe):
+        raise RecipeError(f"{folder} holds a run of another recipe: {', '.join(changed)}; {ANEW}")
     if before != fingerprint:
         raise RecipeError(
             f"{folder} holds a run on another corpus: its SHA-256 is {before[:12]}... there and {fingerprint[:12]}... "
-            f"now (data.files, or another Python); {advice}"
+            f"now (data.files, or another Python); {ANEW}"
         )
 
 
@@ -67,10 +76,10 @@ def finished(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
     summary = read_summary(folder)
     if summary["status"] != "finished":
         return None
+    if not (latest := folder / "checkpoints" / "latest").exists():
+        raise RecipeError(f"{folder} is finished, but {latest} is missing, and its weights with it; {ANEW}")
     if first_process():
-        print(
-            f"{folder} is finished already; name=ANOTHER_NAME starts a new run\n{_closing(folder, summary)}", flush=True
-        )
+        say(f"{folder} is finished already; name=ANOTHER_NAME starts a new run\n{_closing(folder, summary)}")
     return summary
 
 
@@ -80,42 +89,64 @@ def first_process() -> bool:
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """What a run says about itself when it ends."""
-    return json.loads((folder / "summary.json").read_text())
+    """What a run says about itself when it ends; raises RecipeError if that cannot be read."""
+    advice = "delete it, and the same command goes on from the last checkpoint and writes it again"
+    return _read_json(folder / "summary.json", ("status",), advice)
+
+
+def read_recipe(folder: Path) -> Recipe:
+    """The recipe of a run folder; raises RecipeError if it cannot be read."""
+    path = folder / "recipe.yaml"
+    try:
+        if path.stat().st_size == 0:
+            raise ValueError("it is empty")
+        return config.load_resolved(path)
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error, ANEW) from error
+
+
+def say(text: str, stream: Any = None) -> None:
+    """Prints to stdout or ``stream``. What reads there may be gone, full or know ASCII alone: no run ends by that."""
+    stream = sys.stdout if stream is None else stream
+    try:
+        try:
+            print(text, file=stream, flush=True)
+        except UnicodeEncodeError:
+            print(text.encode("ascii", "backslashreplace").decode(), file=stream, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # also for what is left in the stream's buffer
 
 
 class Record:
-    """What a run tells, in this order: `prepare`, `begin`, `train` and `validation` by turns, `finish`.
+    """What a run tells, in this order: `prepare`, `begin`, `train` and `validation` by turns, `finish` or `fail`.
 
-    Only the first process writes and speaks; `prepare` and `begin`, which can fail, are called in it alone.
+    Only the first process writes and speaks; `prepare`, `begin`, `flush` and `finish` are called in it alone, for they
+    can fail.
     """
 
     def __init__(self, folder: Path, recipe: Recipe) -> None:
         self.folder, self.recipe, self.active = folder, recipe, first_process()
         self._metrics = folder / "metrics.jsonl"
+        self._unwritten: list[str] = []  # lines of metrics for which there was no room
+        self._tracker: Tracker | None = None
 
     def prepare(self, facts: dict[str, Any]) -> None:
         """Makes or reopens the folder and writes what runs in it: recipe, command, commit, versions and ``facts``.
 
-        Raises RecipeError if another process is training there.
+        Raises RecipeError if another process is training there or the folder cannot be written.
         """
+        with _writing(self.folder):
+            self._prepare(facts)
+
+    def _prepare(self, facts: dict[str, Any]) -> None:
         folder, recipe = self.folder, self.recipe
-        if recipe.checkpoint.resume == "never" and (folder / "provenance.json").exists():
-            number = 1
-            while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
-                number += 1
-            os.rename(folder, aside)
+        take = lock.set_aside if recipe.checkpoint.resume == "never" else lock.hold
+        self._lock = take(folder)  # until this process ends
+        refuse_other_run(folder, recipe, facts["corpus"]["fingerprint"])  # again: another may have been here
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (folder / ".lock").open("w")  # held as long as this process lives
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RecipeError(
-                f"another process is training in {folder}; wait for it, or add name=ANOTHER_NAME"
-            ) from error
         (folder / "summary.json").unlink(missing_ok=True)
         path = folder / "provenance.json"
-        before = json.loads(path.read_text()) if path.exists() else {}
+        before = _read_json(path, ("started",), ANEW) if path.exists() else {}
         commit, diff = _git("rev-parse", "HEAD"), _git("diff", "HEAD")
         provenance = {
             "command": _command(),
@@ -135,14 +166,17 @@ class Record:
     def begin(self, step: int) -> None:
         """Goes on after ``step``: metrics of later steps, which a run wrote before it died, are cut off."""
         lines = (line for line in read_metrics(self._metrics) if line["step"] <= step)
-        _replace(self._metrics, "".join(json.dumps(line) + "\n" for line in lines))
-        self._wandb = _start_wandb(self.folder, self.recipe)
+        with _writing(self.folder):
+            _replace(self._metrics, "".join(json.dumps(line) + "\n" for line in lines))
+        if self.recipe.wandb.mode != "disabled":
+            provenance = _read_json(self.folder / "provenance.json", ("wandb_id",), ANEW)
+            self._tracker = Tracker(self.folder, self.recipe, provenance["wandb_id"])
         self._line_due = self._began = time.monotonic()
         self._first = step
 
     def say(self, text: str) -> None:
         if self.active:
-            print(text, flush=True)
+            say(text)
 
     def train(self, values: dict[str, Any]) -> None:
         """One optimiser step: a line of metrics, and now and then of progress."""
@@ -150,43 +184,91 @@ class Record:
             self._write({"kind": "train", **values, "memory_mb": round(_memory_mb(), 1)})
             if time.monotonic() >= self._line_due or values["step"] == self.recipe.train.steps:
                 self._line_due = time.monotonic() + LINE_EVERY
-                print(self._progress(values), flush=True)
+                say(self._progress(values))
 
     def trace(self, events_of_ranks: list[list[Event]]) -> None:
         """What every rank's layers did in one step."""
         if self.active:
-            write_trace(self.folder / "trace.json", events_of_ranks)
+            _try("trace.json", lambda: write_trace(self.folder / "trace.json", events_of_ranks))
 
     def validation(self, values: dict[str, Any]) -> None:
         if self.active:
             self._write({"kind": "validation", **values})
-            bits, unigram = values["bits_per_byte"], values["unigram_bits_per_byte"]
-            print(
-                f"step {values['step']:>6}  validation {bits:.3f} bits/byte, {1 - bits / unigram:.1%} below the "
-                f"byte-unigram entropy {unigram:.3f}",
-                flush=True,
-            )
+            say(f"step {values['step']:>6}  {_validated(values['bits_per_byte'], values['unigram_bits_per_byte'])}")
 
-    def finish(self, status: str, facts: dict[str, Any], sample: str | None = None) -> None:
-        """Draws the curve, closes wandb, writes ``summary.json``, last, and says where all is."""
+    def flush(self) -> None:
+        """Writes the metrics that are not on the disk yet; raises OSError, and leaves no half of a line."""
+        if not self._unwritten:
+            return
+        text = "".join(self._unwritten).encode()
+        with self._metrics.open("ab", buffering=0) as file:
+            end = file.tell()
+            if file.write(text) < len(text):
+                file.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._metrics))
+        self._unwritten.clear()
+
+    def finish(
+        self, status: str, facts: dict[str, Any], write: Callable[[], str | None] | None = None
+    ) -> dict[str, Any]:
+        """Ends a run that is saved: draws the curve, keeps the sample that ``write`` returns, closes wandb, writes the
+        summary, last, returns it, and says where all is.
+
+        What is beside the training may fail, and that is said. Raises TrainingStopped if the summary is not written.
+        """
+        try:
+            summary, sample = self._end(status, facts, write)
+        except OSError as error:
+            reason = f"the training has {status} and is saved, but summary.json is not written: {error}"
+            say(f"error: {reason}; make room and start the same command again", sys.stderr)
+            raise TrainingStopped(reason) from error
+        say(_closing(self.folder, summary, sample))
+        return summary
+
+    def fail(self, facts: dict[str, Any], cause: str) -> None:
+        """Says why the run failed, first of all and once, and then writes what can be written; raises nothing."""
         if self.active:
-            lines = read_metrics(self._metrics)
-            summary = {"status": status, **facts, **_outcome(lines)}
-            draw_loss(lines, self.folder / "loss.png", self.recipe.name)
-            if sample is not None:
-                (self.folder / "sample.txt").write_text(sample)
-            self._wandb.summary.update(summary)
-            self._wandb.finish(exit_code=int(status == "failed"))
-            _replace(self.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
-            stream = sys.stderr if status == "failed" else sys.stdout
-            print(_closing(self.folder, summary, sample), file=stream, flush=True)
+            say(f"error: {cause}", sys.stderr)
+            _try("summary.json", lambda: self._end("failed", {**facts, "error": cause}, None))
+
+    def _end(
+        self, status: str, facts: dict[str, Any], write: Callable[[], str | None] | None
+    ) -> tuple[dict[str, Any], str | None]:
+        lines = read_metrics(self._metrics)
+        summary = {"status": status, **facts, **_outcome(lines)}
+        _try("loss.png", lambda: draw_loss(lines, self.folder / "loss.png", self.recipe.name))
+        sample = _try("sample.txt", lambda: self._keep_sample(write)) if write is not None else None
+        if (tracker := self._tracker) is not None:
+            _try("wandb", lambda: tracker.finish(summary))
+        _replace(self.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+        return summary, sample
+
+    def _keep_sample(self, write: Callable[[], str | None]) -> str | None:
+        sample = write()
+        if sample is not None:
+            (self.folder / "sample.txt").write_text(sample, encoding="utf-8")
+        return sample
 
     def _write(self, line: dict[str, Any]) -> None:
-        with self._metrics.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        self._unwritten.append(json.dumps(line) + "\n")
+        try:
+            self.flush()
+        except OSError as error:
+            if len(self._unwritten) == 1:
+                say(
+                    f"WARNING    {error}; metrics stay in memory until there is room, or the next checkpoint",
+                    sys.stderr,
+                )
         kind, step = line["kind"], line["step"]
         named = {key if "/" in key else f"{kind}/{key}": line[key] for key in line if key not in ("kind", "step")}
-        self._wandb.log({**named, "step": step})
+        if self._tracker is not None:
+            try:
+                self._tracker.log(named, step)
+            except Exception as error:
+                self._tracker = None
+                say(
+                    f"WARNING    wandb has ended: {type(error).__name__}: {error}; training goes on without", sys.stderr
+                )
 
     def _progress(self, values: dict[str, Any]) -> str:
         step, steps = values["step"], self.recipe.train.steps
@@ -231,19 +313,27 @@ def _outcome(lines: list[dict[str, Any]]) -> dict[str, Any]:
         last = validations[-1]
         bits, unigram = last["bits_per_byte"], last["unigram_bits_per_byte"]
         outcome |= {"validation_loss": last["loss"], "bits_per_byte": bits, "unigram_bits_per_byte": unigram}
-        outcome["below_unigram"] = 1 - bits / unigram
+        outcome["below_unigram"] = below_unigram(bits, unigram)
     return outcome
+
+
+def below_unigram(bits: float, unigram: float) -> float | None:
+    """The share of the byte-unigram entropy that a model has saved; None if that is 0: all bytes are equal."""
+    return 1 - bits / unigram if unigram else None
+
+
+def _validated(bits: float, unigram: float) -> str:
+    below = below_unigram(bits, unigram)
+    of = "of bytes that are all equal" if below is None else f"{below:.1%} below the byte-unigram entropy {unigram:.3f}"
+    return f"validation {bits:.3f} bits/byte, {of}"
 
 
 def _closing(folder: Path, summary: dict[str, Any], sample: str | None = None) -> str:
     """The last words of a run: how it went, what the model writes, and where all of it lies."""
-    if summary["status"] == "failed":
-        return f"error: {summary['error']}"
     tokens, time_taken = summary.get("tokens", 0), _clock(summary["seconds"])
     text = f"{summary['status']:<10} {summary['steps']} steps, {tokens:,} tokens in {time_taken}"
-    if "below_unigram" in summary:
-        bits, below = summary["bits_per_byte"], summary["below_unigram"]
-        text += f"; validation {bits:.3f} bits/byte, {below:.1%} below the unigram entropy"
+    if "bits_per_byte" in summary:
+        text += f"; {_validated(summary['bits_per_byte'], summary['unigram_bits_per_byte'])}"
     if summary["status"] == "stopped":
         return f"{text}\nto go on    the same command again"
     if sample is not None:
@@ -280,22 +370,22 @@ def draw_loss(lines: list[dict[str, Any]], picture: Path, title: str) -> None:
     pyplot.close(figure)
 
 
-def _start_wandb(folder: Path, recipe: Recipe) -> Any:
-    import wandb
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Makes a RecipeError of what the system says about a folder that cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise RecipeError(f"{folder} cannot be written: {error}; mend that, or set out=ANOTHER_FOLDER") from error
 
-    run = wandb.init(
-        project=recipe.wandb.project,
-        group=recipe.wandb.group or recipe.name.split("/")[0],
-        name=recipe.name,
-        id=json.loads((folder / "provenance.json").read_text())["wandb_id"],
-        resume="allow",
-        mode=recipe.wandb.mode,
-        dir=folder,
-        config=config.flat(recipe),
-        settings=wandb.Settings(silent=True, console="off", disable_code=True, x_disable_stats=True),
-    )
-    run.define_metric("*", step_metric="step")
-    return run
+
+def _try(what: str, act: Callable[[], Result]) -> Result | None:
+    """What ``act`` returns, or None and a warning if it fails: what is beside a training does not end it."""
+    try:
+        return act()
+    except Exception as error:
+        say(f"WARNING    {what} is not as it should be: {type(error).__name__}: {error}", sys.stderr)
+        return None
 
 
 def _clock(seconds: float) -> str:
@@ -337,7 +427,26 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _read_json(path: Path, keys: Sequence[str], advice: str) -> dict[str, Any]:
+    """The object in a file of a run folder; raises RecipeError, which ends with ``advice``, if it is not whole."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+        if missing := [key for key in keys if key not in content]:
+            raise ValueError(f"it lacks {', '.join(missing)}")
+        return content
+    except (OSError, ValueError, TypeError) as error:
+        raise _unreadable(path, error, advice) from error
+
+
+def _unreadable(path: Path, error: Exception, advice: str) -> RecipeError:
+    return RecipeError(f"{path} cannot be read: {str(error).splitlines()[0]}; {advice}")
+
+
 def _replace(path: Path, text: str) -> None:
+    """Writes a file that is whole or not there, also after a crash of the machine."""
     temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text)
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)

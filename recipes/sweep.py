@@ -9,7 +9,6 @@ checkpoint.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import itertools
 import json
 import os
@@ -18,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import IO, Any
@@ -27,7 +26,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from layers.spec import block_specs, expand_pattern
-from recipes import config
+from recipes import config, lock, record
 
 PLAN = "sweep.json"
 LOG = "train.log"
@@ -239,20 +238,20 @@ def _recipe_values(recipe: config.Recipe) -> dict[str, Any]:
 
 
 def is_finished(cell: Cell) -> bool:
-    """Whether the run's summary says finished; ValueError if the folder holds a run of another recipe."""
+    """Whether the run's summary says finished; ValueError if the folder holds another recipe, or broken files."""
     recipe_file, summary = cell.folder / "recipe.yaml", cell.folder / "summary.json"
     if not recipe_file.is_file():
         return False
     changed = []
     if recipe_file.read_text() != config.dump(cell.recipe):
-        old, new = _recipe_values(config.load_resolved(recipe_file)), _recipe_values(cell.recipe)
+        old, new = _recipe_values(record.read_recipe(cell.folder)), _recipe_values(cell.recipe)
         changed = [f"{key} was {old.get(key)}, now {new.get(key)}" for key in new if old.get(key) != new.get(key)]
     if changed:
         raise ValueError(
             f"{cell.folder} holds a run of another recipe ({'; '.join(changed)}); "
             "delete that folder to run it again, or give the sweep a new name with name=..."
         )
-    return summary.is_file() and json.loads(summary.read_text()).get("status") == "finished"
+    return summary.is_file() and record.read_summary(cell.folder)["status"] == "finished"
 
 
 def command(sweep: Sweep, path: str | Path, cell: Cell, module: str = "recipes.train") -> list[str]:
@@ -271,7 +270,7 @@ def run(
     ends the runs in flight before it is passed on.
     """
     folder = cells[0].folder.parent
-    with locked(folder) as lock:
+    with locked(folder) as held:
         done = {cell.name: is_finished(cell) for cell in cells}  # raises before the first run starts
         _write_plan(folder, sweep, path, cells, shown)
         outcomes: dict[str, Outcome] = {}
@@ -290,7 +289,7 @@ def run(
                         say(cell, f"finished before: {outcomes[cell.name].note}")
                     else:
                         say(cell, f"running, output in {cell.folder / LOG}")
-                        live[start(command(sweep, path, cell, module), cell, lock)] = (cell, time.monotonic())
+                        live[start(command(sweep, path, cell, module), cell, held)] = (cell, time.monotonic())
                 for process in [p for p in live if p.poll() is not None]:
                     cell, began = live.pop(process)
                     outcome = _ended(cell, process.returncode, time.monotonic() - began)
@@ -305,31 +304,23 @@ def run(
 @contextmanager
 def locked(folder: Path) -> Iterator[IO[str]]:
     """Hold the folder's lock. Runs inherit it, so a run that outlives a killed sweep keeps the next sweep out."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "sweep.lock", "a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.seek(0)
-            holder = lock.read().strip() or "unknown"
-            raise ValueError(
-                f"another sweep works in {folder} (process {holder}, or a run that it left behind); "
-                "wait for it to end, or give this sweep a new name with name=..."
-            ) from None
-        lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
-        yield lock
+    busy = f"another sweep works in {folder}, or a run that it left behind"
+    advice = "wait for it to end, or give this sweep a new name with name=..."
+    with lock.take(folder / "sweep.lock", busy, advice) as held:
+        yield held
 
 
 def _write_plan(folder: Path, sweep: Sweep, path: str | Path, cells: Sequence[Cell], shown: str) -> None:
     rows = [{"name": cell.name, "covers": list(cell.covers)} for cell in cells]
-    record = {"name": sweep.name, "file": Path(path).as_posix(), "command": shown, "nproc": sweep.nproc, "cells": rows}
-    (folder / PLAN).write_text(json.dumps(record, indent=1) + "\n")
+    plan = {"name": sweep.name, "file": Path(path).as_posix(), "command": shown, "nproc": sweep.nproc, "cells": rows}
+    (folder / PLAN).write_text(json.dumps(plan, indent=1) + "\n")
 
 
-def start(argv: list[str], cell: Cell, lock: IO[str]) -> subprocess.Popen[bytes]:
+def start(argv: list[str], cell: Cell, held: IO[str]) -> subprocess.Popen[bytes]:
     """Start a run's process, its output appended to the run's log, the sweep's lock held as long as it lives."""
+    if cell.recipe.checkpoint.resume == "never":  # here, not by the run: its log is to lie in the folder that it makes
+        with suppress(config.RecipeError):  # a training that lives there: the run says so
+            lock.set_aside(cell.folder).close()
     cell.folder.mkdir(parents=True, exist_ok=True)
     with open(cell.folder / LOG, "ab") as log:
         log.write(f"{PROMPT}{' '.join(argv[1:])}\n".encode())
@@ -341,7 +332,7 @@ def start(argv: list[str], cell: Cell, lock: IO[str]) -> subprocess.Popen[bytes]
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,
-            pass_fds=[lock.fileno()],
+            pass_fds=[held.fileno()],
             start_new_session=True,  # an interrupt reaches the sweep alone, which then ends its runs in order
         )
 
@@ -357,8 +348,11 @@ def _ended(cell: Cell, code: int, seconds: float) -> Outcome:
 
 
 def _result(cell: Cell) -> str:
-    summary = json.loads((cell.folder / "summary.json").read_text())
-    return f"{summary['bits_per_byte']:.3f} bits per byte, {100 * summary['below_unigram']:.1f} % below unigram"
+    summary = record.read_summary(cell.folder)
+    below = summary["below_unigram"]  # None: all bytes are equal
+    return f"{summary['bits_per_byte']:.3f} bits per byte" + (
+        f", {100 * below:.1f} % below unigram" if below is not None else ""
+    )
 
 
 def _end(processes: list[subprocess.Popen[bytes]], grace: float = 40.0) -> None:

@@ -26,25 +26,23 @@ from hybrid_sp.mesh import DeviceMesh, whole_group
 from hybrid_sp.trace import rank_events
 from layers.model import HybridLM
 from layers.spec import expand_pattern, pattern_letters
-from recipes import checkpoint, config, data, generate, optim, record
+from recipes import checkpoint, config, data, generate, optim, record, tracker
 from recipes.allocator import keep_freed_memory
 from recipes.config import Recipe, RecipeError
+from recipes.record import TrainingStopped
 from recipes.strategy import Strategy, strategy, with_link
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 TRACED = 3  # the step that `train.trace` shows, counted from the start of the program: the first ones warm it up
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # the last two: a terminal, Slurm
 PATIENCE = 30.0  # seconds that other ranks leave to the first one to say what is wrong with the recipe
-
-
-class TrainingStopped(RuntimeError):
-    """Training cannot go on: raised on every rank at the same step, reported by the first."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """The command; returns its exit code: 0 finished or stopped by a signal, 1 failed, 2 not a recipe to be run."""
     if not arguments or arguments[0] in ("-h", "--help"):
         usage = "usage: python -m recipes.train RECIPE.yaml [key=value ...]   (or torchrun ... -m recipes.train ...)"
-        print(usage, file=sys.stdout if arguments else sys.stderr)
+        record.say(usage, sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2
     try:
         train(config.load(arguments[0], arguments[1:]))
@@ -52,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
     except RecipeError as error:
         if not record.first_process():
             time.sleep(PATIENCE)  # torchrun ends this process as soon as the first rank has given its exit code
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        record.say(f"error: {error}", sys.stderr)
         return 2
     except TrainingStopped:
         return 1
@@ -63,11 +61,13 @@ def train(recipe: Recipe) -> dict[str, Any]:
     """Trains a recipe on this process, or on all that torchrun started, and returns what ``summary.json`` holds.
 
     Raises RecipeError before any process group exists if the recipe cannot be run, and TrainingStopped on every rank if
-    the loss or the gradient is not finite or if the ranks' parameters differ.
+    the loss or the gradient is not finite, if the ranks' parameters differ or if the run cannot be saved.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     config.validate(recipe, world)
     device = _device(recipe)
+    if record.first_process():
+        tracker.check(recipe)
     corpus = data.read_corpus(recipe.data)
     folder = config.run_folder(recipe)
     record.refuse_other_run(folder, recipe, corpus.fingerprint)
@@ -92,15 +92,13 @@ def train(recipe: Recipe) -> dict[str, Any]:
     run.say_what_runs(exchange)
     try:
         stopped = run.loop()
-        sample = None if stopped else run.sample()
-        run.record.finish("stopped" if stopped else "finished", run.facts(), sample)
     except Exception as error:
-        run.record.finish("failed", {**run.facts(), "error": str(error)})
+        records.fail(run.facts(), str(error))
         if isinstance(error, TrainingStopped):
             collectives.barrier(group)  # all ranks are here: none may end before the first has said why
         raise
-    collectives.barrier(group)
-    return record.read_summary(folder)
+    ending = ("stopped", run.facts()) if stopped else ("finished", run.facts(), run.sample)
+    return checkpoint.on_first_rank(lambda: records.finish(*ending), group)
 
 
 class Run:
@@ -196,8 +194,19 @@ class Run:
                     self.validate()
                 self.progress["seconds"] += time.perf_counter() - begin
                 if save:
-                    checkpoint.save(self.checkpoints, self.step, self.state(), saving.keep, self.group)
+                    self.save()
         return stop and self.step < train.steps
+
+    def save(self) -> None:
+        """Saves a checkpoint, after the metrics that lead to it; if either fails, every rank raises TrainingStopped."""
+        try:
+            checkpoint.on_first_rank(self.record.flush, self.group)
+            checkpoint.save(self.checkpoints, self.step, self.state(), self.recipe.checkpoint.keep, self.group)
+        except OSError as error:
+            raise TrainingStopped(
+                f"step {self.step}: {error}. Stopped on all ranks; the checkpoints before are sound: mend that, make "
+                "room, and start the same command again"
+            ) from error
 
     def train_step(self, step: int, stop: bool) -> bool:
         """One optimiser step over all ranks and accumulation; returns whether any rank was asked to stop."""
@@ -295,13 +304,9 @@ class Run:
                 )
 
     def sample(self) -> str | None:
-        """Text that the trained model writes, on the first rank."""
-        length = self.recipe.train.sample
-        if length == 0:
-            return None
-        return checkpoint.on_first_rank(
-            lambda: generate.generate(self.model, generate.PROMPT, length, seed=self.recipe.train.seed), self.group
-        )
+        """Text that the trained model writes; needs no other rank."""
+        length, seed = self.recipe.train.sample, self.recipe.train.seed
+        return generate.generate(self.model, generate.PROMPT, length, seed=seed) if length else None
 
 
 def _digest(parameter: torch.Tensor) -> str:
@@ -323,14 +328,15 @@ def _device(recipe: Recipe) -> str:
 
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT in a list instead of dying; the same signal a second time acts as usual."""
+    """Collects signals that ask for an end in a list; the same signal a second time acts as usual."""
     asked: list[int] = []
 
     def ask(number: int, frame: object) -> None:
         asked.append(number)
         signal.signal(number, before[signal.Signals(number)])
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    heard = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup has no SIGHUP
+    before = {number: signal.signal(number, ask) for number in heard}
     try:
         yield asked
     finally:

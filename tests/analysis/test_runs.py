@@ -210,3 +210,12 @@ def test_differing_keys_leave_out_what_the_report_compares(tmp_path: Path) -> No
     assert differing_keys(runs) == []
     runs.append(read_run(write_run(tmp_path / "c", changes={"optim.lr": 0.5, "data.length": 64})))
     assert differing_keys(runs) == ["data.length", "optim.lr"]
+
+
+def test_runs_that_were_moved_aside_are_not_counted(tmp_path: Path) -> None:
+    write_sweep(tmp_path / "sweep")
+    names = [run.name for run in read_folder(tmp_path / "sweep").runs]
+    write_run(tmp_path / "sweep" / f"{names[0]}.old-1")
+    (tmp_path / "sweep" / f"{names[0]}.old-1" / "summary.json").unlink()
+    folder = read_folder(tmp_path / "sweep")
+    assert [run.name for run in folder.runs] == names and folder.faults == ()

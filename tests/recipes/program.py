@@ -285,14 +285,57 @@ def _parameter_drifts(nth: int) -> None:
     Optimizer.step = step
 
 
+def _no_room(*args: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
 def _disk_is_full(nth: int) -> None:
     from torch.distributed.checkpoint import filesystem
 
-    def full(*args: Any) -> Any:
-        raise OSError(28, "No space left on device")
-
     if nth:
-        filesystem._write_item = full
+        filesystem._write_item = _no_room
+
+
+def _metrics_have_no_room_once(nth: int) -> None:
+    _before(
+        Path, "open", nth, _no_room, only=lambda path, mode="r", *_, **__: path.name == "metrics.jsonl" and "a" in mode
+    )
+
+
+def _metrics_have_no_room(nth: int) -> None:
+    """From the nth line on."""
+    if nth:
+        seen: list[Path] = []
+
+        def late(path: Path, mode: str = "r", *_: Any, **__: Any) -> bool:
+            seen.extend([path] * (path.name == "metrics.jsonl" and "a" in mode))
+            return path.name == "metrics.jsonl" and "a" in mode and len(seen) >= nth
+
+        _before(Path, "open", None, _no_room, only=late)
+
+
+def _summary_has_no_room(nth: int) -> None:
+    _before(os, "replace", nth, _no_room, only=lambda old, new: Path(new).name == "summary.json")
+
+
+def _nobody_reads(nth: int) -> None:
+    """Stdout is a pipe whose reader has gone, as behind ``| head``."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    os.dup2(writing, 1)
+
+
+def _terminal_is_ascii(nth: int) -> None:
+    sys.stdout.reconfigure(encoding="ascii", errors="strict")  # type: ignore[union-attr]
+
+
+def _wandb_has_no_key(nth: int) -> None:
+    os.environ.pop("WANDB_API_KEY", None)
+    os.environ.update(HOME="/nowhere", NETRC="/nowhere")
+
+
+def _wandb_is_not_installed(nth: int) -> None:
+    sys.modules["wandb"] = None  # type: ignore[assignment]
 
 
 FAULTS: dict[str, Callable[[int], None]] = {
@@ -307,6 +350,13 @@ FAULTS: dict[str, Callable[[int], None]] = {
     "gradient is infinite": _gradient_is_infinite,
     "parameter drifts": _parameter_drifts,
     "disk is full": _disk_is_full,
+    "metrics have no room once": _metrics_have_no_room_once,
+    "metrics have no room": _metrics_have_no_room,
+    "summary has no room": _summary_has_no_room,
+    "nobody reads": _nobody_reads,
+    "terminal is ASCII": _terminal_is_ascii,
+    "wandb has no key": _wandb_has_no_key,
+    "wandb is not installed": _wandb_is_not_installed,
 }
 
 

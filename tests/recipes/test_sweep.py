@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from recipes import config, sweep
+from recipes import config, lock, sweep
 from recipes.sweep import Cell, Sweep
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +30,11 @@ todo = json.loads(Path("plan.json").read_text())[name]
 folder = Path(todo["folder"])
 with open("starts.txt", "a") as file:
     file.write(f"{name} {os.getpid()}\\n")
+if "resume: never" in todo["recipe"] and (folder / "provenance.json").exists():  # as the program does
+    os.rename(folder, f"{folder}.old-1")
+    folder.mkdir()
 (folder / "recipe.yaml").write_text(todo["recipe"])
+(folder / "provenance.json").write_text("{}")
 do = todo["do"]
 if do == "crash":
     print("the disk is full")
@@ -268,6 +272,36 @@ def test_failures_end_the_report_with_the_tail_of_their_log(place: Path, capsys:
     assert "torch/distributed" not in out and "ChildFailedError" not in out
     assert "0 finished, 2 skipped, 1 failed" in out
     assert sweep.report(train(place), seconds=1.0) == 0
+
+
+def test_a_cell_that_fails_again_under_resume_never_keeps_its_log(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    anew = "checkpoint.resume=never"
+    train(place, anew, every="crash")
+    assert sweep.report(train(place, anew, every="crash"), seconds=1.0) == 1
+    assert capsys.readouterr().out.count("  | the disk is full\n") == 3
+    assert {path.name for path in (place / "runs/trial").glob("*.old-*")} == {f"{name}.old-1" for name in NAMES}
+
+
+def test_a_cell_in_which_another_process_trains_is_left_to_say_so(place: Path) -> None:
+    folder = place / "runs/trial" / NAMES[0]
+    train(place, "checkpoint.resume=never", every="stop")
+    with lock.hold(folder):
+        loaded, cells = planned(place, "checkpoint.resume=never")
+        with sweep.locked(folder.parent) as held:
+            assert sweep.start([sys.executable, "-c", "print('refused')"], cells[0], held).wait() == 0
+    assert (folder / "train.log").read_text().endswith("refused\n") and (folder / "provenance.json").exists()
+
+
+def test_a_broken_summary_is_named(place: Path) -> None:
+    train(place)
+    summary = place / "runs/trial" / NAMES[0] / "summary.json"
+    summary.write_text("")
+    with pytest.raises(ValueError, match=rf"{NAMES[0]}/summary.json cannot be read: .*; delete it"):
+        train(place)
+    summary.write_text('{"status": "finished", "bits_per_byte": 0.1, "below_unigram": null}')
+    assert train(place)[0].note == "0.100 bits per byte"
 
 
 def test_dry_run_prints_and_writes_nothing(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

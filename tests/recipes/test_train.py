@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from layers.model import HybridLM
-from recipes import config, data, generate, record
+from recipes import config, data, generate, lock, record
 from recipes.record import read_metrics
 from tests.recipes.conftest import Train, write_texts
 from tests.recipes.program import ROOT, run_program
@@ -202,10 +202,27 @@ def test_a_folder_with_another_run_is_refused_or_moved_aside(train: Train, tmp_p
     assert summary_of(tmp_path / "run")["pattern"] == "LNLN" and summary_of(tmp_path / "run.old-1")["pattern"] == "LN"
 
 
-def test_two_runs_do_not_share_a_folder(train: Train, tmp_path: Path) -> None:
+def test_a_training_that_lives_is_neither_moved_nor_cleaned(train: Train, tmp_path: Path) -> None:
+    """Its half-written checkpoint stays, and is cleaned away when it has ended."""
+    saving = tmp_path / "run" / "checkpoints" / ".saving-step-00000002"
+    saving.mkdir(parents=True)
+    (tmp_path / "run" / "provenance.json").write_text("{}")
+    with lock.hold(tmp_path / "run"):
+        for resume in ("never", "auto"):
+            refused = train(f"checkpoint.resume={resume}", ranks=2)
+            assert refused.codes[0] == 2 and refused.texts[1] == "", refused
+            assert refused.texts[0].startswith(f"error: another process is training in {tmp_path / 'run'} (process "), (
+                refused
+            )
+            assert saving.exists() and not list(tmp_path.glob("run.old-*"))
+    anew = train("train.steps=1", "checkpoint.resume=never")
+    assert anew.ok and (tmp_path / "run.old-1" / "checkpoints" / saving.name).exists() and not saving.exists(), anew
+
+
+def test_a_training_that_an_earlier_version_started_is_respected(train: Train, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    with (tmp_path / "run" / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with (tmp_path / "run" / ".lock").open("w") as earlier:
+        fcntl.flock(earlier, fcntl.LOCK_EX)
         refused = train(ranks=2)
         assert refused.codes[0] == 2 and "another process is training in" in refused.texts[0], refused
         assert refused.texts[1] == "" and not (tmp_path / "run" / "metrics.jsonl").exists()
@@ -228,14 +245,6 @@ def test_bfloat16_trains_and_resumes_exactly(train: Train, tmp_path: Path) -> No
     done = train("train.dtype=bfloat16")
     assert done.ok and "resuming   after step 2" in done.texts[0], done
     assert losses(tmp_path / "run") == whole and whole[0][2] > whole[-1][2]
-
-
-def test_wandb_offline_is_one_run_over_a_resume(train: Train, tmp_path: Path) -> None:
-    assert train("wandb.mode=offline", fault="terminated in a step", nth=2).ok
-    assert train("wandb.mode=offline").ok
-    runs = [path.name for path in (tmp_path / "run" / "wandb").glob("offline-run-*")]
-    wandb_id = json.loads((tmp_path / "run" / "provenance.json").read_text())["wandb_id"]
-    assert runs and all(name.endswith(f"-{wandb_id}") for name in runs)
 
 
 def test_under_torchrun(tiny: Path, tmp_path: Path) -> None:
