@@ -28,10 +28,11 @@ def check(recipe: Recipe) -> None:
 class Tracker:
     """One wandb run over all starts of a run.
 
-    Offline, every start leaves a piece of its own, with one id. ``wandb sync`` uploads the pieces of an id in the order
-    of their starts and appends each to what is there, if their steps do not meet (``wandb sync --append`` of older
-    versions asks the same). So wandb's step is the step of training: a resumed run goes on where the one before ended,
-    and the steps that a dying run had not saved, and that are taken again, fall on themselves.
+    Offline, every start leaves a piece, all of one id. ``wandb sync`` appends the pieces in the order of their starts,
+    and renumbers one whose steps do not lie after those that are there. So wandb's step is the step of training, and a
+    resumed run goes on where the one before ended. Steps that a dying run had not saved are taken again and stand
+    twice, equal: charts go by ``step``, which nobody renumbers. Other ids would be other curves, and ``resume_from``
+    asks the server for what an offline run does not have.
     """
 
     def __init__(self, folder: Path, recipe: Recipe, run_id: str) -> None:

@@ -7,6 +7,9 @@ from tests.mutants.mutant import Mutant
 TIMELINE = "tests/hybrid_sp/test_timeline.py"
 RECOMPUTE = "tests/layers/test_recompute.py"
 STRATEGY = "tests/recipes/test_strategy.py"
+RECORD = "tests/recipes/test_record.py"
+SWEEP = "tests/recipes/test_sweep.py"
+TRACKER = "tests/recipes/test_tracker.py"
 
 PROGRAM_MUTANTS = [
     Mutant(
@@ -83,5 +86,90 @@ PROGRAM_MUTANTS = [
         old="self.record.trace(collectives.gather_objects(rank_events(book, self.rank), self.group))",
         new="self.record.trace([rank_events(book, self.rank)])",
         test=f"{STRATEGY}::test_a_trace_of_all_ranks",
+    ),
+    Mutant(
+        name="a living training moved aside before its lock is asked for",
+        file="recipes/lock.py",
+        old="""    held = hold(folder)
+    if (folder / "provenance.json").exists():
+        number = 1
+        while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
+            number += 1
+        os.rename(folder, aside)
+    return held
+""",
+        new="""    if (folder / "provenance.json").exists():
+        number = 1
+        while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
+            number += 1
+        os.rename(folder, aside)
+    return hold(folder)
+""",
+        test=f"{RECORD}::test_the_lock_comes_first_and_outlives_the_rename_of_its_folder[conc]",
+    ),
+    Mutant(
+        name="the lock moves with its folder",
+        file="recipes/lock.py",
+        old='take(folder.with_name(f".{folder.name}.lock"), busy, advice)',
+        new='take(folder / ".run.lock", busy, advice)',
+        test=f"{RECORD}::test_the_lock_comes_first_and_outlives_the_rename_of_its_folder[sweep/cell]",
+    ),
+    Mutant(
+        name="the folder not looked at again under the lock",
+        file="recipes/record.py",
+        old='        refuse_other_run(folder, recipe, facts["corpus"]["fingerprint"])',
+        new="        pass",
+        test=f"{RECORD}::test_what_came_into_the_folder_before_the_lock_was_taken_is_seen",
+    ),
+    Mutant(
+        name="a file takes its name before it is on the disk",
+        file="recipes/record.py",
+        old="        os.fsync(file.fileno())\n",
+        new="",
+        test=f"{RECORD}::test_a_file_is_on_the_disk_before_it_takes_its_name",
+    ),
+    Mutant(
+        name="half a line of metrics left",
+        file="recipes/record.py",
+        old="                file.truncate(end)\n",
+        new="",
+        test=f"{RECORD}::test_no_half_of_a_line_is_left_in_the_metrics",
+    ),
+    Mutant(
+        name="a gone reader ends a training",
+        file="recipes/record.py",
+        old="""    except OSError:
+        os.dup2(""",
+        new="""    except BlockingIOError:
+        os.dup2(""",
+        test=f"{RECORD}::test_a_stream_that_takes_no_words_ends_nothing[gone]",
+    ),
+    Mutant(
+        name="a failed picture hides the cause",
+        file="recipes/record.py",
+        old='        _try("loss.png", lambda: draw_loss(lines, self.folder / "loss.png", self.recipe.name))',
+        new='        draw_loss(lines, self.folder / "loss.png", self.recipe.name)',
+        test=f"{RECORD}::test_the_cause_of_a_failure_comes_first_and_once",
+    ),
+    Mutant(
+        name="wandb numbers the steps of every start anew",
+        file="recipes/tracker.py",
+        old='self._run.log({**values, "step": step}, step=step)',
+        new='self._run.log({**values, "step": step})',
+        test=f"{TRACKER}::test_pieces_of_a_resumed_run_are_one_curve_over_its_steps",
+    ),
+    Mutant(
+        name="wandb without a key noticed after all is built",
+        file="recipes/train.py",
+        old="        tracker.check(recipe)\n",
+        new="        pass\n",
+        test=f"{TRACKER}::test_what_wandb_lacks_is_said_before_anything_is_built[project]",
+    ),
+    Mutant(
+        name="a cell's log moved aside with its folder",
+        file="recipes/sweep.py",
+        old="            lock.set_aside(cell.folder).close()\n",
+        new="            pass\n",
+        test=f"{SWEEP}::test_a_cell_that_fails_again_under_resume_never_keeps_its_log",
     ),
 ]

@@ -159,7 +159,7 @@ def test_a_full_disk_stops_every_rank_and_spares_the_checkpoint_before(
     full = train(ranks=2, fault="disk is full", rank=1)
     assert full.codes == [1, 1] and full.texts[1] == "", full
     said = [line for line in full.texts[0].splitlines() if "No space left on device" in line]
-    assert len(said) == 1 and said[0].startswith("error: step 6: checkpoint of step 6 was not written (rank 1)"), full
+    assert len(said) == 1 and said[0].startswith("error: step 4: checkpoint of step 4 was not written (rank 1)"), full
     assert "Traceback" not in full.texts[0] and full.texts[0].splitlines()[-1] == said[0], full
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "failed"
     assert train(ranks=2).ok

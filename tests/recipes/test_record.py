@@ -1,4 +1,4 @@
-"""What a run tells and keeps when something is in its way: another training, broken files, no room, nobody who reads."""
+"""What a run tells and keeps when something is in its way: another training, broken files, no room, no reader."""
 
 from __future__ import annotations
 
