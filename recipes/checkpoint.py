@@ -10,6 +10,7 @@ Reading a checkpoint runs no code of whoever made it, manifest included: it hold
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -41,6 +42,7 @@ TYPES: dict[tuple[str, str], Any] = {  # all that a .metadata may name, besides 
     ("torch", "Size"): torch.Size,
     **{(module, "PosixPath"): PurePosixPath for module in ("pathlib", "pathlib._local")},
 }  # fmt: skip
+ROOM = 1 << 20  # bytes: a disk with less is full
 Result = TypeVar("Result")
 State = dict[str, dict[str, torch.Tensor]]  # section -> name -> tensor; the tensors are read into in place
 
@@ -68,8 +70,11 @@ def save(folder: Path, step: int, state: State, keep: int, group: collectives.Gr
     except (OSError, CheckpointException) as error:  # the second, a BaseException, is raised on every rank
         failures = error.failures if isinstance(error, CheckpointException) else {0: (error, None)}
         rank, (cause, _) = min(failures.items(), key=lambda failure: failure[0])
-        kind = OSError if isinstance(cause, OSError) else RuntimeError
-        raise kind(f"checkpoint of step {step} was not written (rank {rank}): {cause}") from error
+        if (
+            not isinstance(cause, OSError) and shutil.disk_usage(folder).free < ROOM
+        ):  # torch's archives say "unexpected pos"
+            cause = OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {cause}")
+        raise OSError(f"checkpoint of step {step} was not written (rank {rank}): {cause}") from error
     return final
 
 

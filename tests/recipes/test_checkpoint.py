@@ -9,6 +9,8 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from traceback import StackSummary
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -164,6 +166,20 @@ def test_a_full_disk_stops_every_rank_and_spares_the_checkpoint_before(
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "failed"
     assert train(ranks=2).ok
     assert_same_run(tmp_path / "run", uninterrupted)
+
+
+def test_a_full_disk_is_named_where_torch_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its archives lose the system's error if the disk is full in the middle of a tensor."""
+
+    def save(*args: Any, **kwargs: Any) -> None:
+        failure = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+        raise checkpoint.CheckpointException("write", {1: (failure, StackSummary())})
+
+    monkeypatch.setattr(checkpoint.dcp, "save", save)
+    for free, words in ((0, "No space left on device: .*unexpected pos"), (1 << 40, r"\(rank 1\): \[enforce fail")):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        with pytest.raises(OSError, match=f"^checkpoint of step 3 was not written .*{words}"):
+            checkpoint.save(tmp_path, 3, {}, 1, None)
 
 
 def test_a_failure_on_the_first_rank_reaches_its_caller() -> None:
