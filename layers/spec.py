@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -31,7 +32,9 @@ class ModelConfig:
     tie_embeddings: bool = False
     norm_eps: float = 1e-6
     rope_base: float = 10000.0
-    mixers: dict[str, dict[str, Any]] = field(default_factory=dict)  # options of mixers by name: {gla: {expand_k: 1.0}}
+    mixers: dict[str, dict[str, Any]] = field(  # options of mixers by name: {gla: {expand_k: 1.0}}
+        default_factory=dict, metadata={"kind": lambda name: MIXERS.get(name, Any)}
+    )
     backend: str = (
         "auto"  # torch, triton, fla or flash_attn, of the operators that have it; auto: what suits the device
     )
@@ -44,47 +47,66 @@ def expand_pattern(config: ModelConfig) -> tuple[str, ...]:
         raise unknown("linear mixer", config.linear, linear_names)
     if config.depth < 1:
         raise ValueError(f"depth is {config.depth}; it must be at least 1")
-    if config.pattern is None:
-        source, tile = f"ratio {config.ratio}", _ratio_tile(config)
-    else:
-        source, tile = f"pattern {config.pattern}", _pattern_tile(config)
-    repeats, rest = divmod(config.depth, len(tile))
+    tile = _ratio_tile(config) if config.pattern is None else _pattern_tile(config)
+    return tile * (config.depth // len(tile))
+
+
+def _refuse_rest(config: ModelConfig, source: str, blocks: int, advice: str) -> None:
+    """ValueError if so many blocks do not tile the depth."""
+    repeats, rest = divmod(config.depth, blocks)
     if rest:
+        depths = " or ".join(str(n * blocks) for n in (repeats, repeats + 1) if n)
         raise ValueError(
-            f"{source} is a tile of {len(tile)} blocks ({pattern_letters(tile)}), which does not tile a depth of "
-            f"{config.depth}; change it, or set depth to {max(repeats, 1) * len(tile)} or {(repeats + 1) * len(tile)}"
+            f"{source} is a tile of {blocks} blocks, which does not tile a depth of {config.depth}; "
+            f"{advice}, or set depth to {depths}"
         )
-    return tile * repeats
 
 
 def _ratio_tile(config: ModelConfig) -> tuple[str, ...]:
     """Of b blocks a are softmax for a ratio of a/b, spread evenly, the last one among them: 2/5 is LLNLN."""
+    text, depth = str(config.ratio), config.depth
     try:
-        ratio = Fraction(str(config.ratio))
+        ratio = Fraction(text)
     except (ValueError, ZeroDivisionError):
-        raise ValueError(f"ratio {config.ratio!r} is not a fraction such as 1/4, 0 or 1") from None
+        hint = " such as 1/4, 0 or 1"
+        if parts := re.fullmatch(r"([1-9]\d?):([1-9]\d?)", text):
+            linear, softmax = map(int, parts.groups())
+            share = Fraction(softmax, linear + softmax)
+            hint = f"; {linear} linear blocks for {softmax} of softmax attention are a ratio of {share}"
+        raise ValueError(f"ratio {_short(text)!r} is not a fraction{hint}") from None
     if not 0 <= ratio <= 1:
-        raise ValueError(f"ratio {config.ratio} is not a share of blocks; it must be between 0 and 1, such as 1/4")
+        raise ValueError(f"ratio {_short(text)} is not a share of blocks; it must be between 0 and 1, such as 1/4")
+    shares = [Fraction(softmax, depth) for softmax in range(1, depth)] or [Fraction(0), Fraction(1)]
+    nearest = min(shares, key=lambda share: abs(share - ratio))
+    _refuse_rest(config, f"ratio {_short(text)}", ratio.denominator, f"the nearest ratio that does is {nearest}")
     due = [block * ratio.numerator // ratio.denominator for block in range(ratio.denominator + 1)]
     return tuple("softmax" if after > before else config.linear for before, after in zip(due, due[1:], strict=False))
 
 
 def _pattern_tile(config: ModelConfig) -> tuple[str, ...]:
-    if not config.pattern:
+    pattern = config.pattern
+    if not pattern:
         raise ValueError("pattern is empty; give letters such as LLLN or a list of mixer names, or leave it out")
-    if not isinstance(config.pattern, (str, Sequence)):
-        raise ValueError(f"pattern {config.pattern!r} is neither letters such as LLLN nor a list of mixer names")
-    if not isinstance(config.pattern, str):
-        for name in config.pattern:
-            if not isinstance(name, str) or name not in MIXERS:
-                raise unknown("mixer in pattern", str(name), MIXERS)
-        return tuple(config.pattern)
-    if set(config.pattern) - set("LN"):
-        raise ValueError(
-            f"pattern {config.pattern!r} has letters other than L (linear) and N (softmax); mixers are named in a "
-            f"list, such as [{config.pattern if config.pattern in MIXERS else 'gla'}, softmax]"
-        )
-    return tuple({"L": config.linear, "N": "softmax"}[letter] for letter in config.pattern)
+    if not isinstance(pattern, (str, Sequence)):
+        raise ValueError(f"pattern {_short(pattern)} is neither letters such as LLLN nor a list of mixer names")
+    if isinstance(pattern, str):
+        if set(pattern) - set("LN"):
+            raise ValueError(
+                f"pattern {_short(pattern)!r} has letters other than L (linear) and N (softmax); mixers are named in a "
+                f"list, such as [{pattern if pattern in MIXERS else 'gla'}, softmax]"
+            )
+        pattern = [{"L": config.linear, "N": "softmax"}[letter] for letter in pattern]
+    for name in pattern:
+        if not isinstance(name, str) or name not in MIXERS:
+            raise unknown("mixer in pattern", str(name), MIXERS)
+    _refuse_rest(config, f"pattern {_short(pattern_letters(pattern))}", len(pattern), "change it")
+    return tuple(pattern)
+
+
+def _short(value: object) -> str:
+    """What was given, or its beginning if it is too long for a message."""
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
 
 
 def pattern_letters(names: Iterable[str]) -> str:

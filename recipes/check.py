@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 
@@ -19,7 +18,7 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     try:
         recipe = config.load(arguments[0], arguments[1:])
-        config.validate(recipe, int(os.environ.get("WORLD_SIZE", "1")))
+        config.validate(recipe, config.processes())
         data.read_corpus(recipe.data)
     except config.RecipeError as error:
         print(f"error: {error}", file=sys.stderr)

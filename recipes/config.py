@@ -6,6 +6,8 @@ Later wins: dataclass < base YAML (a file names its own with ``base:``) < recipe
 from __future__ import annotations
 
 import difflib
+import hashlib
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,15 +23,17 @@ from hybrid_sp.collectives import Group, Link
 from hybrid_sp.heads import FORMS
 from hybrid_sp.mesh import CHECKS, KINDS
 from layers.spec import ModelConfig, block_specs, expand_pattern, model_facts, pattern_letters
+from recipes.settings import RecipeError, override, read, refuse_text, split, typed
 
-
-class RecipeError(ValueError):
-    """A recipe that cannot be run as it stands; the message names the key and what to change."""
+NAME_BYTES = 240  # what a file name may have (255), less what is appended when a folder is moved aside
+SEEDS = 10**13  # the largest one: torch takes 64 bits, and each rank makes its own of it
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    files: str | None = None  # text file or glob; null: the Python standard library's own source files
+    files: str | None = None  # a file, a folder or a glob; null: the Python standard library's own source files
+    validation: str | None = None  # likewise; null: files whose names say validation, or a share of the bytes
+    test: str | None = None  # likewise; this text is left out of training and validation
     length: int = 512  # tokens in one sequence, over all ranks
     pack: bool = False  # every file is a document: no state, key or label passes from one into the next
 
@@ -105,9 +109,11 @@ class Recipe:
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
 
+# Keys that say where the text lies. Whether it is the same text is seen by the fingerprint of the corpus.
+TEXT_KEYS = ("data.files", "data.validation", "data.test")
 # Keys that leave the trained weights as they are (up to rounding): they may differ when a run is resumed.
 FREE_KEYS = (
-    "name", "out", "parallel.", "checkpoint.", "wandb.", "train.device", "train.threads", "train.validate_every",
+    *TEXT_KEYS, "name", "out", "parallel.", "checkpoint.", "wandb.", "train.device", "train.threads", "train.validate_every",
     "train.validation_sequences", "train.sample", "train.keep_memory", "train.recompute", "train.trace",
     "model.backend",
 )  # fmt: skip
@@ -126,23 +132,30 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     naming the key and the nearest valid one, for an unknown key, a wrong type or a file that cannot be read.
     """
     path = Path(path)
-    merged = _merge(OmegaConf.structured(Recipe), OmegaConf.create({"name": path.stem}), str(path))
+    merged = _merge(OmegaConf.structured(Recipe), {"name": path.stem}, str(path))
     for source, layer in _layers(path):
         merged = _merge(merged, layer, source)
-    for override in overrides:
-        if "=" not in override.lstrip("="):
-            raise RecipeError(f"argument {override!r} is not of the form key=value, such as train.steps=20")
-        merged = _merge(merged, OmegaConf.from_dotlist([override]), f"argument {override!r}")
-    values = dict(override.split("=", 1) for override in overrides)
+    for argument in overrides:
+        merged = _merge(merged, override(argument, Recipe), f"argument {argument!r}")
+    values = dict(map(split, overrides))
     if "name" not in values:
         name = "-".join([merged.name, *_changes(values)])
-        merged = _merge(merged, OmegaConf.create({"name": name}), str(path))
+        merged = _merge(merged, {"name": file_name(name)}, str(path))
     return _recipe(merged, str(path))
+
+
+def file_name(name: str) -> str:
+    """``name``, or of one that is too long for a file as much as fits and a hash of it all."""
+    whole = name.encode(errors="replace")
+    if len(whole) <= NAME_BYTES:
+        return name
+    return f"{whole[: NAME_BYTES - 9].decode(errors='ignore')}-{hashlib.sha256(whole).hexdigest()[:8]}"
 
 
 def load_resolved(path: str | Path) -> Recipe:
     """Reads the ``recipe.yaml`` of a run folder back; raises RecipeError as `load` does."""
-    return _recipe(_merge(OmegaConf.structured(Recipe), _read(Path(path)), str(path)), str(path))
+    values = typed(read(Path(path)), Recipe)
+    return _recipe(_merge(OmegaConf.structured(Recipe), values, str(path)), str(path))
 
 
 def dump(recipe: Recipe) -> str:
@@ -157,7 +170,7 @@ def run_folder(recipe: Recipe) -> Path:
 
 def flat(recipe: Recipe) -> dict[str, Any]:
     """Every leaf of a recipe by its dotted key."""
-    return dict(_leaves(OmegaConf.structured(recipe)))
+    return dict(_leaves(OmegaConf.to_container(OmegaConf.structured(recipe))))
 
 
 def difference(old: Recipe, new: Recipe) -> list[str]:
@@ -165,6 +178,17 @@ def difference(old: Recipe, new: Recipe) -> list[str]:
     before, after = flat(old), flat(new)
     keys = [key for key in {**before, **after} if not key.startswith(FREE_KEYS)]
     return [f"{key} ({before.get(key)} -> {after.get(key)})" for key in keys if before.get(key) != after.get(key)]
+
+
+def processes(variable: str = "WORLD_SIZE") -> int:
+    """The number of processes that torchrun says it started, in all or on this machine; 1 without torchrun."""
+    text = os.environ.get(variable, "1")
+    _require(
+        re.fullmatch(r"[1-9]\d{0,8}", text) is not None,
+        f"the environment has {variable}={text!r}, which",
+        "must be a number of processes; torchrun sets it, else unset it",
+    )
+    return int(text)
 
 
 def mesh_shape(recipe: Recipe, world: int) -> tuple[int, int]:
@@ -229,6 +253,18 @@ def validate(recipe: Recipe, world: int) -> None:
         f"name={recipe.name!r}",
         "must be a relative path of letters, digits and . _ - =, for it becomes the run's folder under `out`",
     )
+    for key, path in (("name", recipe.name), ("out", recipe.out)):
+        _require(
+            all(len(part.encode()) <= NAME_BYTES for part in path.split("/")),
+            f"{key}={path[:20]}...",
+            f"has a part of {max(len(part.encode()) for part in path.split('/'))} bytes; a folder's name may have "
+            f"{NAME_BYTES}",
+        )
+    _require(
+        0 < len(recipe.wandb.project) <= 128 and not set(recipe.wandb.project) & set("/\\#?%:"),
+        f"wandb.project={recipe.wandb.project!r}",
+        "must have 1 to 128 letters, none of / \\ # ? % : among them, for wandb takes no other",
+    )
     _validate_numbers(recipe)
     _validate_choices(recipe)
     _validate_model(recipe)
@@ -273,6 +309,7 @@ def _validate_numbers(recipe: Recipe) -> None:
         )
     for key, value in positive.items():
         _require(0 < value < float("inf"), f"{key}={value}", "must be a finite number above 0")
+    _require(0 <= train.seed <= SEEDS, f"train.seed={train.seed}", f"must lie between 0 and {SEEDS:,}")
     rest = {"optim.weight_decay": optim.weight_decay, "optim.warmup": optim.warmup, "train.sample": train.sample}
     for key, value in rest.items():
         _require(0 <= value < float("inf"), f"{key}={value}", "must be a finite number, at least 0")
@@ -367,31 +404,19 @@ def _require(true: bool, what: str, why: str) -> None:
         raise RecipeError(f"{what} {why}")
 
 
-def _layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, DictConfig]]:
+def _layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
     """The file's own values and those of its bases, outermost base first."""
     if path.resolve() in above:
         raise RecipeError(f"{path}: base: names a file that leads back to itself; remove one `base:`")
-    values = _read(path)
+    values = typed(read(path), Recipe)
     base = values.pop("base", None)
     below = _layers(path.parent / str(base), (*above, path.resolve())) if base else []
     return [*below, (str(path), values)]
 
 
-def _read(path: Path) -> DictConfig:
-    try:
-        values = OmegaConf.load(path)
-    except (OSError, UnicodeDecodeError) as error:
-        hint = "give the path of a recipe, such as recipes/quickstart.yaml"
-        raise RecipeError(f"{path}: cannot be read ({error}); {hint}") from error
-    except Exception as error:  # the YAML library's own errors, which name line and column
-        raise RecipeError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(values, DictConfig):
-        raise RecipeError(f"{path}: must hold `key: value` lines")
-    return values
-
-
-def _merge(merged: DictConfig, layer: DictConfig, source: str) -> DictConfig:
+def _merge(merged: DictConfig, layer: dict[str, Any], source: str) -> DictConfig:
     """Merges key by key, so that every error can say which key it is about."""
+    refuse_text(layer, source)
     for key, value in _leaves(layer):
         section, _, leaf = key.partition(".")
         try:
@@ -414,9 +439,8 @@ def _recipe(merged: DictConfig, source: str) -> Recipe:
         raise RecipeError(f"{source}: {str(error).splitlines()[0]}") from error
 
 
-def _leaves(settings: DictConfig) -> list[tuple[str, Any]]:
+def _leaves(sections: Any) -> list[tuple[str, Any]]:
     """Keys with their section, such as train.steps, and their values; options of mixers stay one value."""
-    sections: Any = OmegaConf.to_container(settings)
     leaves: list[tuple[str, Any]] = []
     for section, values in sections.items():
         inside = isinstance(values, dict) and values
@@ -431,12 +455,11 @@ def _nearest(key: str) -> str:
         parts = (name.rpartition(".")[2], key.rpartition(".")[2]), (name, key)
         return sum(difflib.SequenceMatcher(None, a, b).ratio() for a, b in parts)
 
-    return max((name for name, _ in _leaves(OmegaConf.structured(Recipe))), key=likeness)
+    return max((name for name, _ in _leaves(OmegaConf.to_container(OmegaConf.structured(Recipe)))), key=likeness)
 
 
 def _changes(values: dict[str, str]) -> list[str]:
     """What overrides change in a run, for its name: model.ratio=1/8 is ratio-1-8."""
-    named = {
-        key: value for key, value in values.items() if key.startswith(STRATEGY_KEYS) or not key.startswith(FREE_KEYS)
-    }
+    said = (*STRATEGY_KEYS, *TEXT_KEYS)
+    named = {key: value for key, value in values.items() if key.startswith(said) or not key.startswith(FREE_KEYS)}
     return [re.sub(r"[^\w.]+", "-", f"{key.rpartition('.')[2]}-{value}").strip("-") for key, value in named.items()]

@@ -1,4 +1,4 @@
-"""Text as bytes: the corpus, its split into training and held-out files, and the windows of every step.
+"""Text as bytes: the corpus, read once into memory, and the windows of every step.
 
 The window of a sequence depends on (seed, step, index of the sequence in the step) alone, never on how many ranks share
 the work; the step is therefore the whole position in the data, and a resumed run goes on exactly.
@@ -6,29 +6,22 @@ the work; the step is therefore the whole position in the data, and a resumed ru
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import itertools
 import math
-import os
-import sysconfig
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from recipes.config import DataConfig, RecipeError
-
-# Left out of the standard library: not part of it, or not installed everywhere.
-SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-HELD_OUT = 20  # one file in so many is for validation
+from recipes.split import Piece, split_files
 
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """Files one after the other: their bytes (uint8, one dim), and where each of them starts."""
+    """Files, or pieces of them, one after the other: their bytes (uint8, one dim), and where each of them starts."""
 
     content: torch.Tensor
     starts: tuple[int, ...]
@@ -48,54 +41,75 @@ class Windows:
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Two texts from different files."""
+    """Two texts that share no byte of a file."""
 
     train: Text
     validation: Text
     files: int
+    rule: str  # by which they were split, in a few words
     fingerprint: str  # SHA-256 over both
     unigram_bits: float  # entropy of the validation bytes by their own frequencies, in bits per byte
 
 
 def read_corpus(config: DataConfig) -> Corpus:
-    """Reads the corpus that ``config`` names.
+    """Reads the corpus that ``config`` names; recipes/split.py says which bytes are held out.
 
-    The files are ordered by the hash of their names below the folder that holds them all, so that a text is split alike
-    wherever it lies; the first twentieth, at least one, is held out for validation.
-    Raises RecipeError if there are fewer than two files, or too few bytes for one sequence.
+    Raises RecipeError for files that cannot be read, too few bytes for one sequence, or a validation text of which
+    all bytes are equal: with an entropy of 0 nothing can be said about a loss.
     """
-    files = _standard_library() if config.files is None else _matches(config.files)
-    by_hash = sorted(files, key=lambda name: (hashlib.sha256(name.encode()).digest(), name))
-    held_out = set(by_hash[: max(1, len(by_hash) // HELD_OUT)])
-    parts = [[name for name in sorted(files) if (name in held_out) == held] for held in (False, True)]
-    train, validation = (_joined([files[name].read_bytes() for name in part]) for part in parts)
-    for split, text in (("training", train), ("validation", validation)):
-        if len(text) < config.length:
-            raise RecipeError(
-                f"data.length={config.length} is longer than the {len(text)} bytes of the {split} files; "
-                "lower it, or name more text with data.files"
-            )
+    try:
+        split = split_files(config.files, config.validation, config.test)
+        for part, pieces in (("training", split.train), ("validation", split.validation)):
+            size = sum(map(len, pieces))
+            if size < config.length:
+                raise RecipeError(
+                    f"data.length={config.length} is longer than the {size} bytes of the {part} text ({split.rule}); "
+                    "lower it, name more text with data.files, or name files with data.validation"
+                )
+        train, validation = _read(split.train), _read(split.validation)
+    except OSError as error:
+        raise RecipeError(f"data.files: cannot be read ({error}); name files that can") from error
     digests = [hashlib.sha256(text.content.numpy().data).digest() for text in (train, validation)]
+    if config.files is not None:  # where files begin is seen by a run with data.pack
+        digests += [repr(text.starts).encode() for text in (train, validation)]
+    unigram = unigram_bits(validation.content)
+    if not unigram:
+        raise RecipeError(
+            f"the validation text ({split.rule}) is one byte, {int(validation.content[0])}, again and again; name other "
+            "text with data.files or data.validation"
+        )
     return Corpus(
         train=train,
         validation=validation,
-        files=len(files),
-        fingerprint=hashlib.sha256(digests[0] + digests[1]).hexdigest(),
-        unigram_bits=unigram_bits(validation.content),
+        files=split.files,
+        rule=split.rule,
+        fingerprint=hashlib.sha256(b"".join(digests)).hexdigest(),
+        unigram_bits=unigram,
     )
 
 
-def _joined(files: list[bytes]) -> Text:
-    starts = itertools.accumulate((len(file) for file in files[:-1]), initial=0)
-    content = torch.frombuffer(bytearray(b"".join(files)), dtype=torch.uint8)
+def _read(pieces: Sequence[Piece]) -> Text:
+    """The pieces, each read into its place, so that no second copy is ever in memory."""
+    starts = [0, *itertools.accumulate(map(len, pieces))]
+    content = torch.empty(starts.pop(), dtype=torch.uint8)
+    for piece, start in zip(pieces, starts, strict=True):
+        place = content.numpy()[start : start + len(piece)]
+        with piece.path.open("rb", buffering=0) as file:
+            file.seek(piece.start)
+            while len(place):
+                if not (count := file.readinto(place)):
+                    raise OSError(f"{piece.path} has become shorter while it was read")
+                place = place[count:]
     return Text(content=content, starts=tuple(sorted(set(starts))))
 
 
 def unigram_bits(content: torch.Tensor) -> float:
     """H = -sum_b p_b log2 p_b over the byte values b of uint8 ``content``, in bits per byte."""
-    counts = torch.bincount(content.long(), minlength=256).double()
+    counts = torch.zeros(256, dtype=torch.float64)
+    for part in content.split(1 << 20):  # bincount takes eight bytes for one
+        counts += torch.bincount(part, minlength=256)
     p = counts[counts > 0] / counts.sum()
-    return float(-(p * p.log2()).sum())
+    return float((p * (1 / p).log2()).sum())
 
 
 def training_windows(corpus: Corpus, length: int, seed: int, step: int, indices: Iterable[int]) -> Windows:
@@ -126,21 +140,3 @@ def _windows(text: Text, length: int, starts: Iterable[int]) -> Windows:
         inside = text.starts[bisect_right(text.starts, start) : bisect_left(text.starts, start + length)]
         bounds += [*(row * length + file - start for file in inside), (row + 1) * length]
     return Windows(tokens=torch.stack(rows).long(), cu_seqlens=tuple(bounds))
-
-
-def _standard_library() -> dict[str, Path]:
-    root = Path(sysconfig.get_path("stdlib"))
-    files = (path for path in root.rglob("*.py") if path.is_file())
-    names = {path.relative_to(root): path for path in files}
-    return {name.as_posix(): path for name, path in names.items() if not SKIPPED_FOLDERS.intersection(name.parts)}
-
-
-def _matches(pattern: str) -> dict[str, Path]:
-    names = sorted(name for name in glob.glob(pattern, recursive=True) if Path(name).is_file())
-    if len(names) < 2:
-        raise RecipeError(
-            f"data.files={pattern!r} matches {len(names)} files, but at least two are needed (one is held out for "
-            "validation); give a glob such as 'texts/**/*.txt', relative to the working folder, or null"
-        )
-    folder = Path(os.path.commonpath([Path(name).parent for name in names]))
-    return {Path(name).relative_to(folder).as_posix(): Path(name) for name in names}

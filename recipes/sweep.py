@@ -27,6 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from layers.spec import block_specs, expand_pattern
 from recipes import config, lock, record
+from recipes.settings import Written, override, read, refuse_text, split, typed
 
 PLAN = "sweep.json"
 LOG = "train.log"
@@ -40,18 +41,21 @@ RECORDING = ("name", "out", "wandb.")  # keys that say where a run is recorded, 
 class Seeds:
     """Extra seeds for one cell: `cell` gives a value for each axis (or for enough of them), `values` the seeds."""
 
-    cell: dict[str, Any] = field(default_factory=dict)
+    cell: dict[str, str] = field(default_factory=dict, metadata={"kind": lambda key: Written})
     values: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """A sweep file. `set` holds recipe keys for every run, `axes` a list of values per recipe key."""
+    """A sweep file. `set` holds recipe keys for every run, `axes` a list of values per recipe key.
+
+    Values are held as they would be typed behind `key=`, and get their type when a cell's recipe is read.
+    """
 
     name: str
     base: str
-    set: dict[str, Any] = field(default_factory=dict)
-    axes: dict[str, list[Any]] = field(default_factory=dict)
+    set: dict[str, str] = field(default_factory=dict, metadata={"kind": lambda key: Written})
+    axes: dict[str, list[str]] = field(default_factory=dict, metadata={"kind": lambda key: list[Written]})
     seeds: Seeds = field(default_factory=Seeds)
     nproc: int = 1  # ranks of one run
     parallel: int = 1  # runs at a time
@@ -67,7 +71,7 @@ class Cell:
 
     name: str
     overrides: tuple[str, ...]
-    covers: tuple[dict[str, Any], ...]
+    covers: tuple[dict[str, str], ...]
     recipe: config.Recipe
 
     @property
@@ -99,7 +103,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
             f"sweep file {path} does not exist; give the path of a YAML file such as recipes/ablations/*.yaml"
         )
     try:
-        layers = [OmegaConf.load(path), *(OmegaConf.create(_override(text)) for text in overrides)]
+        layers = [typed(read(path), Sweep), *map(_override, overrides)]
+        refuse_text(layers, f"sweep file {path}")
         sweep = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Sweep), *layers))
     except OmegaConfBaseException as error:
         message = str(error).splitlines()[0]
@@ -109,12 +114,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     return sweep
 
 
-def _override(text: str) -> dict[str, Any]:
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise ValueError(f"argument {text!r} is not of the form key=value, such as train.steps=20")
-    typed = OmegaConf.to_container(OmegaConf.create(f"value: {value}"))["value"]  # type: ignore[call-overload,index]
-    return {key: typed} if key in OWN_KEYS else {"set": {key: typed}}
+def _override(argument: str) -> dict[str, Any]:
+    key, text = split(argument)
+    return override(argument, Sweep) if key in OWN_KEYS else {"set": {key: text}}
 
 
 def _check(sweep: Sweep, path: Path) -> None:
@@ -141,16 +143,16 @@ def plan(sweep: Sweep, path: str | Path) -> list[Cell]:
     """
     base = base_recipe(sweep, path)
     product = [dict(zip(sweep.axes, values, strict=True)) for values in itertools.product(*sweep.axes.values())]
-    places = product + [place | {SEED: seed} for seed in sweep.seeds.values for place in [_seeded(sweep, product)]]
-    groups: dict[str, list[dict[str, Any]]] = {}
+    places = product + [place | {SEED: str(seed)} for seed in sweep.seeds.values for place in [_seeded(sweep, product)]]
+    groups: dict[str, list[dict[str, str]]] = {}
     recipes: dict[str, config.Recipe] = {}
     for place in places:
         recipe = _resolve(base, sweep, place)
         groups.setdefault(_experiment(recipe), []).append(place)
         recipes.setdefault(_experiment(recipe), recipe)
-    names = ["_".join(_name(_shared(members))) or "all" for members in groups.values()]
+    names = [_name(_shared(members)) for members in groups.values()]
     if len(set(names)) < len(names):
-        names = ["_".join(_name(members[0])) for members in groups.values()]
+        names = [_name(members[0]) for members in groups.values()]
     if len(set(names)) < len(names):
         raise ValueError(
             f"two cells would share a folder name: {sorted(names)}; give axis values that differ in letters or digits"
@@ -171,11 +173,9 @@ def base_recipe(sweep: Sweep, path: str | Path) -> Path:
     return Path(os.path.relpath(Path(path).parent / sweep.base))
 
 
-def _seeded(sweep: Sweep, product: list[dict[str, Any]]) -> dict[str, Any]:
-    wanted = {key: _text(value) for key, value in sweep.seeds.cell.items()}
-    found = [
-        place for place in product if wanted.items() <= {key: _text(value) for key, value in place.items()}.items()
-    ]
+def _seeded(sweep: Sweep, product: list[dict[str, str]]) -> dict[str, str]:
+    wanted = sweep.seeds.cell
+    found = [place for place in product if wanted.items() <= place.items()]
     if len(found) != 1:
         raise ValueError(
             f"seeds.cell {wanted} names {len(found)} cells; give it one value for each of {list(sweep.axes)}"
@@ -183,31 +183,28 @@ def _seeded(sweep: Sweep, product: list[dict[str, Any]]) -> dict[str, Any]:
     return found[0]
 
 
-def _shared(members: list[dict[str, Any]]) -> dict[str, Any]:
+def _shared(members: list[dict[str, str]]) -> dict[str, str]:
     return {key: value for key, value in members[0].items() if all(m.get(key) == value for m in members)}
 
 
-def _name(place: Mapping[str, Any]) -> list[str]:
+def _name(place: Mapping[str, str]) -> str:
+    """The name of a cell's folder."""
     short = [key.rpartition(".")[2] for key in place]
     keys = [key.replace(".", "-") if short.count(last) > 1 else last for key, last in zip(place, short, strict=True)]
-    return [
-        "".join(c if c.isalnum() else "-" for c in f"{key}-{_text(value)}")
+    parts = [
+        "".join(c if c.isalnum() else "-" for c in f"{key}-{value}")
         for key, value in zip(keys, place.values(), strict=True)
     ]
+    return config.file_name("_".join(parts)) or "all"
 
 
-def _text(value: Any) -> str:
-    """A value as it is written behind `key=`: plain for words and numbers, JSON (which YAML reads) for the rest."""
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _overrides(sweep: Sweep, place: Mapping[str, Any], name: str) -> tuple[str, ...]:
+def _overrides(sweep: Sweep, place: Mapping[str, str], name: str) -> tuple[str, ...]:
     values = sweep.set | dict(place) | {"name": f"{sweep.name}/{name}"}
-    return tuple(f"{key}={_text(value)}" for key, value in values.items())
+    return tuple(f"{key}={value}" for key, value in values.items())
 
 
-def _resolve(base: Path, sweep: Sweep, place: Mapping[str, Any]) -> config.Recipe:
-    name = "_".join(_name(place))
+def _resolve(base: Path, sweep: Sweep, place: Mapping[str, str]) -> config.Recipe:
+    name = _name(place)
     try:
         recipe = config.load(base, list(_overrides(sweep, place, name)))
         config.validate(recipe, sweep.nproc)

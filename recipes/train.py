@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import signal
 import sys
 import time
@@ -63,7 +62,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     Raises RecipeError before any process group exists if the recipe cannot be run, and TrainingStopped on every rank if
     the loss or the gradient is not finite, if the ranks' parameters differ or if the run cannot be saved.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = config.processes()
     config.validate(recipe, world)
     device = _device(recipe)
     if record.first_process():
@@ -151,7 +150,7 @@ class Run:
             f"{sp.layout} layout, {torch.get_num_threads()} CPU threads each\n"
             f"exchange   {exchange}\n"
             f"data       {len(corpus.train):,} bytes to train on and {len(corpus.validation):,} held out, of "
-            f"{corpus.files} files; byte-unigram entropy {corpus.unigram_bits:.3f} bits/byte\n"
+            f"{corpus.files} files ({corpus.rule}); byte-unigram entropy {corpus.unigram_bits:.3f} bits/byte\n"
             f"training   {train.steps} steps of {train.batch} x {recipe.data.length} = "
             f"{train.batch * recipe.data.length:,} tokens{', files packed as documents' * recipe.data.pack}"
         )
@@ -316,7 +315,7 @@ def _digest(parameter: torch.Tensor) -> str:
 
 def _device(recipe: Recipe) -> str:
     """The device that ``train.device`` stands for on this machine."""
-    chosen, processes = recipe.train.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    chosen, processes = recipe.train.device, config.processes("LOCAL_WORLD_SIZE")
     enough = torch.cuda.is_available() and torch.cuda.device_count() >= processes
     if chosen == "cuda" and not enough:
         raise RecipeError(

@@ -22,10 +22,10 @@ wandb: {mode: disabled}
 
 
 def write_texts(folder: Path, seed: int = 0) -> str:
-    """Four small files of words; returns their glob."""
+    """Four small files of words, one of them for validation; returns their glob."""
     draw = random.Random(seed)
     folder.mkdir()
-    for name in ("one", "two", "three", "four"):
+    for name in ("one", "two", "three", "valid"):
         words = [draw.choice(["state", "decay", "chunk", "rank", "span", "\n"]) for _ in range(300)]
         (folder / f"{name}.txt").write_text(" ".join(words))
     return str(folder / "*.txt")

@@ -15,7 +15,7 @@ QUICKSTART = "recipes/quickstart.yaml"
         ("modle.ratio=1/8", "unknown key 'modle.ratio'; the nearest is 'model.ratio'"),
         ("model.ratio=1/3", "does not tile a depth of 8"),
         ("parallel.sp=2", "make 2 processes, but 3 were started"),
-        ("data.files=nowhere/*.txt", "data.files='nowhere/*.txt' matches 0 files"),
+        ("data.files=nowhere/*.txt", "data.files='nowhere/*.txt' names 0 files"),
     ],
 )
 def test_a_mistake_is_one_line(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from recipes import data
 from recipes.config import DataConfig, RecipeError
+from recipes.split import Piece
 from tests.recipes.conftest import write_texts
 
 
@@ -24,10 +26,39 @@ def corpus(pattern: str) -> data.Corpus:
 
 
 def test_the_split_is_by_file(pattern: str, corpus: data.Corpus) -> None:
-    texts = [path.read_bytes() for path in sorted(Path(pattern).parent.iterdir())]
-    held_out = bytes(corpus.validation.content.tolist())
-    assert held_out in texts
-    assert bytes(corpus.train.content.tolist()) == b"".join(text for text in texts if text != held_out)
+    texts = {path.stem: path.read_bytes() for path in sorted(Path(pattern).parent.iterdir())}
+    assert bytes(corpus.validation.content.tolist()) == texts.pop("valid")
+    assert bytes(corpus.train.content.tolist()) == b"".join(texts.values())
+    assert corpus.rule == "by name" and corpus.files == 4
+
+
+def test_one_file_is_read_in_three_parts(tmp_path: Path) -> None:
+    whole = bytes(range(256)) * 80
+    (tmp_path / "input.txt").write_bytes(whole)
+    corpus = data.read_corpus(DataConfig(files=str(tmp_path / "input.txt"), length=32))
+    train, validation = (bytes(text.content.tolist()) for text in (corpus.train, corpus.validation))
+    assert whole.startswith(train + validation) and len(train + validation) < len(whole) - 500
+    assert corpus.train.starts == (0,) and corpus.files == 1
+
+
+def test_reading_takes_no_second_copy(tmp_path: Path) -> None:
+    """The text lies in torch's memory, which tracemalloc does not see; what Python holds beside it must be little."""
+    size = 8 << 20
+    (tmp_path / "input.txt").write_bytes(b"123456789\n" * (size // 10))
+    tracemalloc.start()
+    try:
+        data.read_corpus(DataConfig(files=str(tmp_path / "input.txt"), length=32))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < size / 4
+
+
+def test_a_file_that_shrinks_is_named(tmp_path: Path) -> None:
+    pieces = [Piece(name="a", path=tmp_path / "a", start=1, end=9)]
+    (tmp_path / "a").write_bytes(b"12345")
+    with pytest.raises(OSError, match="a has become shorter"):
+        data._read(pieces)
 
 
 def test_the_same_text_in_any_place_is_the_same_corpus_and_another_is_not(
@@ -41,6 +72,19 @@ def test_the_same_text_in_any_place_is_the_same_corpus_and_another_is_not(
     assert data.read_corpus(DataConfig(files=other, length=8)).fingerprint != corpus.fingerprint
 
 
+def test_files_of_equal_bytes_and_other_bounds_are_another_corpus(tmp_path: Path) -> None:
+    for place, names in (("a", "12"), ("b", "13")):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "valid").write_bytes(b"0123" * 9)
+        for name, text in zip(
+            names, (b"ab" * 20, b"ab" * 30) if place == "a" else (b"ab" * 30, b"ab" * 20), strict=True
+        ):
+            (tmp_path / place / name).write_bytes(text)
+    a, b = (data.read_corpus(DataConfig(files=str(tmp_path / place), length=8)) for place in "ab")
+    assert torch.equal(a.train.content, b.train.content) and a.train.starts != b.train.starts
+    assert a.fingerprint != b.fingerprint
+
+
 def test_the_standard_library_is_a_corpus() -> None:
     corpus = data.read_corpus(DataConfig())
     assert corpus.files > 300 and len(corpus.train) > 5_000_000
@@ -51,7 +95,8 @@ def test_the_standard_library_is_a_corpus() -> None:
 def test_unigram_entropy() -> None:
     assert data.unigram_bits(torch.arange(256, dtype=torch.uint8)) == pytest.approx(8.0)
     assert data.unigram_bits(torch.tensor([1, 1, 2, 2], dtype=torch.uint8)) == pytest.approx(1.0)
-    assert data.unigram_bits(torch.tensor([7, 7], dtype=torch.uint8)) == 0.0
+    assert str(data.unigram_bits(torch.tensor([7, 7], dtype=torch.uint8))) == "0.0"
+    assert data.unigram_bits(torch.arange(256, dtype=torch.uint8).repeat(1 << 13)) == pytest.approx(8.0)
 
 
 def test_a_window_depends_on_seed_step_and_index_alone(corpus: data.Corpus) -> None:
@@ -93,15 +138,26 @@ def test_validation_windows_span_the_held_out_text(corpus: data.Corpus) -> None:
 
 
 def test_a_text_of_one_window(tmp_path: Path) -> None:
-    for name in ("a.txt", "b.txt"):
-        (tmp_path / name).write_bytes(b"x" * 32)
+    for name in ("a.txt", "valid.txt"):
+        (tmp_path / name).write_bytes(b"xy" * 16)
     corpus = data.read_corpus(DataConfig(files=str(tmp_path / "*.txt"), length=32))
     assert data.training_windows(corpus, 32, 0, 1, range(3)).tokens.shape == (3, 32)
     assert data.validation_windows(corpus, 32, 1, range(1)).tokens.shape == (1, 32)
 
 
 def test_errors_name_the_key(tmp_path: Path, pattern: str) -> None:
-    with pytest.raises(RecipeError, match=r"data\.files='.*nothing.*' matches 0 files, but at least two are needed"):
+    with pytest.raises(RecipeError, match=r"data\.files='.*nothing.*' names 0 files; give a file, a folder or a glob"):
         data.read_corpus(DataConfig(files=str(tmp_path / "nothing*"), length=8))
-    with pytest.raises(RecipeError, match=r"data\.length=100000 is longer than the \d+ bytes of the training files"):
+    with pytest.raises(
+        RecipeError, match=r"data\.length=100000 is longer than the \d+ bytes of the training text \(by name\)"
+    ):
         data.read_corpus(DataConfig(files=pattern, length=100_000))
+    (tmp_path / "valid.txt").write_bytes(b"7" * 500)
+    (tmp_path / "other.txt").write_bytes(b"12" * 500)
+    with pytest.raises(
+        RecipeError, match="validation text .by name. is one byte, 55, again and again; name other text"
+    ):
+        data.read_corpus(DataConfig(files=str(tmp_path), length=8))
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(RecipeError, match=r"data\.files='.*gone.txt' names 0 files"):
+        data.read_corpus(DataConfig(files=str(tmp_path / "gone.txt"), length=8))

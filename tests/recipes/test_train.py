@@ -214,7 +214,7 @@ def test_a_folder_with_another_run_is_refused_or_moved_aside(train: Train, tmp_p
     other = train("train.steps=3", "model.depth=4")
     assert other.codes == [2] and "model.depth (2 -> 4)" in other.texts[0] and "name=ANOTHER_NAME" in other.texts[0]
     text = train("train.steps=3", f"data.files={write_texts(tmp_path / 'texts', seed=1)}")
-    assert text.codes == [2] and "data.files (" in text.texts[0]
+    assert text.codes == [2] and "holds a run on another corpus" in text.texts[0]
     anew = train("train.steps=3", "model.depth=4", "checkpoint.resume=never")
     assert anew.ok, anew
     assert summary_of(tmp_path / "run")["pattern"] == "LNLN" and summary_of(tmp_path / "run.old-1")["pattern"] == "LN"

@@ -1,0 +1,198 @@
+"""Settings as they are written: YAML files and ``key=value`` arguments, read by the types of a schema of dataclasses.
+
+A key whose type is a string takes the text as it stands, so that 0010, 3:1 and 1e5 stay what they are. Numbers are
+decimal. A value within quotes, also in an argument, is the text between them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import fields, is_dataclass
+from functools import reduce
+from pathlib import Path
+from types import FunctionType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+NULL = "tag:yaml.org,2002:null"
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run as it stands; the message names the key and what to change."""
+
+
+class Written:
+    """The kind of a value that is kept as it would be typed behind ``key=``: lists and mappings as JSON."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML of null, booleans and decimal numbers: 010 is not octal, 3:1 no sexagesimal number, *.txt no alias."""
+
+    yaml_implicit_resolvers = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "a name that begins with *", self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+
+for _tag, _pattern, _first in (
+    ("null", r"~|null|", ["~", "n", "N", ""]),
+    ("bool", r"true|false|yes|no|on|off", list("tTfFyYnNoO")),
+    ("int", r"[-+]?(0|[1-9][0-9]{0,99})", list("-+0123456789")),
+    ("float", r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=e))(e[-+]?[0-9]+)?|[-+]?\.inf|\.nan", list("-+.0123456789")),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z", re.IGNORECASE), _first)
+
+
+def read(path: Path) -> yaml.MappingNode:
+    """The YAML of a file, for `typed`; raises RecipeError for what is not ``key: value`` lines."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        hint = "give the path of a recipe, such as recipes/quickstart.yaml"
+        raise RecipeError(f"{path}: cannot be read ({error}); {hint}") from error
+    try:
+        node = _parse(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(
+            f"{path}: not valid YAML: {_said(error)}; a value with * & [ {{ : # and the like goes between quotes"
+        ) from error
+    if node.tag == NULL and not node.value:
+        return yaml.MappingNode("tag:yaml.org,2002:map", [])
+    if not isinstance(node, yaml.MappingNode):
+        raise RecipeError(f"{path}: must hold `key: value` lines")
+    return node
+
+
+def split(argument: str) -> tuple[str, str]:
+    """Key and text of a ``key=value`` argument."""
+    key, equals, text = argument.partition("=")
+    if not key or not equals:
+        raise RecipeError(f"argument {argument!r} is not of the form key=value, such as train.steps=20")
+    if not text:
+        raise RecipeError(f"argument {argument!r} has nothing behind the =; leave it out, or write {key}=null for none")
+    return key, text
+
+
+def override(argument: str, schema: type) -> dict[str, Any]:
+    """The value of a ``key=value`` argument, typed by the schema, under its key: {train: {steps: 20}}."""
+    key, text = split(argument)
+    names = key.split(".")
+    kind = reduce(_inside, names, schema)
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
+    if _is_scalar(kind) and not quoted:
+        node: yaml.Node = yaml.ScalarNode(_Loader("").resolve(yaml.ScalarNode, text, (True, False)), text)
+    else:
+        try:
+            node = _parse(text)
+        except yaml.YAMLError as error:
+            raise RecipeError(
+                f"argument {argument!r} is not valid YAML: {_said(error)}; a list is [a, b], a mapping {{a: 1}}, and "
+                f"other text goes between quotes: {key}='\"{text}\"'"
+            ) from error
+    return reduce(lambda value, name: {name: value}, reversed(names), typed(node, kind))
+
+
+def typed(node: yaml.Node, kind: Any) -> Any:
+    """The value of a YAML node where ``kind`` is expected: a type, a dataclass, or Any for what YAML makes of it.
+
+    What does not fit is left to whoever checks the value. A field's metadata may hold a function ``kind``, from keys
+    to kinds, for mappings whose type says less.
+    """
+    optional, kind = _optional(kind)
+    if kind is Written:
+        return (node.value or "null") if isinstance(node, yaml.ScalarNode) else json.dumps(typed(node, Any))
+    if isinstance(node, yaml.MappingNode):
+        return {key.value: typed(value, _inside(kind, key.value)) for key, value in node.value}
+    if isinstance(node, yaml.SequenceNode):
+        return [typed(value, _inside(kind, "")) for value in node.value]
+    if kind is str and (node.tag != NULL or (node.value and not optional)):
+        return node.value
+    meaning = _Loader("").construct_object(node)
+    if kind in (int, float) and meaning is not None:
+        with suppress(ValueError):
+            return kind(node.value)
+    return meaning
+
+
+def refuse_text(values: Any, source: str) -> None:
+    """Raises RecipeError for text that no recipe may hold: ``${...}``, which OmegaConf resolves, and what no file can.
+
+    A recipe that reads the environment could carry a secret into the run folder and from there into a report.
+    """
+    if isinstance(values, str):
+        if "${" in values:
+            raise RecipeError(
+                f"{source}: {values!r} holds ${{...}}, which is not resolved here, for secrets must not reach a run "
+                "folder; write the value itself"
+            )
+        with suppress(UnicodeEncodeError):
+            values.encode()
+            return
+        raise RecipeError(f"{source}: {values!r} is not UTF-8; rename the file, or name a folder or a glob above it")
+    if isinstance(values, Mapping):
+        values = [*values.keys(), *values.values()]
+    for value in values if isinstance(values, list) else ():
+        refuse_text(value, source)
+
+
+def _parse(text: str) -> yaml.Node:
+    node = yaml.compose(text, Loader=_Loader) or yaml.ScalarNode(NULL, "")
+    _check(node)
+    return node
+
+
+def _check(node: yaml.Node) -> None:
+    """Raises YAMLError for keys that are no words or stand twice, and for values that no recipe has."""
+    if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.value in seen:
+                problem = "a key that is no word" if not isinstance(key, yaml.ScalarNode) else f"{key.value} again"
+                raise yaml.composer.ComposerError(None, None, problem, key.start_mark)
+            seen.add(key.value)
+            _check(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _check(value)
+    else:
+        _Loader("").construct_object(node)
+
+
+def _said(error: yaml.YAMLError) -> str:
+    """A YAML error on one line."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"{error.problem} in line {mark.line + 1}, column {mark.column + 1}"
+    return " ".join(str(error).split())
+
+
+def _optional(kind: Any) -> tuple[bool, Any]:
+    """Whether a kind is ``X | None``, and X."""
+    members = get_args(kind) if get_origin(kind) in (Union, UnionType) else ()
+    rest = [one for one in members if one is not type(None)]
+    return len(rest) < len(members), rest[0] if len(rest) == 1 else Any if rest else kind
+
+
+def _is_scalar(kind: Any) -> bool:
+    kind = _optional(kind)[1]
+    return kind in (str, int, float, bool) or get_origin(kind) is Literal
+
+
+def _inside(kind: Any, key: str) -> Any:
+    """The kind of what stands under ``key`` in a ``kind``; str for a key that is none of a dataclass."""
+    kind = _optional(kind)[1]
+    if isinstance(kind, FunctionType):
+        return kind(key)
+    if is_dataclass(kind):
+        by_name = {one.name: one for one in fields(kind)}
+        return by_name[key].metadata.get("kind") or get_type_hints(kind)[key] if key in by_name else str
+    arguments = get_args(kind)
+    if get_origin(kind) in (list, tuple, dict) and arguments:
+        return arguments[-1]
+    return Any

@@ -1,0 +1,180 @@
+"""Which bytes of which files a run trains on, validates on and leaves alone.
+
+The standard library holds out one file in twenty, by hash. Of other text, the first rule that applies to validation and
+the first that applies to test decide; what is test is neither trained nor validated on:
+
+1. `data.validation` and `data.test` name files.
+2. Names say it: train, valid, validation, val, dev or test, as a whole word of the file's name, else of the nearest
+   folder below the one that holds all files.
+3. A twentieth of the bytes. Files are ordered by the hash of their names below the folder that holds them all, so that a
+   text is split alike wherever it lies. The last ones are held out; a file that is too large for it is cut.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import re
+import sysconfig
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+
+from recipes.settings import RecipeError
+
+# Left out of the standard library: not part of it, or not installed everywhere.
+SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+HELD_OUT = 20  # one file, or one byte, in so many is for validation
+PARTS = {"train": "train", "valid": "validation", "validation": "validation", "val": "validation", "dev": "validation",
+         "test": "test"}  # fmt: skip
+REACH = 1 << 16  # bytes, at most, by which a cut moves to the bound of a document or a line
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Bytes start to end of a file; `name` is its path below the folder that holds all files."""
+
+    name: str
+    path: Path
+    start: int
+    end: int
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """The pieces of each part, in order of their names, and in a few words the rule that made them."""
+
+    train: tuple[Piece, ...]
+    validation: tuple[Piece, ...]
+    test: tuple[Piece, ...]
+    files: int
+    rule: str
+
+
+def split_files(files: str | None, validation: str | None = None, test: str | None = None) -> Split:
+    """Splits the text that `data.files`, `data.validation` and `data.test` name.
+
+    Raises RecipeError where a key names no file or no bytes, and where nothing is left to train on.
+    """
+    if files is None:
+        if validation or test:
+            raise RecipeError("data.validation and data.test need data.files; the standard library has its own split")
+        return _standard_library()
+    keys = {"validation": validation, "test": test}
+    named = {part: _found(f"data.{part}", pattern) for part, pattern in keys.items() if pattern is not None}
+    taken: dict[str, str] = {}
+    for part, pieces in named.items():
+        for place in (os.path.realpath(piece.path) for piece in pieces):
+            if taken.setdefault(place, part) != part:
+                raise RecipeError(f"data.validation and data.test both name {place!r}; give it to one of them")
+    rest = [piece for piece in _found("data.files", files) if os.path.realpath(piece.path) not in taken]
+    said: dict[str, list[Piece]] = {"train": [], "validation": [], "test": []}
+    for piece in rest:
+        said[_said(piece.name) or "train"].append(piece)
+    train = said.pop("train")
+    if not train:
+        raise RecipeError(
+            f"data.files={files!r} leaves no text to train on: by name or key all of its files are for validation or "
+            "test; name more text, or let data.validation and data.test say which files are which"
+        )
+    held = {part: named.get(part) or said[part] for part in said}
+    unused = [piece for part in named for piece in said[part]]  # the key names others
+    shares = [] if held["validation"] else [part for part in ("test", "validation") if not held[part]]
+    train.sort(key=lambda piece: (_hash(piece.name), piece.name))
+    due = sum(map(len, train)) // HELD_OUT
+    for part in shares:
+        train, held[part] = _cut(train, due)
+    rules = [f"data.{part}" for part in named] + ["name"] * any(said.values()) + ["shares of bytes"] * bool(shares)
+    neither = sum(map(len, [*held["test"], *unused]))
+    return Split(
+        train=_in_order(train),
+        validation=_in_order(held["validation"]),
+        test=_in_order(held["test"]),
+        files=len({piece.path for piece in [*rest, *held["validation"], *held["test"]]}),
+        rule=f"by {' and '.join(rules)}" + f", {neither:,} bytes for neither" * bool(neither),
+    )
+
+
+def _standard_library() -> Split:
+    root = Path(sysconfig.get_path("stdlib"))
+    paths = [path for path in root.rglob("*.py") if path.is_file()]
+    paths = [path for path in paths if not SKIPPED_FOLDERS.intersection(path.relative_to(root).parts)]
+    pieces = _pieces(paths, root)
+    by_hash = sorted(pieces, key=lambda piece: (_hash(piece.name), piece.name))
+    held_out = {piece.name for piece in by_hash[: max(1, len(by_hash) // HELD_OUT)]}
+    return Split(
+        train=_in_order(piece for piece in pieces if piece.name not in held_out),
+        validation=_in_order(piece for piece in pieces if piece.name in held_out),
+        test=(),
+        files=len(pieces),
+        rule=f"one in {HELD_OUT}, by hash",
+    )
+
+
+def _found(key: str, pattern: str) -> list[Piece]:
+    """The files that a path or a glob names, all that lie below it for a folder; empty ones are left out."""
+    if os.path.isfile(pattern):
+        names = [pattern]
+    else:
+        names = glob.glob(f"{glob.escape(pattern)}/**" if os.path.isdir(pattern) else pattern, recursive=True)
+    paths = [Path(name) for name in sorted(names) if os.path.isfile(name)]
+    pieces = _pieces(paths, Path(os.path.commonpath([path.parent for path in paths]))) if paths else []
+    if not any(map(len, pieces)):
+        raise RecipeError(
+            f"{key}={pattern!r} names {len(pieces)} files{' without a byte' * bool(pieces)}; give a file, a folder or a "
+            "glob such as 'texts/**/*.txt', relative to the working folder"
+        )
+    return [piece for piece in pieces if len(piece)]
+
+
+def _pieces(paths: Sequence[Path], folder: Path) -> list[Piece]:
+    return [Piece(name=os.path.relpath(path, folder), path=path, start=0, end=path.stat().st_size) for path in paths]
+
+
+def _said(name: str) -> str | None:
+    """The part that a name says: the file's own, else that of its nearest folder; test before validation before train."""
+    path = PurePosixPath(name)
+    for place in (path, *path.parents):
+        said = {PARTS.get(word) for word in re.findall(r"[^\W\d_]+", place.name.lower())}
+        for part in ("test", "validation", "train"):
+            if part in said:
+                return part
+    return None
+
+
+def _cut(pieces: Sequence[Piece], due: int) -> tuple[list[Piece], list[Piece]]:
+    """Parts off the last pieces, of about ``due`` bytes; cuts one in two where a whole one is too much by half."""
+    rest, held, missing = list(pieces), [], due
+    while missing > due // 2 or (rest and len(rest[-1]) <= 2 * missing):
+        last = rest.pop()
+        if len(last) - missing > due // 2:
+            bound = _bound(last, last.end - missing, min(due // 2, REACH))
+            rest.append(replace(last, end=bound))
+            last = replace(last, start=bound)
+        held.append(last)
+        missing -= len(last)
+    return rest, held
+
+
+def _bound(piece: Piece, at: int, reach: int) -> int:
+    """The place near ``at`` where a document begins, after a blank line; else a line, else a UTF-8 character."""
+    first = max(piece.start + 1, at - reach)
+    with piece.path.open("rb") as file:
+        file.seek(first)
+        text = file.read(min(piece.end - 1, at + reach) - first)
+    for pattern in (rb"\n[ \t\r]*\n", rb"\n", rb"(?=[\x00-\x7f\xc0-\xff])"):
+        if bounds := [first + match.end() for match in re.finditer(pattern, text)]:
+            return min(bounds, key=lambda bound: abs(bound - at))
+    return at
+
+
+def _in_order(pieces: Iterable[Piece]) -> tuple[Piece, ...]:
+    return tuple(sorted(pieces, key=lambda piece: (piece.name, piece.start)))
+
+
+def _hash(name: str) -> bytes:
+    return hashlib.sha256(name.encode(errors="surrogateescape")).digest()
