@@ -55,9 +55,9 @@ def _refuse_rest(config: ModelConfig, source: str, blocks: int, advice: str) -> 
     """ValueError if so many blocks do not tile the depth."""
     repeats, rest = divmod(config.depth, blocks)
     if rest:
-        depths = " or ".join(str(n * blocks) for n in (repeats, repeats + 1) if n)
+        depths = " or ".join(_short(n * blocks) for n in (repeats, repeats + 1) if n)
         raise ValueError(
-            f"{source} is a tile of {blocks} blocks, which does not tile a depth of {config.depth}; "
+            f"{source} is a tile of {_short(blocks)} blocks, which does not tile a depth of {config.depth}; "
             f"{advice}, or set depth to {depths}"
         )
 

@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -113,9 +114,9 @@ class Recipe:
 TEXT_KEYS = ("data.files", "data.validation", "data.test")
 # Keys that leave the trained weights as they are (up to rounding): they may differ when a run is resumed.
 FREE_KEYS = (
-    *TEXT_KEYS, "name", "out", "parallel.", "checkpoint.", "wandb.", "train.device", "train.threads", "train.validate_every",
-    "train.validation_sequences", "train.sample", "train.keep_memory", "train.recompute", "train.trace",
-    "model.backend",
+    *TEXT_KEYS, "name", "out", "parallel.", "checkpoint.", "wandb.", "train.device", "train.threads",
+    "train.validate_every", "train.validation_sequences", "train.sample", "train.keep_memory", "train.recompute",
+    "train.trace", "model.backend",
 )  # fmt: skip
 # Of these, what experiments are about: the names of runs say them.
 STRATEGY_KEYS = (
@@ -415,8 +416,10 @@ def _layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict[st
 
 
 def _merge(merged: DictConfig, layer: dict[str, Any], source: str) -> DictConfig:
-    """Merges key by key, so that every error can say which key it is about."""
+    """Merges at once, which is fast, or else key by key, so that every error can say which key it is about."""
     refuse_text(layer, source)
+    with suppress(OmegaConfBaseException):
+        return OmegaConf.merge(merged, layer)  # type: ignore[return-value]
     for key, value in _leaves(layer):
         section, _, leaf = key.partition(".")
         try:

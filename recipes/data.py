@@ -75,8 +75,8 @@ def read_corpus(config: DataConfig) -> Corpus:
     unigram = unigram_bits(validation.content)
     if not unigram:
         raise RecipeError(
-            f"the validation text ({split.rule}) is one byte, {int(validation.content[0])}, again and again; name other "
-            "text with data.files or data.validation"
+            f"the validation text ({split.rule}) is one byte, {int(validation.content[0])}, again and again; "
+            "name other text with data.files or data.validation"
         )
     return Corpus(
         train=train,
@@ -92,8 +92,9 @@ def _read(pieces: Sequence[Piece]) -> Text:
     """The pieces, each read into its place, so that no second copy is ever in memory."""
     starts = [0, *itertools.accumulate(map(len, pieces))]
     content = torch.empty(starts.pop(), dtype=torch.uint8)
+    memory = content.numpy().data
     for piece, start in zip(pieces, starts, strict=True):
-        place = content.numpy()[start : start + len(piece)]
+        place = memory[start : start + len(piece)]
         with piece.path.open("rb", buffering=0) as file:
             file.seek(piece.start)
             while len(place):

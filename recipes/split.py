@@ -6,8 +6,8 @@ the first that applies to test decide; what is test is neither trained nor valid
 1. `data.validation` and `data.test` name files.
 2. Names say it: train, valid, validation, val, dev or test, as a whole word of the file's name, else of the nearest
    folder below the one that holds all files.
-3. A twentieth of the bytes. Files are ordered by the hash of their names below the folder that holds them all, so that a
-   text is split alike wherever it lies. The last ones are held out; a file that is too large for it is cut.
+3. A twentieth of the bytes. Files are ordered by the hash of their names below the folder that holds them all, so that
+   a text is split alike wherever it lies. The last ones are held out; a file that is too large for it is cut.
 """
 
 from __future__ import annotations
@@ -125,8 +125,8 @@ def _found(key: str, pattern: str) -> list[Piece]:
     pieces = _pieces(paths, Path(os.path.commonpath([path.parent for path in paths]))) if paths else []
     if not any(map(len, pieces)):
         raise RecipeError(
-            f"{key}={pattern!r} names {len(pieces)} files{' without a byte' * bool(pieces)}; give a file, a folder or a "
-            "glob such as 'texts/**/*.txt', relative to the working folder"
+            f"{key}={pattern!r} names {len(pieces)} files{' without a byte' * bool(pieces)}; give a file, a folder "
+            "or a glob such as 'texts/**/*.txt', relative to the working folder"
         )
     return [piece for piece in pieces if len(piece)]
 
@@ -136,7 +136,7 @@ def _pieces(paths: Sequence[Path], folder: Path) -> list[Piece]:
 
 
 def _said(name: str) -> str | None:
-    """The part that a name says: the file's own, else that of its nearest folder; test before validation before train."""
+    """The part that a name says: the file's own, else its nearest folder's; test before validation before train."""
     path = PurePosixPath(name)
     for place in (path, *path.parents):
         said = {PARTS.get(word) for word in re.findall(r"[^\W\d_]+", place.name.lower())}

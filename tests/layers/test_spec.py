@@ -48,12 +48,27 @@ def test_mixers_of_the_pattern() -> None:
     [
         (
             {"ratio": "1/3"},
-            "ratio 1/3 is a tile of 3 blocks (LLN), which does not tile a depth of 8; change it",
+            "ratio 1/3 is a tile of 3 blocks, which does not tile a depth of 8; the nearest ratio that does is 3/8",
         ),
         ({"ratio": "1/3"}, "set depth to 6 or 9"),
-        ({"ratio": "1/16"}, "set depth to 16"),
-        ({"pattern": "LLN"}, "pattern LLN is a tile of 3 blocks (LLN), which does not tile a depth of 8"),
-        ({"pattern": ["gla"] * 9}, "does not tile a depth of 8"),
+        ({"ratio": "1/16", "depth": 4}, "the nearest ratio that does is 1/4, or set depth to 16"),
+        (
+            {"ratio": "0.333"},
+            "ratio 0.333 is a tile of 1000 blocks, which does not tile a depth of 8; the nearest ratio",
+        ),
+        ({"ratio": "0.333", "depth": 9}, "the nearest ratio that does is 1/3, or set depth to 1000"),
+        ({"ratio": "0.9", "depth": 1}, "the nearest ratio that does is 1, or set depth to 10"),
+        ({"ratio": "0.3333333333333"}, "the nearest ratio that does is 3/8, or set depth to 10000000000000"),
+        (
+            {"ratio": "3:1"},
+            "ratio '3:1' is not a fraction; 3 linear blocks for 1 of softmax attention are a ratio of 1/4",
+        ),
+        ({"ratio": "6:2"}, "are a ratio of 1/4"),
+        (
+            {"pattern": "LLN"},
+            "pattern LLN is a tile of 3 blocks, which does not tile a depth of 8; change it, or set depth",
+        ),
+        ({"pattern": ["gla"] * 9}, "pattern LLLLLLLLL is a tile of 9 blocks, which does not tile a depth of 8"),
         ({"ratio": "5/4"}, "ratio 5/4 is not a share of blocks; it must be between 0 and 1"),
         ({"ratio": "-1/4"}, "must be between 0 and 1"),
         ({"ratio": "1/0"}, "ratio '1/0' is not a fraction such as 1/4, 0 or 1"),
@@ -97,6 +112,23 @@ def test_errors_say_what_to_change(options: dict[str, Any], message: str) -> Non
         model_facts(ModelConfig(**options))
     with pytest.raises(ValueError, match=re.escape(message)):
         HybridLM(ModelConfig(**options))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ratio": "0." + "3" * 900},
+        {"ratio": "3" * 900},
+        {"ratio": "three " * 900},
+        {"pattern": "LLN" * 900},
+        {"pattern": "LLX" * 900},
+        {"pattern": ["gla"] * 900},
+    ],
+)
+def test_errors_are_short_however_long_the_pattern_is(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError) as caught:
+        expand_pattern(ModelConfig(**options))
+    assert len(str(caught.value)) < 300
 
 
 def test_options_reach_the_blocks() -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import hybrid_sp as hsp
 from hybrid_sp.collectives import Link
@@ -54,6 +55,9 @@ def test_options_of_mixers_and_patterns(recipe_file: Path) -> None:
         (["parallel.sp=2", "checkpoint.keep=3", "wandb.mode=disabled", "out=elsewhere", "train.threads=1"], "mine"),
         (["model.mixers.gla.expand_k=0.5"], "mine-expand_k-0.5"),
         (["model.backend=torch"], "mine-backend-torch"),
+        (["data.files=a/*.txt", "data.test=b"], "mine-files-a-.txt-test-b"),
+        (["name=0010"], "0010"),
+        (["model.ratio=01/8", "train.seed=007"], "mine-ratio-01-8-seed-007"),
     ],
 )
 def test_the_name_says_what_the_command_line_changed(recipe_file: Path, overrides: list[str], name: str) -> None:
@@ -83,10 +87,27 @@ def test_the_run_folder_and_the_resolved_recipe(recipe_file: Path, tmp_path: Pat
         ("train.recompute=half", ["train.recompute='half'", "'none', 'full', 'selective'"]),
         ("parallel.keep_kv=many", ["parallel.keep_kv='many'", "bool"]),
         ("parallel.link=5", ["parallel.link=5", "Link"]),
-        ("parallel.link.latncy=5", ["parallel.link={'latncy': 5}", "Key 'latncy' not in 'Link'"]),
+        ("parallel.link.latncy=5", ["parallel.link={'latncy': '5'}", "Key 'latncy' not in 'Link'"]),
         ("model=3", ["model=3"]),
         ("train.steps", ["'train.steps' is not of the form key=value"]),
-        ("name=", ["name=None"]),
+        ("name=", ["nothing behind the =", "name=null"]),
+        ("data.files=", ["nothing behind the =", "data.files=null for none"]),
+        ("=3", ["is not of the form key=value"]),
+        ("train.steps=null", ["train.steps=None"]),
+        ("train.steps=1:30", ["train.steps='1:30'", "Integer"]),
+        ("train.steps=0x10", ["train.steps='0x10'", "Integer"]),
+        ("optim.lr=1:30", ["optim.lr='1:30'", "Float"]),
+        ("model.pattern=[gla", ["is not valid YAML: ", "in line 1, column 5", "model.pattern='\"[gla\"'"]),
+        ("model.pattern=[*gla]", ["is not valid YAML: a name that begins with *"]),
+        ("model.pattern={a: 1, a: 2}", ["is not valid YAML: a again"]),
+        ("model.pattern=!!python/name:os.system", ["is not valid YAML: ", "could not determine a constructor"]),
+        ("optim.betas=[0.9, 0.99", ["is not valid YAML: "]),
+        ("parallel.link={latency: 0", ["is not valid YAML: "]),
+        ("flies=*.txt", ["unknown key 'flies'"]),
+        ("data.files=${oc.env:HOME}", ["holds ${...}", "not resolved", "write the value itself"]),
+        ("model.pattern=['${oc.env:HOME}']", ["holds ${...}"]),
+        ("model.mixers.gla={'${oc.env:HOME}': 1}", ["holds ${...}"]),
+        ("data.files=a\udce9.txt", ["is not UTF-8", "a glob"]),
     ],
 )
 def test_unknown_keys_and_wrong_types(recipe_file: Path, override: str, words: list[str]) -> None:
@@ -96,9 +117,127 @@ def test_unknown_keys_and_wrong_types(recipe_file: Path, override: str, words: l
     assert "\n" not in str(caught.value)
 
 
+TEXTS = [
+    *("0010", "1_000", "12e4567", "3:1", "true", "~", ".inf", "2026-11-28"),
+    *("*.txt", "[a].txt", "a: b", "a #b", "&a", "- c", "'it", "é"),
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_is_what_was_typed(recipe_file: Path, tmp_path: Path, text: str) -> None:
+    """Of every key whose type is a string, in arguments, in files and in the run folder."""
+    keys = ["name", "out", "model.ratio", "model.linear", "data.files", "data.test", "wandb.group", "parallel.softmax"]
+    typed = config.load(recipe_file, [f"{key}={text}" for key in keys])
+    optional = [key for key in keys if key in ("data.files", "data.test", "wandb.group")]
+    said = config.flat(typed)
+    assert [said[key] for key in keys] == [None if text == "~" and key in optional else text for key in keys]
+    quoted = text.replace("'", "''")
+    recipe_file.write_text(f"name: '{quoted}'\nmodel: {{linear: '{quoted}'}}\ndata: {{files: '{quoted}'}}\n")
+    read = config.load(recipe_file)
+    assert (read.name, read.model.linear, read.data.files) == (text, text, text)
+    (tmp_path / "resolved.yaml").write_text(config.dump(read))
+    assert config.load_resolved(tmp_path / "resolved.yaml") == read
+
+
+@pytest.mark.parametrize("text", ["0010", "1_000", "12e4567", "3:1", "true", "on", ".5", "2026-11-28", "null"])
+def test_text_of_a_file_needs_no_quotes(recipe_file: Path, text: str) -> None:
+    recipe_file.write_text(f"name: {text}\nmodel: {{ratio: {text}}}\ndata:\n  files: {text}\n")
+    read = config.load(recipe_file)
+    assert (read.name, read.model.ratio, read.data.files) == (text, text, None if text == "null" else text)
+
+
+def test_quotes_hold_text(recipe_file: Path) -> None:
+    recipe = config.load(
+        recipe_file, ['data.files="*.txt"', "wandb.group='null'", "train.steps='08'", "data.test=null"]
+    )
+    assert (recipe.data.files, recipe.wandb.group, recipe.train.steps, recipe.data.test) == ("*.txt", "null", 8, None)
+
+
+def test_numbers_are_decimal(recipe_file: Path, tmp_path: Path) -> None:
+    """YAML 1.1 reads 0010 as 8 and 1:30 as 90."""
+    asked = ["train.steps=0010", "train.seed=1_000", "optim.lr=1e-3", "optim.betas=[0.8, .99]", "train.threads=null"]
+    recipe = config.load(recipe_file, asked)
+    assert (recipe.train.steps, recipe.train.seed, recipe.optim.lr, recipe.train.threads) == (10, 1000, 1e-3, None)
+    assert tuple(recipe.optim.betas) == (0.8, 0.99)
+    recipe_file.write_text("train: {steps: 0010, seed: 1_000}\noptim: {lr: 1e-3}\n")
+    recipe = config.load(recipe_file)
+    assert (recipe.train.steps, recipe.train.seed, recipe.optim.lr) == (10, 1000, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-3", 1e-3), ("-2.5", -2.5), ("1E5", 1e5), ("3", 3), ("-0", 0), (".inf", float("inf")), ("Yes", True),
+        ("off", False), ("~", None), ("[1, a, 0.5]", [1, "a", 0.5]), ("{a: {b: null}}", {"a": {"b": None}}),
+        ("010", "010"), ("3:1", "3:1"), ("2026-11-28", "2026-11-28"), ("'1'", "1"), ("LN", "LN"), ("1_0", "1_0"),
+    ],
+)  # fmt: skip
+def test_a_key_of_any_type_gets_what_yaml_means(recipe_file: Path, text: str, value: object) -> None:
+    typed = config.load(recipe_file, [f"model.pattern={text}"]).model.pattern
+    assert typed == value and type(typed) is type(value)
+    recipe_file.write_text(f"model: {{pattern: {text}}}\n")
+    assert config.load(recipe_file).model.pattern == value
+
+
+def test_options_of_mixers_have_the_types_of_their_mixer(recipe_file: Path) -> None:
+    options = ["hgrn2.lower_bound=0010", "sliding_window.window=0100", "gla.expand_k=1", "linear.normalize=no"]
+    typed = config.load(recipe_file, [f"model.mixers.{option}" for option in options]).model.mixers
+    recipe_file.write_text(
+        "model: {mixers: {hgrn2: {lower_bound: 0010}, sliding_window: {window: 0100}, gla: {expand_k: 1}, "
+        "linear: {normalize: no}}}"
+    )
+    assert (
+        typed
+        == config.load(recipe_file).model.mixers
+        == {
+            "hgrn2": {"lower_bound": "0010"},
+            "sliding_window": {"window": 100},
+            "gla": {"expand_k": 1.0},
+            "linear": {"normalize": False},
+        }
+    )
+    wrong = config.load(ROOT / "recipes/quickstart.yaml", ["model.mixers.gla.expand_k=1:3"])
+    with pytest.raises(RecipeError, match="option 'expand_k' of mixer 'gla' is '1:3', a str; it must be a float"):
+        config.validate(wrong, 1)
+
+
+def test_secrets_of_the_environment_stay_there(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECRET", "hunter2")
+    strange = tmp_path / "${oc.env:SECRET}.yaml"
+    for file in (recipe_file, strange):
+        for text in ("wandb: {group: '${oc.env:SECRET}'}", "model: {pattern: ['${oc.env:SECRET}']}", "name: ${out}"):
+            file.write_text(text)
+            for read in (config.load, config.load_resolved):
+                with pytest.raises(RecipeError, match=r"holds \$\{...\}") as caught:
+                    read(file)
+                assert "hunter2" not in str(caught.value)
+    strange.write_text("")
+    with pytest.raises(RecipeError, match="write the value itself"):
+        config.load(strange)
+
+
+def test_names_fit_into_a_file_system(recipe_file: Path) -> None:
+    patterns = [f"model.pattern=[{', '.join(['gla'] * 100)}, {last}]" for last in ("softmax", "kda")]
+    names = [config.load(recipe_file, [pattern]).name for pattern in patterns]
+    assert names[0].startswith("mine-pattern-gla-gla-") and len(set(names)) == 2
+    assert all(len(name.encode()) <= 240 for name in names)
+    assert all(len(config.file_name("é" * n).encode()) <= 240 for n in range(118, 124))
+    assert config.file_name("a" * 240) == "a" * 240
+    quickstart = ROOT / "recipes/quickstart.yaml"
+    config.validate(config.load(quickstart, [patterns[0], "model.depth=101"]), 1)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
+        ("data: {files: *.txt}", ["mine.yaml: not valid YAML: ", "in line 1, column 1", "between quotes"]),
+        ("wandb:\n  project: a: b", ["mine.yaml: not valid YAML: ", "in line 2, column 13"]),
+        ("model: {depth: 4}\nmodel: {dim: 4}", ["not valid YAML: model again in line 2"]),
+        ("? [a]\n: 3", ["not valid YAML: a key that is no word"]),
+        ("a: 1\n---\nb: 2", ["not valid YAML: ", "in line 2"]),
+        ("a: \x00", ["not valid YAML: "]),
         ("train: {stpes: 3}", ["mine.yaml", "unknown key 'train.stpes'", "'train.steps'"]),
         ("train: 3", ["mine.yaml", "train=3"]),
         ("train: [", ["mine.yaml", "not valid YAML"]),
@@ -112,6 +251,7 @@ def test_files_that_cannot_be_read(recipe_file: Path, text: str, words: list[str
     with pytest.raises(RecipeError) as caught:
         config.load(recipe_file)
     assert all(word in str(caught.value) for word in words), caught.value
+    assert "\n" not in str(caught.value)
 
 
 def test_a_link_needs_latency_and_bandwidth(recipe_file: Path) -> None:
@@ -126,7 +266,8 @@ def test_a_missing_file(tmp_path: Path) -> None:
 
 # Overrides of the quickstart, the number of processes, and what the error must say.
 IMPOSSIBLE = [
-    ("model.ratio=1/3", 1, ["ratio 1/3", "does not tile a depth of 8", "depth to 6 or 9"]),
+    ("model.ratio=1/3", 1, ["ratio 1/3", "does not tile a depth of 8", "is 3/8, or set depth to 6 or 9"]),
+    ("model.ratio=3:1", 1, ["ratio '3:1' is not a fraction", "1/4"]),
     ("model.pattern=LLLX", 1, ["pattern 'LLLX'", "L (linear) and N (softmax)"]),
     ("model.linear=mamba", 1, ["linear mixer 'mamba'", "known: "]),
     ("model.heads=5", 1, ["model", "5 heads"]),
@@ -163,6 +304,13 @@ IMPOSSIBLE = [
     ("train.recompute_blocks=NL", 1, ["train.recompute_blocks=NL", "L, N", "null"]),
     ("train.recompute_blocks=[true]", 1, ["train.recompute_blocks=[True]", "block numbers"]),
     ("name=../elsewhere", 1, ["name='../elsewhere'", "relative path"]),
+    ("name=x/" + "a" * 241, 1, ["name=x/aaa", "a part of 241 bytes", "240"]),
+    ("out=" + "é" * 150, 1, ["out=ééé", "a part of 300 bytes", "240"]),
+    ("train.seed=20261128101500", 1, ["train.seed=20261128101500", "between 0 and 10,000,000,000,000"]),
+    ("train.seed=-1", 1, ["train.seed=-1", "between 0 and 10,000,000,000,000"]),
+    ("wandb.project=a/b", 1, ["wandb.project='a/b'", "none of / \\ # ? % :"]),
+    ("wandb.project=a: b", 1, ["wandb.project='a: b'", "none of"]),
+    ("wandb.project=" + "a" * 129, 1, ["wandb.project=", "1 to 128 letters"]),
 ]
 
 
@@ -183,6 +331,22 @@ def test_the_recipes_that_come_along_are_possible() -> None:
     assert recipe.model.depth == 8
     for world in (1, 2, 4):
         config.validate(recipe, world)
+
+
+def test_the_largest_seed_is_one_that_torch_takes() -> None:
+    config.validate(config.load(ROOT / "recipes/quickstart.yaml", [f"train.seed={config.SEEDS}"]), 1)
+    torch.Generator().manual_seed(config.SEEDS * 1_000_003 + 100_000)  # what recipes/train.py makes of it on a rank
+
+
+@pytest.mark.parametrize("text", ["", "two", "0", "-1", "1.0", "1e9", "9" * 30])
+def test_a_number_of_processes_that_is_none(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("WORLD_SIZE", text)
+    with pytest.raises(RecipeError, match=f"the environment has WORLD_SIZE='{text}', which must be a number of proc"):
+        config.processes()
+    monkeypatch.delenv("WORLD_SIZE")
+    assert config.processes() == 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "12")
+    assert config.processes("LOCAL_WORLD_SIZE") == 12
 
 
 def test_the_mesh_takes_what_dp_leaves() -> None:
@@ -276,5 +440,8 @@ def test_a_backend_that_a_block_has(backend: str, pattern: str) -> None:
 def test_difference_names_what_changes_the_weights() -> None:
     old = Recipe()
     assert config.difference(old, replace(old, name="x", parallel=config.ParallelConfig(dp=2))) == []
+    moved = replace(old, data=config.DataConfig(files="there", validation="v", test="t"))
+    assert config.difference(old, moved) == [], "whether it is the same text is seen by its fingerprint"
+    assert config.difference(old, replace(old, data=config.DataConfig(pack=True))) == ["data.pack (False -> True)"]
     new = replace(old, train=config.TrainConfig(seed=3), model=config.ModelConfig(ratio="1/8"))
     assert config.difference(old, new) == ["model.ratio (1/4 -> 1/8)", "train.seed (0 -> 3)"]

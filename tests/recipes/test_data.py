@@ -11,7 +11,7 @@ import torch
 
 from recipes import data
 from recipes.config import DataConfig, RecipeError
-from recipes.split import Piece
+from recipes.split import Piece, Split
 from tests.recipes.conftest import write_texts
 
 
@@ -54,11 +54,14 @@ def test_reading_takes_no_second_copy(tmp_path: Path) -> None:
     assert peak < size / 4
 
 
-def test_a_file_that_shrinks_is_named(tmp_path: Path) -> None:
-    pieces = [Piece(name="a", path=tmp_path / "a", start=1, end=9)]
+def test_a_file_that_shrinks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a").write_bytes(b"12345")
-    with pytest.raises(OSError, match="a has become shorter"):
-        data._read(pieces)
+    pieces = (Piece(name="a", path=tmp_path / "a", start=1, end=9),)
+    monkeypatch.setattr(
+        data, "split_files", lambda *_: Split(train=pieces, validation=pieces, test=(), files=1, rule="")
+    )
+    with pytest.raises(RecipeError, match=r"data.files: cannot be read \(.*a has become shorter"):
+        data.read_corpus(DataConfig(files="a", length=8))
 
 
 def test_the_same_text_in_any_place_is_the_same_corpus_and_another_is_not(

@@ -116,7 +116,7 @@ def test_the_hybrid_ratio_ablation_is_eleven_runs_in_one_wandb_group(monkeypatch
 def test_cells_without_a_linear_block_are_one_run(place: Path) -> None:
     _, cells = planned(place)
     assert [cell.name for cell in cells] == NAMES
-    assert cells[-1].covers == tuple({"model.ratio": 1, "model.linear": kind} for kind in ("lightning", "gla"))
+    assert cells[-1].covers == tuple({"model.ratio": "1", "model.linear": kind} for kind in ("lightning", "gla"))
     assert cells[-1].folder == Path("runs/trial/ratio-1")
 
 
@@ -131,7 +131,7 @@ def test_cells_are_merged_by_what_they_resolve_to(place: Path) -> None:
 def test_cells_that_differ_in_the_rest_of_the_recipe_stay_apart(place: Path) -> None:
     write(place, "axes:\n  model.linear: [lightning, gla]\n  optim.lr: [1e-3, 2e-3]\nset: {model.ratio: 1}\n")
     _, cells = planned(place)
-    assert [cell.name for cell in cells] == ["lr-0-001", "lr-0-002"]
+    assert [cell.name for cell in cells] == ["lr-1e-3", "lr-2e-3"]
     assert [cell.recipe.optim.lr for cell in cells] == [1e-3, 2e-3]
 
 
@@ -195,14 +195,51 @@ def test_overrides_reach_every_run(place: Path) -> None:
         ("axes: {model.ratio: [1/2]}\n", "data.length=3", "cell ratio-1-2 .*data.length=3"),
         (AXES + "seeds: {cell: {model.ratio: 1/2}, values: [1]}\n", "nproc=1", "names 2 cells"),
         (AXES + "seeds: {cell: {model.ratio: 1/8}, values: [1]}\n", "nproc=1", "names 0 cells"),
+        ("axes: {model.ratio: [1/4\n", "nproc=1", r"trial.yaml: not valid YAML: .* in line 4"),
+        (AXES + "set: {data.files: *.txt}\n", "nproc=1", r"trial.yaml: not valid YAML: .* in line 6, .*quotes"),
+        (AXES + "set: {wandb.project: 'a: b'}\n", "nproc=1", r"cell ratio-1-2_linear-lightning .*wandb.project='a: b'"),
+        (AXES + "set: {model.pattern: '[LN'}\n", "nproc=1", r"cell ratio-1-2_linear-lightning .*is not valid YAML"),
+        (AXES + "set: {out: '${oc.env:HOME}'}\n", "nproc=1", r"holds \$\{\.\.\.\}"),
+        (AXES, "name=${oc.env:HOME}", r"holds \$\{\.\.\.\}"),
+        (AXES, "out=${oc.env:HOME}", r"holds \$\{\.\.\.\}"),
+        ("axes: {model.pattern: ['${oc.env:HOME}']}\n", "nproc=1", r"holds \$\{\.\.\.\}"),
+        (AXES, "name=", "nothing behind the ="),
+        (AXES, "train.steps=", "nothing behind the ="),
     ],
 )
 def test_a_faulty_sweep_says_what_to_change(place: Path, text: str, override: str, message: str) -> None:
     write(place, text)
     words = ["nproc=2", override]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         planned(place, *words)
+    assert "\n" not in str(caught.value)
     assert not (place / "runs").exists()
+
+
+def test_values_are_what_was_written(place: Path) -> None:
+    """A sweep's values get their type from the recipe's key: a name of digits stays what it is, a number is decimal."""
+    (place / "trial.yaml").write_text(
+        "name: 0012\nbase: base.yaml\n"
+        "axes: {data.files: [0010, '*.txt', true, 1e5], parallel.overlap: [true, [softmax]], train.steps: [010]}\n"
+        "set: {model.mixers: {gla: {expand_k: 1}}, model.ratio: 0.50, train.threads: null}\n"
+        "seeds: {cell: {data.files: 0010, parallel.overlap: true}, values: [007]}\n"
+    )
+    loaded, cells = planned(place)
+    assert loaded.name == "0012" and cells[0].folder == Path("runs/0012/files-0010_overlap-true_steps-010")
+    assert [cell.recipe.data.files for cell in cells[:-1:2]] == ["0010", "*.txt", "true", "1e5"]
+    assert [cell.recipe.parallel.overlap for cell in cells[:2]] == [True, ["softmax"]]
+    assert {cell.recipe.train.steps for cell in cells} == {10}
+    assert cells[0].recipe.model.mixers == {"gla": {"expand_k": 1.0}} and cells[0].recipe.model.ratio == "0.50"
+    written = sweep.load(place / "trial.yaml", ["name=0010", "nproc=02", "model.linear=0010", "data.test=*.txt"])
+    assert (written.name, written.nproc) == ("0010", 2)
+    assert (written.set["model.linear"], written.set["data.test"]) == ("0010", "*.txt")
+
+
+def test_cells_of_long_values_have_names_that_fit(place: Path) -> None:
+    mixers = ", ".join(["gla"] * 99)
+    write(place, f"axes:\n  model.pattern: [[{mixers}, gla], [{mixers}, softmax]]\nset: {{model.depth: 100}}\n")
+    _, cells = planned(place)
+    assert len({cell.name for cell in cells}) == 2 and all(len(cell.name) <= 240 for cell in cells)
 
 
 def test_a_missing_file_and_a_missing_base(place: Path) -> None:
