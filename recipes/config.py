@@ -24,7 +24,7 @@ from hybrid_sp.collectives import Group, Link
 from hybrid_sp.heads import FORMS
 from hybrid_sp.mesh import CHECKS, KINDS
 from layers.spec import ModelConfig, block_specs, expand_pattern, model_facts, pattern_letters
-from recipes.settings import RecipeError, override, read, refuse_text, split, typed
+from recipes.settings import RecipeError, key_and_text, override, read, refuse_text, typed
 
 NAME_BYTES = 240  # what a file name may have (255), less what is appended when a folder is moved aside
 SEEDS = 10**13  # the largest one: torch takes 64 bits, and each rank makes its own of it
@@ -110,7 +110,7 @@ class Recipe:
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
 
-# Keys that say where the text lies. Whether it is the same text is seen by the fingerprint of the corpus.
+# Keys that say where the text lies. Whether it is the same text is seen by its fingerprint when a run is resumed.
 TEXT_KEYS = ("data.files", "data.validation", "data.test")
 # Keys that leave the trained weights as they are (up to rounding): they may differ when a run is resumed.
 FREE_KEYS = (
@@ -138,7 +138,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         merged = _merge(merged, layer, source)
     for argument in overrides:
         merged = _merge(merged, override(argument, Recipe), f"argument {argument!r}")
-    values = dict(map(split, overrides))
+    values = dict(map(key_and_text, overrides))
     if "name" not in values:
         name = "-".join([merged.name, *_changes(values)])
         merged = _merge(merged, {"name": file_name(name)}, str(path))
@@ -418,7 +418,7 @@ def _layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict[st
 def _merge(merged: DictConfig, layer: dict[str, Any], source: str) -> DictConfig:
     """Merges at once, which is fast, or else key by key, so that every error can say which key it is about."""
     refuse_text(layer, source)
-    with suppress(OmegaConfBaseException):
+    with suppress(OmegaConfBaseException, TypeError):  # the latter for a mapping where a list belongs
         return OmegaConf.merge(merged, layer)  # type: ignore[return-value]
     for key, value in _leaves(layer):
         section, _, leaf = key.partition(".")
@@ -428,7 +428,7 @@ def _merge(merged: DictConfig, layer: dict[str, Any], source: str) -> DictConfig
             if _nearest(key) == key:  # the fault is in the value, which has keys of its own
                 raise RecipeError(f"{source}: {key}={value!r}: {str(error).splitlines()[0]}") from error
             raise RecipeError(f"{source}: unknown key {key!r}; the nearest is {_nearest(key)!r}") from error
-        except OmegaConfBaseException as error:
+        except (OmegaConfBaseException, TypeError) as error:
             raise RecipeError(f"{source}: {key}={value!r}: {str(error).splitlines()[0]}") from error
     return merged
 

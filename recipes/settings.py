@@ -69,8 +69,8 @@ def read(path: Path) -> yaml.MappingNode:
     return node
 
 
-def split(argument: str) -> tuple[str, str]:
-    """Key and text of a ``key=value`` argument."""
+def key_and_text(argument: str) -> tuple[str, str]:
+    """The two sides of a ``key=value`` argument."""
     key, equals, text = argument.partition("=")
     if not key or not equals:
         raise RecipeError(f"argument {argument!r} is not of the form key=value, such as train.steps=20")
@@ -81,7 +81,7 @@ def split(argument: str) -> tuple[str, str]:
 
 def override(argument: str, schema: type) -> dict[str, Any]:
     """The value of a ``key=value`` argument, typed by the schema, under its key: {train: {steps: 20}}."""
-    key, text = split(argument)
+    key, text = key_and_text(argument)
     names = key.split(".")
     kind = reduce(_inside, names, schema)
     quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
@@ -121,7 +121,7 @@ def typed(node: yaml.Node, kind: Any) -> Any:
 
 
 def refuse_text(values: Any, source: str) -> None:
-    """Raises RecipeError for text that no recipe may hold: ``${...}``, which OmegaConf resolves, and what no file can.
+    """Raises RecipeError for text that no recipe may hold: what means something to OmegaConf, and what is not UTF-8.
 
     A recipe that reads the environment could carry a secret into the run folder and from there into a report.
     """
@@ -131,6 +131,8 @@ def refuse_text(values: Any, source: str) -> None:
                 f"{source}: {values!r} holds ${{...}}, which is not resolved here, for secrets must not reach a run "
                 "folder; write the value itself"
             )
+        if values.lstrip("\\") == "???":
+            raise RecipeError(f"{source}: {values!r} stands for a missing value; write the value itself")
         with suppress(UnicodeEncodeError):
             values.encode()
             return

@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from layers.spec import block_specs, expand_pattern
 from recipes import config, lock, record
-from recipes.settings import Written, override, read, refuse_text, split, typed
+from recipes.settings import Written, key_and_text, override, read, refuse_text, typed
 
 PLAN = "sweep.json"
 LOG = "train.log"
@@ -115,7 +115,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
 
 
 def _override(argument: str) -> dict[str, Any]:
-    key, text = split(argument)
+    key, text = key_and_text(argument)
     return override(argument, Sweep) if key in OWN_KEYS else {"set": {key: text}}
 
 

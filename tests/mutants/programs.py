@@ -10,6 +10,8 @@ STRATEGY = "tests/recipes/test_strategy.py"
 RECORD = "tests/recipes/test_record.py"
 SWEEP = "tests/recipes/test_sweep.py"
 TRACKER = "tests/recipes/test_tracker.py"
+CONFIG = "tests/recipes/test_config.py"
+SPLIT = "tests/recipes/test_split.py"
 
 PROGRAM_MUTANTS = [
     Mutant(
@@ -171,5 +173,89 @@ PROGRAM_MUTANTS = [
         old="            lock.set_aside(cell.folder).close()\n",
         new="            pass\n",
         test=f"{SWEEP}::test_a_cell_that_fails_again_under_resume_never_keeps_its_log",
+    ),
+    Mutant(
+        name="names of files are not believed",
+        file="recipes/split.py",
+        old='said[_said(piece.name) or "train"].append(piece)',
+        new='said["train"].append(piece)',
+        test=f"{SPLIT}::test_names_are_believed",
+    ),
+    Mutant(
+        name="a word within a longer one is believed",
+        file="recipes/split.py",
+        old='r"[^\\W\\d_]+"',
+        new='r"train|valid|val|dev|test"',
+        test=f"{SPLIT}::test_a_name_is_believed_by_whole_words_and_the_nearest_place[nothing-contest.txt]",
+    ),
+    Mutant(
+        name="what the names call test is trained on beside data.validation",
+        file="recipes/split.py",
+        old='    train = said.pop("train")\n',
+        new='    train = [*said.pop("train"), *(said["test"] if validation else ())]\n',
+        test=f"{SPLIT}::test_keys_come_before_names",
+    ),
+    Mutant(
+        name="shares of files instead of bytes",
+        file="recipes/split.py",
+        old="        if len(last) - missing > due // 2:\n",
+        new="        if len(pieces) == 1:\n",
+        test=f"{SPLIT}::test_shares_are_of_bytes_wherever_the_text_lies[one is huge]",
+    ),
+    Mutant(
+        name="files are shared out by where they lie",
+        file="recipes/split.py",
+        old="    train.sort(key=lambda piece: (_hash(piece.name), piece.name))\n",
+        new="    train.sort(key=lambda piece: _hash(str(piece.path)))\n",
+        test=f"{SPLIT}::test_shares_are_of_bytes_wherever_the_text_lies[thirty]",
+    ),
+    Mutant(
+        name="the standard library is split like other text",
+        file="recipes/split.py",
+        old="piece for piece in pieces if piece.name in held_out)",
+        new="piece for piece in pieces if piece.name in held_out or _said(piece.name))",
+        test=f"{SPLIT}::test_the_standard_library_keeps_its_rule",
+    ),
+    Mutant(
+        name="a file is copied while it is read",
+        file="recipes/data.py",
+        old="                if not (count := file.readinto(place)):\n",
+        new="                place[:] = (whole := file.read(len(place)))\n                if not (count := len(whole)):\n",
+        test="tests/recipes/test_data.py::test_reading_takes_no_second_copy",
+    ),
+    Mutant(
+        name="text read as YAML before its type is known",
+        file="recipes/settings.py",
+        old="        return node.value\n    meaning",
+        new="        pass\n    meaning",
+        test=f"{CONFIG}::test_text_is_what_was_typed[12e4567]",
+    ),
+    Mutant(
+        name="a leading zero makes an octal number",
+        file="recipes/settings.py",
+        old='("int", r"[-+]?(0|[1-9][0-9]{0,99})"',
+        new='("int", r"[-+]?[0-9]{1,99}"',
+        test=f"{CONFIG}::test_a_key_of_any_type_gets_what_yaml_means[010-010]",
+    ),
+    Mutant(
+        name="options of mixers without their mixer's types",
+        file="layers/spec.py",
+        old='metadata={"kind": lambda name: MIXERS.get(name, Any)}',
+        new="metadata={}",
+        test=f"{CONFIG}::test_options_of_mixers_have_the_types_of_their_mixer",
+    ),
+    Mutant(
+        name="secrets of the environment in the run folder",
+        file="recipes/settings.py",
+        old='if "${" in values:',
+        new='if "${" in values[:0]:',
+        test=f"{CONFIG}::test_secrets_of_the_environment_stay_there",
+    ),
+    Mutant(
+        name="long names cut to the same beginning",
+        file="recipes/config.py",
+        old="-{hashlib.sha256(whole).hexdigest()[:8]}",
+        new="",
+        test=f"{CONFIG}::test_names_fit_into_a_file_system",
     ),
 ]

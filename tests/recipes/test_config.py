@@ -104,6 +104,8 @@ def test_the_run_folder_and_the_resolved_recipe(recipe_file: Path, tmp_path: Pat
         ("optim.betas=[0.9, 0.99", ["is not valid YAML: "]),
         ("parallel.link={latency: 0", ["is not valid YAML: "]),
         ("flies=*.txt", ["unknown key 'flies'"]),
+        ("data.files=???", ["'???' stands for a missing value"]),
+        ("optim.betas.0=0.5", ["optim.betas={'0': 0.5}"]),
         ("data.files=${oc.env:HOME}", ["holds ${...}", "not resolved", "write the value itself"]),
         ("model.pattern=['${oc.env:HOME}']", ["holds ${...}"]),
         ("model.mixers.gla={'${oc.env:HOME}': 1}", ["holds ${...}"]),
