@@ -24,7 +24,7 @@ from .kernels.chunks import cut
 from .kernels.gpu import fla
 from .layout import Shard
 from .overlap import Call, finish, start
-from .public import compute_dtype, operator, require, require_recurrence, require_state, shard_of
+from .public import compute_dtype, floored, operator, require, require_recurrence, require_state, shard_of
 
 
 @operator
@@ -55,7 +55,8 @@ def delta_rule(
     v           [B,T,H,V], H a multiple of G; q, k and v share a dtype, and o has it
     beta        [B,T,H], any float dtype
     log_decay   natural logs, finite, at most 0: None (DeltaNet) | [B,T,H] (Gated DeltaNet) | [B,T,H,K] (KDA); any float
-                dtype
+                dtype. Those from -1e4 down to the smallest float leave nothing of a state, and cost other tokens
+                nothing (on fla's passes up to 1e-4)
     scale       None is K**-0.5
     shard       this rank's part of the sequence (`SequenceParallel.shard`), None for one device
     initial_state       state before the first token of the sequence [B,H,K,V], equal on all ranks. Each rank's gradient
@@ -65,13 +66,15 @@ def delta_rule(
 
     Returns o [B,T,H,V], or (o, final_state). Communicates one exchange each way (`SequenceParallel.linear`): as an
     all-gather K*V + K*K numbers per span, row of the batch and head forward, and K*V backward. Raises ValueError for
-    shapes and dtypes that do not fit, before any communication.
+    shapes and dtypes that do not fit and for a decay of -inf, before any communication. On CUDA, where the host does
+    not look at values, -inf is taken as the smallest float.
 
     Sources: the rule, arXiv 2102.11174, section 4.2; its chunkwise form, arXiv 2406.06484, section 3; decays, arXiv
     2412.06464 ([B,T,H]) and 2510.26692 ([B,T,H,K]); the exchange, LASP-2, arXiv 2502.07563, algorithms 2 and 4.
     """
     shard = shard_of(shard, q)
     _check(q, k, v, beta, log_decay, shard, initial_state)
+    log_decay = floored("delta_rule", log_decay, compute_dtype(q))
     backend = backend_of("delta_rule", backend, q, q.shape[3], v.shape[3])
     if backend == "fla":
         fla.passes()  # what it misses is said here

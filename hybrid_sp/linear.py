@@ -25,7 +25,7 @@ from .kernels.linear import Plan
 from .layout import Shard
 from .left_product import left_product
 from .overlap import Call, finish, start
-from .public import compute_dtype, operator, require, require_recurrence, require_state, shard_of
+from .public import compute_dtype, floored, operator, require, require_recurrence, require_state, shard_of
 
 State = Tensor | tuple[Tensor, Tensor]
 
@@ -62,7 +62,8 @@ def linear_attention(
 
     q, k        [B,T,G,K]; value head h reads key head h // (H // G)
     v           [B,T,H,V], H a multiple of G; q, k and v share a dtype, and o has it
-    log_decay   natural logs, finite, at most 0: None | [H] (fixed per head) | [B,T,H] | [B,T,H,K]; any float dtype
+    log_decay   natural logs, finite, at most 0: None | [H] (fixed per head) | [B,T,H] | [B,T,H,K]; any float dtype.
+                Those from -1e4 down to the smallest float leave nothing of a state, and cost other tokens nothing
     bonus       [H,K], any float dtype
     scale       None is K**-0.5
     shard       this rank's part of the sequence (`SequenceParallel.shard`), None for one device
@@ -73,13 +74,15 @@ def linear_attention(
 
     Returns o [B,T,H,V], or (o, final_state). Communicates one exchange each way (`SequenceParallel.linear`; of states
     without a mask always an all-gather), of a size that does not depend on T unless it is a baseline. Raises ValueError
-    for shapes and dtypes that do not fit, and for what a baseline cannot do, before any communication.
+    for shapes and dtypes that do not fit, for a decay of -inf and for what a baseline cannot do, before any
+    communication. On CUDA, where the host does not look at values, -inf is taken as the smallest float.
 
     Sources: LASP-2, arXiv 2502.07563, algorithms 1 to 4; decays as in arXiv 2307.08621 ([H]), 2405.21060 ([B,T,H]),
     2312.06635 ([B,T,H,K]); bonus, arXiv 2404.05892, equation 18.
     """
     shard = shard_of(shard, q)
     _check(q, k, v, log_decay, bonus, shard, causal, initial_state, return_final_state, normalize)
+    log_decay = floored("linear_attention", log_decay, compute_dtype(q))
     by_states = causal and shard.sp.linear != "ring_attention"
     only = "" if by_states else "has the causal form by states alone"
     backend = backend_of("linear_attention", backend, q, q.shape[3], v.shape[3], only_torch=only)

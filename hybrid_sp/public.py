@@ -16,6 +16,8 @@ from .mesh import SequenceParallel
 P = ParamSpec("P")
 R = TypeVar("R")
 
+FLOORS = {torch.float32: -104.0, torch.float64: -768.0}  # of log decays: exp is 0; every float dtype holds them
+
 
 def operator(function: Callable[P, R]) -> Callable[P, R]:
     """Run with autocast off and outside torch.compile's graph: one graph break, the order of collectives kept.
@@ -81,3 +83,19 @@ def shard_of(shard: Shard | None, x_BTHD: Tensor) -> Shard:
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Dtype of states, decays and sums: fp32, or fp64 for fp64."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def floored(name: str, log_decay: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Log decays, none below the floor of `dtype`, that of sums. What is cut off decays to exactly 0, with a gradient
+    of 0; and no sum grows so large that a difference of two loses what lies between them.
+
+    Raises ValueError for -inf on a CPU. Elsewhere the host must not wait for values, and -inf is floored too.
+    """
+    if log_decay is None:
+        return None
+    if log_decay.device.type == "cpu":
+        lowest = log_decay.detach().amin().item()
+        require(lowest != float("-inf"), name, "log_decay must be finite, got -inf; -1e4 decays to exactly 0 as well")
+        if lowest >= FLOORS[dtype]:
+            return log_decay  # as nearly always, without a copy
+    return log_decay.clamp(min=FLOORS[dtype])

@@ -20,9 +20,9 @@ document has begun), and S_in the state that enters the span:
     inter    o = scale * (o_intra + e (h_c + D_c S_in))
 
 Each phase is a pair of plain functions, `x_forward` and `x_backward`, that work through blocks of chunks with bounded
-temporaries. Decays g are natural logs, finite and at most 0. Only sums of g over runs of tokens are exponentiated, so
-no exponent is ever positive. Everything is in one dtype, fp32 or fp64. What belongs to chunks is kept as [N,BH,...],
-BH = B*H.
+temporaries. Decays g are natural logs, at most 0 and at least `public.FLOORS`. Only sums of g over runs of tokens are
+exponentiated, so no exponent is ever positive. Everything is in one dtype, fp32 or fp64. What belongs to chunks is kept
+as [N,BH,...], BH = B*H.
 
 Sources: WY form, DeltaNet (arXiv 2406.06484, section 3.2); with decays, Gated DeltaNet (arXiv 2412.06464, section 3.3)
 and Kimi Delta Attention (arXiv 2510.26692, section 3).

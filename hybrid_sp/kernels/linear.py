@@ -15,9 +15,9 @@ the sums in intra and P_t exclude g_t, and the token itself counts (u q_t . k_t)
 
 Each phase is a pair of plain functions, `x_forward` and `x_backward`, that work through blocks of chunks with bounded
 temporaries. `kept` is what one hands to the next beside tensors with a gradient. Decays g are natural logs, None |
-[B,T,H] | [B,T,H,K], finite and at most 0. Only sums of g over runs of tokens are exponentiated, so no exponent is ever
-positive. Everything is in one dtype, fp32 or fp64. This is the reference of `gpu/linear.py`, which has the same
-functions.
+[B,T,H] | [B,T,H,K], at most 0 and at least `public.FLOORS`. Only sums of g over runs of tokens are exponentiated, so no
+exponent is ever positive. Everything is in one dtype, fp32 or fp64. This is the reference of `gpu/linear.py`, which has
+the same functions.
 
 Sources: chunkwise form, GLA (arXiv 2312.06635, section 4) and Mamba-2 (arXiv 2405.21060, section 6).
 """

@@ -96,7 +96,7 @@ def between(g_NC: Tensor, exclusive: bool = False) -> Tensor:
     """sums[n, t, s] = g[n, s+1] + ... + g[n, t] for s <= t (exclusive: through t-1, for s < t), and -inf elsewhere.
 
     Running sums are kept in two parts, together as exact as fp64, so that their differences are exact in the dtype of g
-    also beside a decay of -1e4.
+    also beside decays at their floor.
     """
     through = g_NC.double().cumsum(1)
     until = F.pad(through[:, :-1], (1, 0)) if exclusive else through

@@ -23,10 +23,12 @@ LONG_DOCUMENTS = (0, 5, 100, 107)
 @dataclass(frozen=True)
 class Case:
     """One call of an operator: linear, delta, softmax, conv (of `width` taps) or shift. `decay` is None, "fixed",
-    "scalar" or "vector"; `documents` are packed."""
+    "scalar" or "vector"; `strong` is "" or says which decays leave nothing of a state: "some" (from -1e4 down to the
+    smallest float, beside others that keep nearly all) or "all"; `documents` are packed."""
 
     operator: str = "linear"
     decay: str | None = None
+    strong: str = ""
     groups: int = 4
     heads: int = 4
     bonus: bool = False
@@ -77,6 +79,13 @@ class Case:
         decays = {"fixed": (H,), "scalar": (B, L, H), "vector": (B, L, H, K)}
         if self.decay is not None:
             x["log_decay"] = -0.3 * normal(*decays[self.decay]).abs()
+            smallest = torch.finfo(torch.promote_types(dtype, torch.float32)).min
+            if self.strong == "some":
+                sizes = torch.tensor([-1e4, -1e9, -1e13, -1e30, smallest], dtype=torch.float64)
+                drawn = torch.randint(12, x["log_decay"].shape, generator=make)
+                x["log_decay"] = torch.where(drawn < 5, sizes[drawn % 5], x["log_decay"] * 0.1 ** (drawn % 3))
+            elif self.strong:
+                x["log_decay"].fill_(smallest)
         if self.bonus:
             x["bonus"] = normal(H, K).abs() if self.normalize else normal(H, K)
         if self.states:

@@ -18,8 +18,8 @@ and nobody reads a summary, phase 1 walks with V columns, phase 2 gives o, and p
 Units and layouts of fla 0.6: tensors contiguous, [B,T,H,D], or of all rows [1,B*T,H,D] with `cu_seqlens`; decays summed
 from the chunk's start in units of log2; gradients of the sums are for natural logs; h in the dtype of k, states that
 enter and leave fp32. `beta` may be fp32 beside bf16 or fp16. Chunks have 64 tokens. fla takes a decay between tokens
-as the difference of two sums: a log decay of -1e4 at one token costs the others of its chunk some 3e-4, which is less
-than bf16 rounds.
+as the difference of two sums in fp32. Floored decays keep these under 1e4: strong ones cost the others of their chunk
+1e-4 (measured, many of them), which is less than bf16 rounds.
 
 Sources: WY form, arXiv 2406.06484, section 3.2; with decays, arXiv 2412.06464, section 3.3, and 2510.26692, section 3.
 """

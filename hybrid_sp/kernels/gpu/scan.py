@@ -51,9 +51,10 @@ Decay = tuple[str, Tensor | None]
 
 @triton.jit
 def decays(p_g, o_c, m_t, stride, REVERSE: tl.constexpr):
-    """Of a chunk's log decays: the factors of reading and of writing the state, the whole decay, and the running sum in
-    two parts that are together exact, so that its differences are. Nothing is above 0 before it is exponentiated."""
-    b_g = tl.maximum(tl.load(p_g + o_c * stride, mask=m_t, other=0.0), -1e30).to(tl.float64)
+    """Of a chunk's log decays, none below its floor: the factors of reading and of writing the state, the whole decay,
+    and the running sum in two parts that are together exact, so that its differences are. Nothing is above 0 before it
+    is exponentiated."""
+    b_g = tl.load(p_g + o_c * stride, mask=m_t, other=0.0).to(tl.float64)
     b_sum = tl.cumsum(b_g, 0)
     whole = tl.sum(b_g, 0)
     b_high = b_sum.to(tl.float32)

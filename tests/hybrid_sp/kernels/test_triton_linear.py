@@ -35,6 +35,8 @@ NAMED = {
     "bonus": Case(heads=2, groups=2, documents=SHORT, decay="vector", bonus=True),
     "bonus, normalized": Case(heads=2, groups=1, bonus=True, normalize=True),
     "bonus, scalar": Case(heads=2, groups=2, decay="scalar", bonus=True),
+    "scalar, strong": Case(heads=2, groups=2, states=True, decay="scalar", strong="some", layout="zigzag"),
+    "vector, strong": Case(heads=2, groups=1, documents=LONG, states=True, decay="vector", strong="some"),
 }
 CASES = {name: replace(case, backend="triton", length=LENGTH) for name, case in NAMED.items()}
 SLOW = ("bonus", "bonus, scalar")
