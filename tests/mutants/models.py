@@ -91,8 +91,8 @@ MODEL_MUTANTS = [
     Mutant(
         name="runs that were moved aside are strays",
         file="analysis/runs.py",
-        old="not in {*planned, *present} - {name}]",
-        new='!= ""]',
+        old="if not is_aside(child.name)]",
+        new="if child.name]",
         test=f"{RUNS}::test_runs_that_were_moved_aside_are_no_runs_of_the_folder",
     ),
     Mutant(

@@ -220,7 +220,7 @@ PROGRAM_MUTANTS = [
         name="a file is copied while it is read",
         file="recipes/data.py",
         old="                if not (count := file.readinto(place)):\n",
-        new="                place[:] = (whole := file.read(len(place)))\n                if not (count := len(whole)):\n",
+        new="                place[:] = (part := file.read(len(place)))\n                if not (count := len(part)):\n",
         test="tests/recipes/test_data.py::test_reading_takes_no_second_copy",
     ),
     Mutant(
