@@ -21,9 +21,15 @@ def sum_gradients(parameters: Iterable[Tensor], group: Group, tokens: int) -> in
     tokens      valid tokens whose losses this rank has summed, also over accumulated batches; may be 0
 
     Returns the number of valid tokens of all ranks. Sums are in the gradients' dtype, at least fp32. Raises ValueError
-    if no rank has a valid token. There is no mean of means: ranks with unequal counts weigh by their tokens.
+    if no rank has a valid token, and for parameters that FSDP2 has sharded. There is no mean of means: ranks with
+    unequal counts weigh by their tokens.
     """
     parameters = [p for p in parameters if p.requires_grad]
+    if any(hasattr(p, "full_tensor") for p in parameters):
+        raise ValueError(
+            "sum_gradients: the parameters are DTensors, whose gradients FSDP2 sums over ranks itself: call "
+            "set_gradient_divide_factor(1.0) on the modules, and divide each p.grad by the tokens of all ranks"
+        )
     for p in parameters:
         if p.grad is None:
             p.grad = torch.zeros_like(p)

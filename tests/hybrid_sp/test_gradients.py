@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.tensor import distribute_tensor
 
 import hybrid_sp as hsp
 from hybrid_sp import collectives
@@ -36,3 +37,14 @@ def test_the_sum_over_ranks_is_divided_by_all_tokens(dtype: torch.dtype) -> None
 def test_no_valid_token_anywhere_is_an_error() -> None:
     with pytest.raises(ValueError, match="no rank has a valid token"):
         hsp.sum_gradients([torch.nn.Parameter(torch.ones(2))], None, 0)
+
+
+def sharded(group: Any) -> None:
+    mesh = hsp.init_mesh()
+    weight = torch.nn.Parameter(distribute_tensor(torch.ones(4), mesh["dp"]))
+    with pytest.raises(ValueError, match="DTensors, whose gradients FSDP2 sums.*set_gradient_divide_factor"):
+        hsp.sum_gradients([weight], group, 1)
+
+
+def test_sharded_parameters_are_refused_with_what_to_do() -> None:
+    run_ranks(sharded, 1)
