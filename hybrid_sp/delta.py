@@ -57,7 +57,7 @@ def delta_rule(
     log_decay   natural logs, finite, at most 0: None (DeltaNet) | [B,T,H] (Gated DeltaNet) | [B,T,H,K] (KDA); any float
                 dtype. Those from -1e4 down to the smallest float leave nothing of a state, and cost other tokens
                 nothing (on fla's passes up to 1e-4)
-    scale       None is K**-0.5
+    scale       a number, no tensor (its gradient would be lost); None is K**-0.5
     shard       this rank's part of the sequence (`SequenceParallel.shard`), None for one device
     initial_state       state before the first token of the sequence [B,H,K,V], equal on all ranks. Each rank's gradient
                         is its contribution: their sum is the gradient

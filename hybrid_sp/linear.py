@@ -65,7 +65,7 @@ def linear_attention(
     log_decay   natural logs, finite, at most 0: None | [H] (fixed per head) | [B,T,H] | [B,T,H,K]; any float dtype.
                 Those from -1e4 down to the smallest float leave nothing of a state, and cost other tokens nothing
     bonus       [H,K], any float dtype
-    scale       None is K**-0.5
+    scale       a number, no tensor (its gradient would be lost); None is K**-0.5
     shard       this rank's part of the sequence (`SequenceParallel.shard`), None for one device
     initial_state       state before the first token of the sequence [B,H,K,V], with normalize (S, z [B,H,K]); equal on
                         all ranks. Each rank's gradient is its contribution: their sum is the gradient

@@ -54,7 +54,7 @@ def softmax_attention(
     k, v    [B,T,Hkv,D], Hq a multiple of Hkv; query head h reads key head h // (Hq // Hkv). K and V travel before heads
             are repeated
     window  number of tokens that a token sees, itself included; needs causal. None sees all
-    scale   None is D**-0.5
+    scale   a number, no tensor (its gradient would be lost); None is D**-0.5
     shard   this rank's part of the sequence, None for one device, where with causal=False k and v may have a length of
             their own
     backend "torch" on CUDA is torch's flash kernel for bf16 and fp16, its memory-efficient one for fp32; "flash_attn"
