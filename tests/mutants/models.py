@@ -72,7 +72,7 @@ MODEL_MUTANTS = [
         file="recipes/checkpoint.py",
         old="        return self.metadata\n",
         new="        return super().read_metadata(*_, **__)\n",
-        test=f"{STRANGER}[code_within_metadata]",
+        test="tests/recipes/test_checkpoint.py::test_metadata_is_read_by_this_program_alone",
     ),
     Mutant(
         name="files of other folders",

@@ -334,6 +334,16 @@ def test_a_checkpoint_of_a_stranger_runs_nothing(
         assert str(path) in str(error) and len(str(error).splitlines()) == 1
 
 
+def test_metadata_is_read_by_this_program_alone(tmp_path: Path) -> None:
+    """Sound metadata that torch cannot read under Python 3.12 and older, where it would turn to a rank's own."""
+    path, weights = one_matrix(tmp_path / "checkpoints")
+    newer = pickle.dumps(metadata_of(path), protocol=2).replace(b"cpathlib\n", b"cpathlib._local\n")
+    (path / ".metadata").write_bytes(newer)
+    metadata_is(path, Code(tmp_path / "it ran"), "__0.metadata")
+    checkpoint.load(path, {"model": weights, "rng": {}}, None)
+    assert weights["weight"].all() and not (tmp_path / "it ran").exists()
+
+
 def test_the_code_of_these_tests_would_run(tmp_path: Path) -> None:
     pickle.loads(pickle.dumps(Code(tmp_path / "it ran")))
     assert (tmp_path / "it ran").exists()
