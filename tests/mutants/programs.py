@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.mutants.mutant import Mutant
 
 TIMELINE = "tests/hybrid_sp/test_timeline.py"
+RANKS = "tests/support/test_ranks.py"
 RECOMPUTE = "tests/layers/test_recompute.py"
 STRATEGY = "tests/recipes/test_strategy.py"
 RECORD = "tests/recipes/test_record.py"
@@ -257,5 +258,19 @@ PROGRAM_MUTANTS = [
         old="-{hashlib.sha256(whole).hexdigest()[:8]}",
         new="",
         test=f"{CONFIG}::test_names_fit_into_a_file_system",
+    ),
+    Mutant(
+        name="a deadline that begins before the ranks",
+        file="tests/support/ranks.py",
+        old="ends, entered = time.monotonic() + START_SECONDS, 0",
+        new="ends, entered = time.monotonic() + deadline, 0",
+        test=f"{RANKS}::test_the_deadline_begins_when_every_rank_has_come",
+    ),
+    Mutant(
+        name="a death counted from when it is noticed",
+        file="tests/support/ranks.py",
+        old="return 0.0, exit_words(worker)",
+        new="return time.monotonic(), exit_words(worker)",
+        test=f"{RANKS}::test_a_death_comes_first_although_it_is_noticed_last",
     ),
 ]
