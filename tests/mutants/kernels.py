@@ -13,6 +13,7 @@ TWO_SPANS = f"{FLA}::test_agrees_with_the_token_loop[half, two spans]"
 FLASH = f"{KERNELS}/test_flash.py"
 SOFTMAX = f"{KERNELS}/test_softmax_kernels.py"
 BACKENDS = "tests/hybrid_sp/test_backends.py"
+STRONG = "tests/hybrid_sp/test_strong_decays.py"
 
 KERNEL_MUTANTS = [
     # The scan over chunks.
@@ -255,6 +256,49 @@ KERNEL_MUTANTS = [
         old="        sums += _dot(ones, rest - part, tl.bfloat16)\n",
         new="        pass\n",
         test=f"{GATES}::test_strong_decays_cost_the_others_nothing[small-plain]",
+    ),
+    # Strong decays.
+    Mutant(
+        name="floor: of log decays, left out",
+        file="hybrid_sp/public.py",
+        old="return log_decay.clamp(min=FLOORS[dtype])",
+        new="return log_decay",
+        test=f"{STRONG}::test_what_follows_a_mask_decays_as_it_says[scalar--1e+30]",
+    ),
+    Mutant(
+        name="floor: fp64 decays floored where fp32 decays to zero",
+        file="hybrid_sp/public.py",
+        old="torch.float64: -768.0",
+        new="torch.float64: -104.0",
+        test=f"{STRONG}::test_a_floor_decays_to_zero_and_is_a_number_of_every_dtype[torch.float64]",
+    ),
+    Mutant(
+        name="floor: minus infinity taken",
+        file="hybrid_sp/public.py",
+        old='lowest != float("-inf")',
+        new="True",
+        test=f"{STRONG}::test_minus_infinity_is_refused[(1, 6, 2, 4)]",
+    ),
+    Mutant(
+        name="floor: values looked at on a device",
+        file="hybrid_sp/public.py",
+        old='if log_decay.device.type == "cpu":',
+        new="if True:",
+        test=f"{STRONG}::test_no_value_is_looked_at_on_a_device",
+    ),
+    Mutant(
+        name="floor: not of the delta rule",
+        file="hybrid_sp/delta.py",
+        old='    log_decay = floored("delta_rule", log_decay, compute_dtype(q))\n',
+        new="",
+        test=f"{STRONG}::test_whole_chunks_agree_with_the_token_loop[64-delta-scalar]",
+    ),
+    Mutant(
+        name="floor: not of linear attention",
+        file="hybrid_sp/linear.py",
+        old='    log_decay = floored("linear_attention", log_decay, compute_dtype(q))\n',
+        new="",
+        test=f"{STRONG}::test_minus_infinity_is_refused_before_any_communication",
     ),
     # The passes of fla-core.
     Mutant(
