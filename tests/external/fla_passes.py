@@ -67,7 +67,7 @@ def cases(world: int) -> list[Named]:
             ("kda alone, documents", replace(kda, documents=(0, 1, 2, 35, 40), length=40), 32),
             ("kda alone, states", replace(kda, length=36, groups=2, states=True), 32),
             ("strong, gated", replace(gated, length=40, groups=2, states=True, strong="some"), 32),
-            ("strong, kda", replace(kda, length=24, heads=1, states=True, strong="some"), 16),
+            ("strong, kda", replace(kda, length=24, heads=1, states=True, strong="some"), 32),
             ("half", half, 32),
             ("half, two spans", replace(half, layout="zigzag"), 32),  # the same arithmetic as on two ranks
         ],
