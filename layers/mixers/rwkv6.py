@@ -156,4 +156,5 @@ class RWKV6Mixer(nn.Module):
         """[B,T,H*K], below 0, at least fp32."""
         wide = torch.promote_types(x_BTD.dtype, torch.float32)
         told_BTD = torch.tanh(x_BTD @ self.decay_down) @ self.decay_up
-        return -torch.exp(self.decay.to(wide) + told_BTD.to(wide))
+        logit_BTD = self.decay.to(wide) + told_BTD.to(wide)
+        return -torch.exp(logit_BTD.clamp(max=50.0))  # a decay of 0 already, and no infinity

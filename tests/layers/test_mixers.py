@@ -204,3 +204,16 @@ def test_forget_gates_of_hgrn2_at_their_ends(lower_bound: str, layer: int) -> No
     (inputs.log_decay.sum() + inputs.k.sum()).backward()
     assert x.grad.isfinite().all()
     assert all(weight.grad.isfinite().all() for weight in rule.parameters())
+
+
+@pytest.mark.parametrize("logit", [89.0, 1e6])
+def test_decays_of_rwkv6_at_their_end_are_zero_and_finite(logit: float) -> None:
+    """exp of the logit is infinite in fp32; its decay has long been 0, and so has its gradient."""
+    mixer = mixer_spec("rwkv6").build(PLACE)
+    with torch.no_grad():
+        mixer.decay.fill_(logit)
+    x = torch.randn(2, 20, PLACE.dim, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    y, _ = mixer(x)
+    y.sum().backward()
+    assert y.isfinite().all() and x.grad.isfinite().all()
+    assert mixer.decay.grad is not None and not mixer.decay.grad.any()
