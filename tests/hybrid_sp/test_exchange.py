@@ -402,9 +402,12 @@ def test_a_pipeline_has_no_more_blocks_than_a_state_has_value_channels() -> None
 
 
 def of_two_minds(group: Any) -> str:
-    name = "ring" if collectives.rank(group) else "all_gather"
+    """Every rank has both shards, and uses another one."""
+    sps = [hsp.SequenceParallel(group, linear=name, check="calls") for name in ("all_gather", "ring")]
+    shard = [sp.shard(24) for sp in sps][collectives.rank(group)]
+    x = torch.ones(1, shard.tokens, 2, 4)
     with pytest.raises(RuntimeError) as caught:
-        measured(Case(linear=name), group)
+        hsp.linear_attention(x, x, x, shard=shard)
     return str(caught.value)
 
 

@@ -26,11 +26,12 @@ from recipes.bench.device import Budget, Ceilings, Stopwatch
 from recipes.bench.measure import QUICK, Claim
 from recipes.bench.strategies import LINEAR, SOFTMAX
 from tests.support.packages import require_installed
+from tests.support.tiers import tiered
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("peers", [[], ["fla", "triton"]], ids=["with fla-core", "without fla-core"])
+@pytest.mark.parametrize("peers", tiered([["fla", "triton"]], [[]]), ids=["without fla-core", "with fla-core"])
 def test_linear_runs_without_the_packages_of_recipes(tmp_path: Path, peers: list[str]) -> None:
     """In a process of its own: it needs omegaconf and wandb as little as the engine does, and fla-core to compare."""
     if not peers:
@@ -85,6 +86,7 @@ main(["kernels", "--quick", "--commit", "abc", "--out", {str(tmp_path)!r}])
     assert not [note for note in results["notes"] if note.startswith("failed")]
 
 
+@pytest.mark.slow
 def test_our_kernels_are_measured_in_the_interpreter() -> None:
     if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("triton is not installed, or not set to interpret")
