@@ -221,7 +221,7 @@ PROGRAM_MUTANTS = [
         name="a file is copied while it is read",
         file="recipes/data.py",
         old="                if not (count := file.readinto(place)):\n",
-        new="                place[:] = (got := file.read(len(place)))\n                if not (count := len(got)):\n",
+        new="                place[:] = whole = file.read(len(place))\n                if not (count := len(whole)):\n",
         test="tests/recipes/test_data.py::test_reading_takes_no_second_copy",
     ),
     Mutant(
