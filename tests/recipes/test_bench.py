@@ -58,6 +58,7 @@ main(["linear", "--quick", "--out", {str(tmp_path)!r}])
     assert len(results["claims"]) == report.count("| at ") == 4 - bool(peers)
 
 
+@pytest.mark.slow
 def test_kernels_run_without_the_packages_of_recipes_or_of_kernels(tmp_path: Path) -> None:
     """On a CPU every contender, step and phase is measured."""
     code = f"""
@@ -146,6 +147,7 @@ def test_the_modelled_exchange_is_the_ledgers_formula() -> None:
     assert hiding.received(summary, 64, 1, "backward") == 63 * 16 * 128 * 128 * 4
 
 
+@pytest.mark.slow
 def test_delta_and_mixers_measure_every_contender(tmp_path: Path) -> None:
     main(["delta", "mixers", "--quick", "--out", str(tmp_path)])
     delta, mixers = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("delta", "mixers"))
@@ -156,6 +158,7 @@ def test_delta_and_mixers_measure_every_contender(tmp_path: Path) -> None:
     assert len(mixers["claims"]) == len(linear)
 
 
+@pytest.mark.slow
 def test_model_compares_two_ranks_with_one_process(tmp_path: Path) -> None:
     main(["model", "--quick", "--out", str(tmp_path)])
     results = json.loads((tmp_path / "model" / "results.json").read_text())
@@ -167,6 +170,7 @@ def test_model_compares_two_ranks_with_one_process(tmp_path: Path) -> None:
         assert provenance["sp"] == (2 if folder.startswith("sp2") else 1)
 
 
+@pytest.mark.slow
 def test_every_strategy_is_measured_on_every_kind_of_layer(tmp_path: Path) -> None:
     """Four hosts where namespaces can be made, a pretended link elsewhere."""
     main(["strategies", "--quick", "--out", str(tmp_path)])
@@ -179,6 +183,7 @@ def test_every_strategy_is_measured_on_every_kind_of_layer(tmp_path: Path) -> No
         assert min(picture.size) > 300
 
 
+@pytest.mark.slow
 def test_schedules_are_measured_on_a_pretended_link_where_none_can_be_had(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
