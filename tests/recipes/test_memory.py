@@ -45,6 +45,7 @@ def test_the_meter_counts_what_backward_makes() -> None:
         assert meter.live == dx.nbytes
 
 
+@pytest.mark.slow
 def test_kernels_that_only_allocate_need_the_memory_of_real_ones() -> None:
     """In the zigzag layout the second span of one rank sees the first as if it were another's."""
     real = [most(None, 256, "zigzag", keep) for keep in (True, False)]
@@ -70,6 +71,7 @@ def test_one_key_head_at_a_time_needs_a_third_of_the_memory() -> None:
             assert kept.kept == again.kept + gathered and again.kept < gathered / 2
 
 
+@pytest.mark.slow
 def test_the_bench_measures_every_kind(tmp_path: Path) -> None:
     main(["memory", "--quick", "--out", str(tmp_path)])
     results = json.loads((tmp_path / "memory" / "results.json").read_text())

@@ -29,6 +29,7 @@ def two_hosts() -> Iterator[list[network.Host]]:
         yield hosts
 
 
+@pytest.mark.slow
 def test_two_machines_train_what_one_does(
     two_hosts: list[network.Host], tiny: Path, train: Train, tmp_path: Path
 ) -> None:
