@@ -262,6 +262,7 @@ def test_bfloat16_trains_and_resumes_exactly(train: Train, tmp_path: Path) -> No
     assert losses(tmp_path / "run") == whole and whole[0][2] > whole[-1][2]
 
 
+@pytest.mark.slow
 def test_under_torchrun(tiny: Path, tmp_path: Path) -> None:
     """The plain command on two processes: a mistake is said once and gives exit code 2 to torchrun; a run is made."""
     command = [
