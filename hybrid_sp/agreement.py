@@ -6,6 +6,7 @@ wrong numbers.
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -48,7 +49,8 @@ def _shortened(text: str) -> str:
 
 def _difference(texts: Sequence[str]) -> str | None:
     """What differs, by the ranks to which it was given."""
-    columns = [column for column in zip(*(text.split("\n") for text in texts), strict=True) if len(set(column)) > 1]
+    lines = (text.split("\n") for text in texts)  # not of equal number if a rank compares something else
+    columns = [column for column in itertools.zip_longest(*lines, fillvalue="nothing") if len(set(column)) > 1]
     if not columns:
         return None
     ranks: dict[str, list[str]] = {}

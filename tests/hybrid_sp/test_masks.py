@@ -65,4 +65,4 @@ def test_parts_over_the_keys_of_each_rank_are_the_mask(
     for rank in range(world):
         monkeypatch.setattr(collectives, "rank", lambda _, rank=rank: rank)
         monkeypatch.setattr(collectives, "size", lambda _: world)
-        check_parts(hsp.SequenceParallel(None, layout=layout), rank)
+        check_parts(hsp.SequenceParallel(None, layout=layout, check=False), rank)

@@ -260,7 +260,8 @@ def come_apart(group: Any, how: str) -> None:
         shards = [shard.sp.shard(24, [0, end, 24]) for end in (7, 8)]  # every rank has both
         attend("linear", x, shards[0 if first else 1])
     elif how == "layout":
-        attend("linear", x, shard if first else hsp.SequenceParallel(group, layout="zigzag", check="calls").shard(24))
+        zigzag = hsp.SequenceParallel(group, layout="zigzag", check="calls").shard(24)  # every rank has both
+        attend("linear", x, shard if first else zigzag)
     elif how == "kind":
         attend("linear" if first else "softmax", x, shard)
     elif how == "backward order":
