@@ -8,6 +8,8 @@ TORCH_INDEX ?=
 BIN   := .venv/bin
 READY := .venv/.installed
 CORES := $(shell getconf _NPROCESSORS_ONLN)
+# A whole suite runs file by file in so many processes, each of which has ranks of its own; a part of it in one.
+SPREAD := $(if $(ARGS),,--numprocesses $(shell echo $$(( $(CORES) < 4 ? $(CORES) : 4 ))) --dist loadfile)
 OMP_NUM_THREADS ?= $(shell echo $$(( $(CORES) > $(NPROC) ? $(CORES) / $(NPROC) : 1 )))
 
 help: ## this list
@@ -19,10 +21,10 @@ train: $(READY) ## train RECIPE (recipes/quickstart.yaml) on NPROC (2) processes
 		-m recipes.train $(RECIPE) $(ARGS)
 
 test: $(READY) ## the tests of every law, in minutes; ARGS="tests/layers -x" for a part of them
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" $(SPREAD) $(ARGS)
 
 test-all: $(READY) ## the whole test suite, with what is marked slow: more cases of the same laws
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(SPREAD) $(ARGS)
 
 check: $(READY) ## format, lint and types, changing nothing
 	$(BIN)/ruff format --check .
