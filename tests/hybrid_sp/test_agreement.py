@@ -124,7 +124,7 @@ def launched_and_awaited(group: Any) -> None:
 
 
 def test_a_shard_waits_for_nobody_and_its_first_operator_does() -> None:
-    run_ranks(launched_and_awaited, 2, deadline=30)
+    run_ranks(launched_and_awaited, 2)
 
 
 def several(group: Any) -> None:

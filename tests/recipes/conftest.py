@@ -15,7 +15,7 @@ model: {dim: 16, depth: 2, heads: 2, pattern: [gla, softmax]}
 data: {files: FILES, length: 32}
 train: {steps: 8, batch: 4, validate_every: 4, validation_sequences: 4, sample: 20, device: cpu, threads: 1}
 optim: {lr: 1e-3, warmup: 2}
-parallel: {timeout: 30, check: calls}
+parallel: {timeout: 300, check: calls}
 checkpoint: {every: 2}
 wandb: {mode: disabled}
 """
