@@ -17,11 +17,10 @@ def check(recipe: Recipe) -> None:
     try:
         import wandb
 
-        wandb.Settings(project=recipe.wandb.project)  # refuses names like a/b
         if recipe.wandb.mode == "online":
             wandb.setup(wandb.Settings(silent=True))
             wandb.login(verify=True)  # asks for a key if there is a terminal
-    except Exception as error:  # no wandb, no such name, no key, a wrong one, or no server
+    except Exception as error:  # no wandb, no key, a wrong one, or no server
         raise _refusal(recipe, error) from error
 
 

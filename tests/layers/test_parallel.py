@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,10 +21,12 @@ from layers.registry import MIXERS
 from layers.spec import ModelConfig
 from tests.support.oracle import assert_close
 from tests.support.ranks import run_ranks
+from tests.support.tiers import tiered
 
 # Five mixers, AdamW, batches of two sequences.
 
-STEPS, LENGTH, VOCAB = 50, 30, 16
+LENGTH, VOCAB = 30, 16
+STEPS = tiered([10], [50])
 CONFIG = ModelConfig(
     vocab=VOCAB,
     dim=16,
@@ -35,8 +38,9 @@ CONFIG = ModelConfig(
 )
 
 
-def test_model_trains_as_on_one_device() -> None:
-    run_ranks(compare_training, 4, deadline=120.0)
+@pytest.mark.parametrize("steps", STEPS)
+def test_model_trains_as_on_one_device(steps: int) -> None:
+    run_ranks(compare_training, 4, steps, deadline=600.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +70,12 @@ def adamw(model: HybridLM) -> torch.optim.AdamW:
     return torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95))
 
 
-def compare_training(world: Any) -> None:
+def compare_training(world: Any, steps: int) -> None:
     """At each step the gradients of every plan at the weights of one device, and the losses of every plan's own run."""
     plans = plans_of(world)
     model, *free = (HybridLM(CONFIG).double() for _ in [ALONE, *plans])
     optimizers = [adamw(one) for one in [model, *free]]
-    for step, batch in enumerate(batches(LENGTH)):
+    for step, batch in enumerate(batches(LENGTH, steps)):
         loss, gradients = loss_and_gradients(model, ALONE, "contiguous", *batch)
         layout = LAYOUTS[step % 2]
         for plan, own_model in zip(plans, free, strict=True):
@@ -101,10 +105,10 @@ def loss_and_gradients(
     return collectives.all_reduce(loss.detach(), plan.whole, tag="loss") / total, gradients
 
 
-def batches(length: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(length: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Tokens and next-token labels [2, length]; every fifth batch leaves whole ranks without a valid label."""
     generator = torch.Generator().manual_seed(4)
-    for step in range(STEPS):
+    for step in range(steps):
         text = torch.randint(VOCAB, (2, length + 1), generator=generator)
         labels = text[:, 1:].clone()
         labels[:, -1] = -100
@@ -148,24 +152,25 @@ def compare_documents(world: Any) -> None:
 LONG = 150  # tokens: more than a chunk of 128
 
 
-def test_float32_runs_stay_as_close_as_two_chunk_sizes() -> None:
+@pytest.mark.parametrize("steps", STEPS)
+def test_float32_runs_stay_as_close_as_two_chunk_sizes(steps: int) -> None:
     """Free-running training in float32: no plan strays further from one device than three times what another chunk size
     does there. The last run changes from sp 4 to one device half way, as a resumed run may."""
-    for distances in run_ranks(distances_in_float32, 4, deadline=120.0):
+    for distances in run_ranks(distances_in_float32, 4, steps, deadline=600.0):
         allowed = 3 * distances.pop("one device, chunks of 128")
         print(f"allowed {allowed:.1e}:", ", ".join(f"{name} {value:.1e}" for name, value in distances.items()))
         assert len(distances) == 4 and all(value <= allowed for value in distances.values()), (allowed, distances)
 
 
-def distances_in_float32(world: Any) -> dict[str, float]:
+def distances_in_float32(world: Any, steps: int) -> dict[str, float]:
     """Root mean square, over the steps, of the distance of each run's losses from those of one device."""
     plans = plans_of(world)
-    want = losses_in_float32([ALONE] * STEPS)
+    want = losses_in_float32([ALONE] * steps)
     chunks.CHUNK, default = 128, chunks.CHUNK
-    runs = {"one device, chunks of 128": losses_in_float32([ALONE] * STEPS)}
+    runs = {"one device, chunks of 128": losses_in_float32([ALONE] * steps)}
     chunks.CHUNK = default
-    runs |= {plan.name: losses_in_float32([plan] * STEPS) for plan in plans}
-    runs["sp 4, then one device"] = losses_in_float32([plans[1]] * (STEPS // 2) + [ALONE] * (STEPS - STEPS // 2))
+    runs |= {plan.name: losses_in_float32([plan] * steps) for plan in plans}
+    runs["sp 4, then one device"] = losses_in_float32([plans[1]] * (steps // 2) + [ALONE] * (steps - steps // 2))
     return {name: (losses - want).square().mean().sqrt().item() for name, losses in runs.items()}
 
 
@@ -174,7 +179,7 @@ def losses_in_float32(plans: list[Plan]) -> Tensor:
     model = HybridLM(CONFIG)
     optimizer = adamw(model)
     losses = []
-    for plan, batch in zip(plans, batches(LONG), strict=True):
+    for plan, batch in zip(plans, batches(LONG, len(plans)), strict=True):
         losses.append(loss_and_gradients(model, plan, "zigzag", *batch)[0])
         optimizer.step()
     return torch.stack(losses).double()

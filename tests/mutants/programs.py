@@ -166,7 +166,7 @@ PROGRAM_MUTANTS = [
         file="recipes/train.py",
         old="        tracker.check(recipe)\n",
         new="        pass\n",
-        test=f"{TRACKER}::test_what_wandb_lacks_is_said_before_anything_is_built[project]",
+        test=f"{TRACKER}::test_what_wandb_lacks_is_said_before_anything_is_built[package]",
     ),
     Mutant(
         name="a cell's log moved aside with its folder",
