@@ -195,7 +195,8 @@ def test_sigterm_saves_and_ends_well_and_the_run_goes_on(train: Train, alone: Pa
 
 def test_signals_of_schedulers_and_terminals_ask_for_an_end() -> None:
     signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in signals}  # which a shell may have ignored
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with _stop_signals() as asked:
             for number in signals:
@@ -206,7 +207,8 @@ def test_signals_of_schedulers_and_terminals_ask_for_an_end() -> None:
             os.kill(os.getpid(), signal.SIGHUP)
         assert asked == [signal.SIGHUP] and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
     finally:
-        signal.signal(signal.SIGHUP, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_a_folder_with_another_run_is_refused_or_moved_aside(train: Train, tmp_path: Path) -> None:
