@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import json
 import pkgutil
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +24,33 @@ ROOMS = ["hybrid_sp", "layers", "recipes", "analysis"]
 PACKAGES = ("triton", "fla", "flash_attn")
 
 
-def run_without_packages(call: str) -> None:
-    """A call of a function of this file, in a process that cannot import them."""
+@pytest.fixture(scope="module")
+def failures() -> dict[str, str]:
+    """What went wrong in each function of CALLS, in one process that cannot import the packages."""
     code = f"""
 from tests.support.packages import hide
 hide{PACKAGES}
 from tests import test_optional_packages as here
-here.{call}
+here.report()
 """
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def report() -> None:
+    found = {}
+    for call in CALLS:
+        try:
+            call()
+            found[call.__name__] = ""
+        except Exception:
+            found[call.__name__] = traceback.format_exc()
+    print(json.dumps(found))
 
 
 def import_rooms() -> None:
+    """All files but those of the kernels themselves, which lack nothing else."""
     names = [
         module.name
         for room in ROOMS
@@ -48,11 +64,6 @@ def import_rooms() -> None:
         except ModuleNotFoundError as error:
             lacking = (error.name or "").partition(".")[0]
             assert name.startswith("hybrid_sp.kernels.gpu.") and lacking in PACKAGES, (name, error)
-
-
-def test_rooms_are_imported() -> None:
-    """All files but those of the kernels themselves, which lack nothing else."""
-    run_without_packages("import_rooms()")
 
 
 def train_operators(dtype: torch.dtype) -> None:
@@ -97,12 +108,9 @@ def train_all() -> None:
         train_mixers(dtype)
 
 
-def test_operators_and_mixers_train() -> None:
-    run_without_packages("train_all()")
-
-
 def choose_on_a_device() -> None:
-    """Tensors of a CUDA device, without numbers."""
+    """Tensors of a CUDA device, without numbers: what is not installed is chosen all the same, and then missed, by a
+    name and a way out."""
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
     with FakeTensorMode():
         q = torch.empty(1, 5, 2, 8, device="cuda", dtype=torch.bfloat16)
@@ -110,6 +118,9 @@ def choose_on_a_device() -> None:
             hsp.linear_attention(q, q, q)
 
 
-def test_what_is_not_installed_is_chosen_all_the_same() -> None:
-    """And then missed, by a name and a way out."""
-    run_without_packages("choose_on_a_device()")
+CALLS = (import_rooms, train_all, choose_on_a_device)
+
+
+@pytest.mark.parametrize("call", [call.__name__ for call in CALLS])
+def test_works_without_the_packages(failures: dict[str, str], call: str) -> None:
+    assert not failures[call], failures[call]

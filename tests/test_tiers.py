@@ -12,14 +12,18 @@ import pytest
 from tests.mutants.catalogue import MUTANTS
 
 ROOT = Path(__file__).parents[1]
+FILES = [*ROOT.glob("tests/**/test_*.py")]
 
 
 @pytest.fixture(scope="module")
-def first_tier() -> set[str]:
-    """Every test that `make test` runs, by its id, and by its id without parameters."""
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "not slow", "-p", "no:cacheprovider"]
-    done = subprocess.run([*command, "tests"], cwd=ROOT, capture_output=True, text=True, check=True)
-    ids = {line for line in done.stdout.splitlines() if "::" in line}
+def first_tier(request: pytest.FixtureRequest) -> set[str]:
+    """Every test that `make test` runs, by its id, and by its id without parameters; collected anew unless this session
+    has collected the whole suite."""
+    ids = {item.nodeid for item in request.session.items if item.get_closest_marker("slow") is None}
+    if not {test.partition("::")[0] for test in ids} >= {str(path.relative_to(ROOT)) for path in FILES}:
+        command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "not slow", "-p", "no:cacheprovider"]
+        done = subprocess.run([*command, "tests"], cwd=ROOT, capture_output=True, text=True, check=True)
+        ids = {line for line in done.stdout.splitlines() if "::" in line}
     return ids | {one.partition("[")[0] for one in ids}
 
 

@@ -26,7 +26,7 @@ from tests.hybrid_sp.cases import (
     softmax_cases,
     truth,
 )
-from tests.hybrid_sp.test_parity import check_cases, check_low_precision, check_overlap_is_bit_equal
+from tests.hybrid_sp.test_parity import check_cases, check_low_precision, check_overlap_is_bit_equal, with_one_device
 from tests.support.ranks import run_ranks
 from tests.support.tiers import tiered
 
@@ -67,7 +67,6 @@ def check_in_tiles(group: Any, cases: list[tuple[Case, dict[str, Tensor]]]) -> N
 PAIRS = [
     ("ulysses", 2, "contiguous"),
     ("ulysses", 2, "zigzag"),
-    ("megatron", 2, "contiguous"),
     ("megatron", 4, "zigzag"),
 ]
 EVERY_HEAD = [*itertools.product(HEADS, (2, 4), LAYOUTS)]
@@ -86,9 +85,9 @@ def test_cutting_heads(baseline: str, world: int, layout: str) -> None:
 FEW_RINGS = [
     ("ring", 4, "contiguous"),
     *itertools.product(RINGS, (2,), LAYOUTS),
-    *itertools.product(RINGS, (3,), LAYOUTS),
+    *itertools.product(RINGS, (3,), ["zigzag"]),
 ]
-MANY_RINGS = [("ring", 4, "zigzag"), *itertools.product(["ring_attention"], (4,), LAYOUTS)]
+MANY_RINGS = [one for one in itertools.product(RINGS, (3, 4), LAYOUTS) if one not in FEW_RINGS]
 
 
 @pytest.mark.parametrize(("baseline", "world", "layout"), tiered(FEW_RINGS, MANY_RINGS))
@@ -98,7 +97,7 @@ def test_rings(baseline: str, world: int, layout: str) -> None:
 
 
 def test_one_rank_takes_the_same_path() -> None:
-    cases = [case for baseline in (*HEADS, *RINGS) for case in cases_of(baseline)[::3]]
+    cases = [case for baseline in (*HEADS, *RINGS) for case in cases_of(baseline)[::5]]
     cases = [replace(case, layout=LAYOUTS[i % 2]) for i, case in enumerate(cases)]
     check_in_tiles(None, [(case, wanted(case)) for case in cases])
 
@@ -110,7 +109,7 @@ def check_strided(group: Any, cases: list[tuple[Case, dict[str, Tensor]]]) -> No
 
 
 def test_ranks_that_are_not_neighbours_in_the_world() -> None:
-    cases = [replace(case, layout="zigzag") for baseline in (*HEADS, *RINGS) for case in cases_of(baseline)[::4]]
+    cases = [replace(case, layout="zigzag") for baseline in (*HEADS, *RINGS) for case in cases_of(baseline)[::7]]
     run_ranks(check_strided, 4, [(case, wanted(case)) for case in cases if case.groups % 2 == 0])
 
 
@@ -123,6 +122,7 @@ def test_overlap_off_is_bit_equal(baseline: str) -> None:
 @pytest.mark.parametrize(("world", "layout"), tiered([(2, "zigzag")], [(4, "contiguous")]))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_low_precision(dtype: torch.dtype, world: int, layout: str) -> None:
+    """Half of the cases in either dtype on 2 ranks, and all on 4."""
     kinds = [
         Case(decay="scalar", states=True, groups=2),
         Case(decay="vector", normalize=True, states=True, groups=2),
@@ -135,10 +135,11 @@ def test_low_precision(dtype: torch.dtype, world: int, layout: str) -> None:
     cases += [Case(linear="ring_attention", decay=decay, groups=2) for decay in (None, "fixed", "scalar")]
     cases += [Case(linear="ring_attention", normalize=True, groups=2, decay="scalar")]
     cases = [case for case in cases if case.groups % world == 0 or "ring" in case.linear + case.softmax]
+    cases = cases[dtype == torch.bfloat16 :: 2] if world == 2 else cases
     plain = [replace(case, linear="all_gather", softmax="all_gather") for case in cases]
     found = {case: [truth(replace(case, seed=seed), dtype) for seed in range(4)] for case in set(plain)}
     given = [(replace(case, layout=layout), found[same]) for case, same in zip(cases, plain, strict=True)]
-    run_ranks(check_low_precision, world, given, dtype)
+    run_ranks(check_low_precision, world, with_one_device(given, dtype), dtype)
 
 
 LAYERS = [  # of one model each: what the layers need of the heads and the states is in `cases_of`

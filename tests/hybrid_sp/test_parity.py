@@ -62,7 +62,7 @@ def wanted(family: str) -> dict[Case, dict[str, Tensor]]:
 
 # Every pair of a world, a layout and a family.
 EVERY = [*itertools.product((1, 2, 3, 4), LAYOUTS, FAMILIES)]
-PAIRS = [one for one in EVERY if one[0] <= 2 or (one[0] == 3) == (one[1] == "contiguous")]
+PAIRS = [one for one in EVERY if one[0] == 2 or one[:2] in ((1, "contiguous"), (4, "zigzag"))]
 
 
 @pytest.mark.parametrize(("world", "layout", "family"), tiered(PAIRS, [one for one in EVERY if one not in PAIRS]))
@@ -101,16 +101,25 @@ def test_overlap_off_is_bit_equal(family: str) -> None:
 RMS_BOUND = {torch.float32: 5e-6, torch.bfloat16: 5e-3}
 
 
-def check_low_precision(group: Any, cases: list[tuple[Case, list[dict[str, Tensor]]]], dtype: torch.dtype) -> None:
+Seeds = list[dict[str, Tensor]]  # the tensors of a case, for each seed
+
+
+def with_one_device(cases: list[tuple[Case, Seeds]], dtype: torch.dtype) -> list[tuple[Case, Seeds, Seeds]]:
+    """Cases with their truths, and with what one device computes, for check_low_precision."""
+    return [
+        (case, truths, [measured(replace(case, seed=i), None, dtype) for i in range(len(truths))])
+        for case, truths in cases
+    ]
+
+
+def check_low_precision(group: Any, cases: list[tuple[Case, Seeds, Seeds]], dtype: torch.dtype) -> None:
     """Errors against fp64 on the same rounded inputs: small on one device, and on P ranks at most twice as large. rms
     over a tensor and over seeds, since the rounding of a few numbers alone is a lottery."""
-    for case, truths in cases:
+    for case, truths, of_one_device in cases:
         shard = hsp.SequenceParallel(group, layout=case.layout).shard(case.length, case.documents)
         errors: dict[str, Tensor] = {}
-        for seed, want in enumerate(truths):
-            seeded = replace(case, seed=seed)
-            alone, here = measured(seeded, None, dtype), measured(seeded, group, dtype)
-            for name, got in here.items():
+        for seed, (want, alone) in enumerate(zip(truths, of_one_device, strict=True)):
+            for name, got in measured(replace(case, seed=seed), group, dtype).items():
                 single, part, whole = alone[name].double(), got.double(), want[name]
                 cut = part.shape != whole.shape
                 pair = [
@@ -134,13 +143,13 @@ def check_low_precision(group: Any, cases: list[tuple[Case, list[dict[str, Tenso
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("world", "layout"), tiered([(2, "zigzag")], [(4, "contiguous")]))
 def test_low_precision(world: int, layout: str, dtype: torch.dtype, family: str) -> None:
-    """Half of the cases on 2 ranks, and all on 4."""
+    """A third of the cases on 2 ranks, and all on 4."""
     cases = [case for case in FAMILIES[family]() if case.states or not case.causal or case.groups == 2]
     cases = [case for case in cases if case.operator != "shift" and case.window != 1]  # round nothing; no dq
-    cases = cases[::2] if world == 2 else cases
+    cases = cases[::3] if world == 2 else cases
     names = itertools.cycle(["all_gather"] if world == 2 else EXCHANGES)  # of linear layers
     given = [
         (replace(case, layout=layout, linear=name), [truth(replace(case, seed=seed), dtype) for seed in range(4)])
         for case, name in zip(cases, names, strict=False)
     ]
-    run_ranks(check_low_precision, world, given, dtype, deadline=600)
+    run_ranks(check_low_precision, world, with_one_device(given, dtype), dtype, deadline=600)

@@ -20,8 +20,15 @@ from hybrid_sp.collectives import Pending
 from hybrid_sp.kernels import masked
 from tests.hybrid_sp.cases import LONG_DOCUMENTS, SHORT_DOCUMENTS, Case, truth
 from tests.hybrid_sp.test_overlap import counted, in_flight
-from tests.hybrid_sp.test_parity import LAYOUTS, check_cases, check_low_precision, check_overlap_is_bit_equal
+from tests.hybrid_sp.test_parity import (
+    LAYOUTS,
+    check_cases,
+    check_low_precision,
+    check_overlap_is_bit_equal,
+    with_one_device,
+)
 from tests.support.ranks import run_ranks
+from tests.support.tiers import tiered
 
 WAYS = [(heads, keep) for heads in (None, 1, 2, 3) for keep in (True, False)][1:]  # of 4 key heads, the last 3 + 1
 
@@ -48,20 +55,23 @@ def wanted() -> list[tuple[Case, dict[str, Tensor]]]:
     return [(case, truth(case)) for case in masks()]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
+EVERY = [*itertools.product((1, 2, 3, 4), LAYOUTS)]
+FEW = [(1, "contiguous"), (2, "contiguous"), (3, "zigzag")]
+
+
+@pytest.mark.parametrize(("world", "layout"), tiered(FEW, [one for one in EVERY if one not in FEW]))
 def test_parity(world: int, layout: str) -> None:
     cases = [(way, want) for case, want in wanted() for way in ways(case, layout=layout)]
     assert run_ranks(check_cases, world, cases, 8, 64, deadline=120) == [len(cases)] * world
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_low_precision(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("world", "layout"), tiered([(2, "zigzag")], [(4, "contiguous")]))
+def test_low_precision(world: int, layout: str, dtype: torch.dtype) -> None:
     chosen = [masks()[i] for i in (0, 1, 4)]
     truths = {case: [truth(replace(case, seed=seed), dtype) for seed in range(4)] for case in chosen}
-    for world, layout in ((2, "zigzag"), (4, "contiguous")):
-        given = [(way, truths[case]) for case in chosen for way in ways(case, layout=layout)[1::3]]
-        run_ranks(check_low_precision, world, given, dtype, deadline=120)
+    given = [(way, truths[case]) for case in chosen for way in ways(case, layout=layout)[1::3]]
+    run_ranks(check_low_precision, world, with_one_device(given, dtype), dtype, deadline=120)
 
 
 def test_overlap_off_is_bit_equal() -> None:

@@ -14,7 +14,7 @@ BASELINE_MUTANTS = [
         file="hybrid_sp/heads.py",
         old="return slice(shard.sp.rank * own, (shard.sp.rank + 1) * own)",
         new="return slice(0, own)",
-        test=f"{BASELINES}::test_cutting_heads[megatron-2-contiguous]",
+        test=f"{BASELINES}::test_cutting_heads[megatron-4-zigzag]",
     ),
     Mutant(
         name="padding between tokens of heads",
@@ -56,7 +56,7 @@ BASELINE_MUTANTS = [
         file="hybrid_sp/ring.py",
         old="visit((self.rank - hop) % self.size, block)",
         new="visit((self.rank + hop) % self.size, block)",
-        test=f"{BASELINES}::test_rings[ring-3-contiguous]",
+        test=f"{BASELINES}::test_rings[ring-4-contiguous]",
     ),
     Mutant(
         name="a hop that is not waited for",
@@ -105,14 +105,14 @@ BASELINE_MUTANTS = [
         file="hybrid_sp/left_product.py",
         old="self.totals[_spans_between(self.shard, part, source)].sum(0).unsqueeze(-1)",
         new="self.totals[:0].sum(0).unsqueeze(-1)",
-        test=f"{BASELINES}::test_rings[ring_attention-3-contiguous]",
+        test=f"{BASELINES}::test_rings[ring_attention-3-zigzag]",
     ),
     Mutant(
         name="gradient of the spans between left out",
         file="hybrid_sp/left_product.py",
         old="            part += d_total.unsqueeze(-1)\n",
         new="            pass\n",
-        test=f"{BASELINES}::test_rings[ring_attention-3-contiguous]",
+        test=f"{BASELINES}::test_rings[ring_attention-3-zigzag]",
     ),
     Mutant(
         name="gradient of known decays left out",

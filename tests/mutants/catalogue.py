@@ -29,14 +29,14 @@ MUTANTS = [
         file="hybrid_sp/state.py",
         old="compose(span(spans, i), AffineState(None, states[-1]))",
         new="compose(span(spans, len(spans.state) - 1 - i), AffineState(None, states[-1]))",
-        test=f"{PARITY}[3-contiguous-linear]",
+        test=f"{PARITY}[4-zigzag-linear]",
     ),
     Mutant(
         name="backward fold in reverse order",
         file="hybrid_sp/state.py",
         old="return d_leaving[::-1]",
         new="return d_leaving",
-        test=f"{PARITY}[3-contiguous-linear]",
+        test=f"{PARITY}[4-zigzag-linear]",
     ),
     Mutant(
         name="dropped decay of a span, forward",
@@ -50,7 +50,7 @@ MUTANTS = [
         file="hybrid_sp/state.py",
         old="d_after = apply_adjoint(None if transitions is None else transitions[i], d_after) + d_entering[i]",
         new="d_after = d_after + d_entering[i]",
-        test=f"{PARITY}[3-contiguous-linear]",
+        test=f"{PARITY}[4-zigzag-linear]",
     ),
     Mutant(
         name="dropped dS_final",
@@ -165,14 +165,14 @@ MUTANTS = [
         file="hybrid_sp/linear.py",
         old="x if whole else torch.full_like",
         new="x if True else torch.full_like",
-        test=f"{PARITY}[3-contiguous-linear]",
+        test=f"{PARITY}[4-zigzag-linear]",
     ),
     Mutant(
         name="the same where every rank knows the decays",
         file="hybrid_sp/linear.py",
         old="known[list(shard.broken)] = float",
         new="known[[]] = float",
-        test=f"{PARITY}[3-contiguous-linear]",
+        test=f"{PARITY}[4-zigzag-linear]",
     ),
     Mutant(
         name="a bonus beside the decay of its own token",
@@ -201,7 +201,7 @@ MUTANTS = [
         file="hybrid_sp/state.py",
         old="transition = transition.mT",
         new="transition = transition",
-        test=f"{PARITY}[3-contiguous-delta]",
+        test=f"{PARITY}[4-zigzag-delta]",
     ),
     Mutant(
         name="transitions of chunks in reverse order",

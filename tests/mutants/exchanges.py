@@ -14,14 +14,14 @@ EXCHANGE_MUTANTS = [
         file="hybrid_sp/exchange/chain.py",
         old="leaving.append(compose(AffineState(transition, b), AffineState(None, x)).state)",
         new="leaving.append(compose(AffineState(transition, torch.zeros_like(b)), AffineState(None, x)).state)",
-        test=f"{SCAN}[2-contiguous-ring]",
+        test=f"{SCAN}[4-contiguous-ring]",
     ),
     Mutant(
         name="blocks of a state in reverse order",
         file="hybrid_sp/exchange/chain.py",
         old="self._number(position + 1, block)",
         new="self._number(position + 1, self.blocks - 1 - block)",
-        test=f"{SCAN}[2-contiguous-pipeline]",
+        test=f"{SCAN}[4-contiguous-pipeline]",
     ),
     Mutant(
         name="a local hop that carries nothing",
@@ -63,7 +63,7 @@ EXCHANGE_MUTANTS = [
         file="hybrid_sp/exchange/scan.py",
         old="sum(parts[1:], parts[0])",
         new="parts[0]",
-        test=f"{SCAN}[2-contiguous-ring]",
+        test=f"{SCAN}[4-contiguous-ring]",
     ),
     Mutant(
         name="messages of two exchanges alike",

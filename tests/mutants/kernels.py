@@ -9,7 +9,7 @@ LINEAR = f"{KERNELS}/test_triton_linear.py"
 ALONE = f"{LINEAR}::test_parity_fp32_on_one_device"
 GATES = f"{KERNELS}/test_gates.py"
 FLA = f"{KERNELS}/test_fla_adapter.py"
-TWO_SPANS = f"{FLA}::test_agrees_with_the_token_loop[half, two spans]"
+TWO_SPANS = f"{FLA}::test_agrees_with_the_token_loop[half, on 2]"
 FLASH = f"{KERNELS}/test_flash.py"
 SOFTMAX = f"{KERNELS}/test_softmax_kernels.py"
 BACKENDS = "tests/hybrid_sp/test_backends.py"
@@ -306,7 +306,7 @@ KERNEL_MUTANTS = [
         file="hybrid_sp/kernels/gpu/fla.py",
         old="runs.leaving(final[..., width:])",
         new="torch.zeros_like(runs.leaving(final[..., width:]))",
-        test=f"{FLA}::test_agrees_with_the_token_loop[delta on 3, states]",
+        test=f"{FLA}::test_agrees_with_the_token_loop[gated on 2, states]",
     ),
     Mutant(
         name="fla: what comes back to the ends of spans dropped",

@@ -24,6 +24,7 @@ from recipes.record import read_metrics
 from recipes.train import _stop_signals
 from tests.recipes.conftest import Train, write_texts
 from tests.recipes.program import ROOT, run_program
+from tests.support.tiers import tiered
 
 # float64 and a small constant rate: training amplifies rounding, and here it is to be seen alone.
 EXACT = ["train.dtype=float64", "optim.lr=1e-4", "optim.schedule=constant", "optim.warmup=0"]
@@ -48,14 +49,15 @@ def alone(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("ranks", "overrides"),
-    [
-        (1, ["train.accumulation=4"]),
-        (2, ["parallel.sp=2"]),
-        (2, ["parallel.dp=2", "train.accumulation=2"]),
-        (3, ["parallel.sp=3", "parallel.layout=contiguous"]),
-        (4, ["parallel.dp=2", "parallel.sp=2"]),
-        (4, ["parallel.sp=4", "parallel.overlap=false"]),
-    ],
+    tiered(
+        [
+            (1, ["train.accumulation=4"]),
+            (2, ["parallel.dp=2", "train.accumulation=2"]),
+            (3, ["parallel.sp=3", "parallel.layout=contiguous"]),
+            (4, ["parallel.dp=2", "parallel.sp=2"]),
+        ],
+        [(2, ["parallel.sp=2"]), (4, ["parallel.sp=4", "parallel.overlap=false"])],
+    ),
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
 def test_every_mesh_and_accumulation_gives_the_same_run(

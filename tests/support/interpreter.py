@@ -1,7 +1,7 @@
-"""Triton's interpreter, mended where it is not what a device does.
+"""Triton's interpreter, mended where it is not what a device does, and where it does the same work again and again.
 
 It keeps bf16 numbers as uint16, multiplies matrices of those integers, and cuts fp32 numbers off where a device rounds
-them to the nearest bf16.
+them to the nearest bf16. It replaces every function of triton.language again whenever a kernel calls a function.
 """
 
 from __future__ import annotations
@@ -11,8 +11,26 @@ from typing import Any
 
 
 @functools.cache
+def patch_once() -> None:
+    """Leave triton.language alone where the kernel that runs has replaced its functions already."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+
+    def patch_lang(function: Any) -> Any:
+        languages = [x for x in function.__globals__.values() if x is tl or x is tl.core]
+        if any(tl.core.is_builtin(language.load) for language in languages):
+            return patch(function)
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = patch_lang
+
+
+@functools.cache
 def mend() -> None:
     """Round to bf16 and multiply matrices of bf16 as a device does: exact products, summed in fp32."""
+    patch_once()
     import numpy as np
     import torch
     import triton.language as tl

@@ -57,18 +57,17 @@ def linear_attention_loop(
         if isinstance(initial_state, tuple) != normalize:
             raise ValueError("the initial state is (S, z) with normalize, and S without")
     states = []
-    for t in range(T):
-        kv = k[:, t, :, :, None] * v[:, t, :, None, :]
-        before = None if bonus is None else (S + bonus[:, :, None] * kv, z + bonus * k[:, t])
-        S = decay[:, t, :, :, None] * S + kv
-        z = decay[:, t] * z + k[:, t]
+    for k_t, v_t, a_t in zip(k.unbind(1), v.unbind(1), decay.unbind(1), strict=True):
+        kv = k_t[..., None] * v_t[..., None, :]
+        before = None if bonus is None else (S + bonus[:, :, None] * kv, z + bonus * k_t)
+        S = a_t[..., None] * S + kv
+        z = a_t * z + k_t
         states.append((S, z) if before is None else before)
     outputs = []
-    for t in range(T):
-        S_read, z_read = states[t] if causal else states[-1]
-        o = torch.einsum("bhk,bhkv->bhv", q[:, t], S_read)
+    for q_t, (S_read, z_read) in zip(q.unbind(1), states if causal else states[-1:] * T, strict=True):
+        o = torch.einsum("bhk,bhkv->bhv", q_t, S_read)
         if normalize:
-            denominator = torch.einsum("bhk,bhk->bh", q[:, t], z_read)[..., None] + NORMALIZER_EPS
+            denominator = torch.einsum("bhk,bhk->bh", q_t, z_read)[..., None] + NORMALIZER_EPS
             o = o / (denominator.detach() if fixed_denominator else denominator)
         outputs.append(o)
     return torch.stack(outputs, dim=1), (S, z) if normalize else S
@@ -101,12 +100,12 @@ def delta_rule_loop(
     decay = torch.ones_like(k) if log_decay is None else decay_of_every_token(log_decay.to(k.dtype), k)
     S = q.new_zeros(B, H, K, V) if initial_state is None else initial_state
     outputs = []
-    for t in range(T):
-        S = decay[:, t, :, :, None] * S
-        held = torch.einsum("bhk,bhkv->bhv", k[:, t], S)  # what the state has under this key
-        new = beta[:, t, :, None] * (v[:, t] - held)
-        S = S + k[:, t, :, :, None] * new[:, :, None, :]
-        outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], S))
+    for q_t, k_t, v_t, b_t, a_t in zip(*(x.unbind(1) for x in (q, k, v, beta, decay)), strict=True):
+        S = a_t[..., None] * S
+        held = torch.einsum("bhk,bhkv->bhv", k_t, S)  # what the state has under this key
+        new = b_t[..., None] * (v_t - held)
+        S = S + k_t[..., None] * new[..., None, :]
+        outputs.append(torch.einsum("bhk,bhkv->bhv", q_t, S))
     return torch.stack(outputs, dim=1), S
 
 
@@ -150,9 +149,10 @@ def short_conv_loop(
     if initial_state is not None:
         inputs = list(initial_state.unbind(1))
     outputs = []
-    for t in range(x.shape[1]):
-        inputs.append(x[:, t])
-        y = sum(weight[:, width - 1 - j] * inputs[-1 - j] for j in range(width))
+    taps = weight.unbind(1)
+    for x_t in x.unbind(1):
+        inputs.append(x_t)
+        y = sum(taps[width - 1 - j] * inputs[-1 - j] for j in range(width))
         y = y if bias is None else y + bias
         outputs.append(y / (1 + torch.exp(-y)) if silu else y)
     return torch.stack(outputs, 1), torch.stack(inputs[len(inputs) - width + 1 :], 1) if width > 1 else x[:, :0]

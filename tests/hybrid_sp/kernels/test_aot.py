@@ -72,6 +72,7 @@ def greedy(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(run_compiler("greedy", tmp_path_factory.mktemp("greedy")).splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_seen(greedy: dict[str, Any]) -> None:
     faults = {(kernel, arch): fault for kernel, arch, fault in greedy["faults"]}
     for arch in (80, 90):
@@ -81,6 +82,7 @@ def test_what_does_not_fit_is_seen(greedy: dict[str, Any]) -> None:
         assert faults["modest_kernel", arch] == ""
 
 
+@pytest.mark.slow
 def test_arguments_are_told_of_as_at_a_launch(greedy: dict[str, Any]) -> None:
     """Multiples of 16 by their place; one, None and constants are part of the kernel; others compile anew."""
     specs = greedy["specs"]
