@@ -90,8 +90,9 @@ class Run:
 
     @property
     def below_unigram(self) -> float:
-        """How far the loss is below the entropy of single bytes: 1 - bits_per_byte / unigram_bits_per_byte."""
-        return 1 - self.bits_per_byte / self.unigram_bits_per_byte
+        """1 - bits_per_byte / unigram_bits_per_byte, the share of the entropy of single bytes that a model has saved;
+        NaN for a text whose bytes are all equal."""
+        return 1 - self.bits_per_byte / self.unigram_bits_per_byte if self.unigram_bits_per_byte else math.nan
 
 
 @dataclass(frozen=True, kw_only=True)

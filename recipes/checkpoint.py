@@ -70,9 +70,8 @@ def save(folder: Path, step: int, state: State, keep: int, group: collectives.Gr
     except (OSError, CheckpointException) as error:  # the second, a BaseException, is raised on every rank
         failures = error.failures if isinstance(error, CheckpointException) else {0: (error, None)}
         rank, (cause, _) = min(failures.items(), key=lambda failure: failure[0])
-        if (
-            not isinstance(cause, OSError) and shutil.disk_usage(folder).free < ROOM
-        ):  # torch's archives say "unexpected pos"
+        # On a full disk torch's archives say "unexpected pos".
+        if not isinstance(cause, OSError) and shutil.disk_usage(folder).free < ROOM:
             cause = OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {cause}")
         raise OSError(f"checkpoint of step {step} was not written (rank {rank}): {cause}") from error
     return final
