@@ -40,6 +40,7 @@ def test_errors(decay: str | None, dtype: torch.dtype) -> None:
     linear.check_errors(replace(TINY, decay=decay, dtype=dtype, states=True, spans=2), "triton", CPU, seeds=2)
 
 
+@pytest.mark.slow
 @interpreted
 def test_leak_documents_determinism_strides_and_strong_decays() -> None:
     linear.check_leak(TINY, "triton", CPU)
@@ -68,6 +69,7 @@ def test_mixers() -> None:
         attention.check_mixer(name, CPU, length=37, dim=32)
 
 
+@pytest.mark.slow
 @interpreted
 def test_what_memcheck_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = [

@@ -27,10 +27,9 @@ from hybrid_sp.layout import spans_of
 from hybrid_sp.state import AffineState
 from tests.hybrid_sp.cases import Case, delta_cases, linear_cases, measured, truth
 from tests.hybrid_sp.test_collectives import linear_counts
-from tests.hybrid_sp.test_parity import LAYOUTS, check_cases
+from tests.hybrid_sp.test_parity import LAYOUTS, check_cases, half
 from tests.support.impatience import Impatience
 from tests.support.ranks import run_ranks
-from tests.support.tiers import tiered
 
 PATIENCE = 300.0  # seconds for another thread, which comes unless something is broken
 SCANS = [name for name in EXCHANGES if name != "all_gather"]
@@ -43,15 +42,24 @@ def wanted() -> Wanted:
     return [(case, truth(case)) for case in (*linear_cases()[::2], *delta_cases()[1::2])]
 
 
-# Every pair of a world, a layout and an exchange; one rank: below.
-EVERY = [*itertools.product((2, 3, 4), LAYOUTS, SCANS)]
-PAIRS = [one for one in EVERY if one[:2] in ((2, "zigzag"), (4, "contiguous")) or one == (3, "zigzag", "ring")]
+def check_exchange(world: int, layout: str, exchange: str, cases: Wanted) -> None:
+    cut = [(replace(case, layout=layout, linear=exchange), want) for case, want in cases]
+    assert run_ranks(check_cases, world, cut, 8, 64) == [len(cut)] * world
 
 
-@pytest.mark.parametrize(("world", "layout", "exchange"), tiered(PAIRS, [one for one in EVERY if one not in PAIRS]))
+@pytest.mark.parametrize("exchange", SCANS)
+@pytest.mark.parametrize(("world", "layout"), [(2, "zigzag"), (3, "zigzag"), (4, "contiguous")])
 def test_parity_fp64(world: int, layout: str, exchange: str) -> None:
-    cases = [(replace(case, layout=layout, linear=exchange), want) for case, want in wanted()]
-    assert run_ranks(check_cases, world, cases, 8, 64) == [len(cases)] * world
+    """Of half of the cases each; one rank is below."""
+    check_exchange(world, layout, exchange, half(wanted(), world, layout))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exchange", SCANS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_parity_fp64_of_every_case(world: int, layout: str, exchange: str) -> None:
+    check_exchange(world, layout, exchange, wanted())
 
 
 def every_third() -> Wanted:

@@ -25,6 +25,7 @@ from tests.hybrid_sp.test_parity import (
     check_cases,
     check_low_precision,
     check_overlap_is_bit_equal,
+    half,
     with_one_device,
 )
 from tests.support.ranks import run_ranks
@@ -55,13 +56,22 @@ def wanted() -> list[tuple[Case, dict[str, Tensor]]]:
     return [(case, truth(case)) for case in masks()]
 
 
-EVERY = [*itertools.product((1, 2, 3, 4), LAYOUTS)]
-FEW = [(1, "contiguous"), (2, "contiguous"), (3, "zigzag")]
+def cases_of(layout: str) -> list[tuple[Case, dict[str, Tensor]]]:
+    return [(way, want) for case, want in wanted() for way in ways(case, layout=layout)]
 
 
-@pytest.mark.parametrize(("world", "layout"), tiered(FEW, [one for one in EVERY if one not in FEW]))
+@pytest.mark.parametrize(("world", "layout"), [(1, "contiguous"), (2, "contiguous"), (3, "zigzag")])
 def test_parity(world: int, layout: str) -> None:
-    cases = [(way, want) for case, want in wanted() for way in ways(case, layout=layout)]
+    """Of every second way, which of 7 are others for the next case."""
+    cases = half(cases_of(layout), world, layout)
+    assert run_ranks(check_cases, world, cases, 8, 64, deadline=120) == [len(cases)] * world
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_parity_of_every_way(world: int, layout: str) -> None:
+    cases = cases_of(layout)
     assert run_ranks(check_cases, world, cases, 8, 64, deadline=120) == [len(cases)] * world
 
 

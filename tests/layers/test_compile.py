@@ -97,7 +97,7 @@ def test_a_block_breaks_once_at_every_operator(mixer: str) -> None:
         assert graphs.compiled == operators + 1 and graphs.run == 2 * (operators + 1)
 
 
-@pytest.mark.parametrize("mixer", ["gated_delta_net", "softmax"])
+@pytest.mark.parametrize("mixer", tiered(["gated_delta_net"], ["softmax"]))
 def test_breaks_as_torch_is_set_by_default(mixer: str) -> None:
     """A break within a function that a block calls then ends the graphs of both, so there are more; all of its reasons
     are operators."""
@@ -110,7 +110,7 @@ def test_breaks_as_torch_is_set_by_default(mixer: str) -> None:
     assert graphs.run <= OPERATORS.get(mixer, 1) + 3
 
 
-@pytest.mark.parametrize("mixer", ["gated_delta_net", "softmax"])
+@pytest.mark.parametrize("mixer", tiered(["softmax"], ["gated_delta_net"]))
 def test_with_graphs_of_the_backward_pass_too(mixer: str) -> None:
     block = block_of(mixer)
     compiled = torch.compile(block, backend="aot_eager")

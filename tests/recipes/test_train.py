@@ -52,11 +52,14 @@ def alone(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiered(
         [
             (1, ["train.accumulation=4"]),
-            (2, ["parallel.dp=2", "train.accumulation=2"]),
             (3, ["parallel.sp=3", "parallel.layout=contiguous"]),
             (4, ["parallel.dp=2", "parallel.sp=2"]),
         ],
-        [(2, ["parallel.sp=2"]), (4, ["parallel.sp=4", "parallel.overlap=false"])],
+        [
+            (2, ["parallel.sp=2"]),
+            (2, ["parallel.dp=2", "train.accumulation=2"]),
+            (4, ["parallel.sp=4", "parallel.overlap=false"]),
+        ],
     ),
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
