@@ -306,7 +306,7 @@ KERNEL_MUTANTS = [
         file="hybrid_sp/kernels/gpu/fla.py",
         old="runs.leaving(final[..., width:])",
         new="torch.zeros_like(runs.leaving(final[..., width:]))",
-        test=f"{FLA}::test_agrees_with_the_token_loop[gated on 2, states]",
+        test=f"{FLA}::test_agrees_with_the_token_loop[kda on 2, zigzag, documents, states]",
     ),
     Mutant(
         name="fla: what comes back to the ends of spans dropped",
