@@ -27,7 +27,7 @@ from hybrid_sp.layout import spans_of
 from hybrid_sp.state import AffineState
 from tests.hybrid_sp.cases import Case, delta_cases, linear_cases, measured, truth
 from tests.hybrid_sp.test_collectives import linear_counts
-from tests.hybrid_sp.test_parity import LAYOUTS, check_cases, half
+from tests.hybrid_sp.test_parity import LAYOUTS, check_cases, check_family, half
 from tests.support.impatience import Impatience
 from tests.support.ranks import run_ranks
 
@@ -42,16 +42,15 @@ def wanted() -> Wanted:
     return [(case, truth(case)) for case in (*linear_cases()[::2], *delta_cases()[1::2])]
 
 
-def check_exchange(world: int, layout: str, exchange: str, cases: Wanted) -> None:
-    cut = [(replace(case, layout=layout, linear=exchange), want) for case, want in cases]
-    assert run_ranks(check_cases, world, cut, 8, 64) == [len(cut)] * world
+def by(exchange: str) -> Wanted:
+    return [(replace(case, linear=exchange), want) for case, want in wanted()]
 
 
 @pytest.mark.parametrize("exchange", SCANS)
 @pytest.mark.parametrize(("world", "layout"), [(2, "zigzag"), (3, "zigzag"), (4, "contiguous")])
 def test_parity_fp64(world: int, layout: str, exchange: str) -> None:
-    """Of half of the cases each; one rank is below."""
-    check_exchange(world, layout, exchange, half(wanted(), world, layout))
+    """Checks half of the cases each; one rank is tested below."""
+    check_family(world, layout, half(by(exchange), world, layout))
 
 
 @pytest.mark.slow
@@ -59,7 +58,7 @@ def test_parity_fp64(world: int, layout: str, exchange: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_parity_fp64_of_every_case(world: int, layout: str, exchange: str) -> None:
-    check_exchange(world, layout, exchange, wanted())
+    check_family(world, layout, by(exchange))
 
 
 def every_third() -> Wanted:

@@ -61,7 +61,7 @@ def wanted(family: str) -> dict[Case, dict[str, Tensor]]:
 
 
 def half(cases: list[Any], world: int, layout: str) -> list[Any]:
-    """Every second case; the others are those of the other layout."""
+    """Every second case; the other layout takes the rest."""
     return cases[(world + LAYOUTS.index(layout)) % 2 :: 2]
 
 
@@ -73,7 +73,7 @@ def check_family(world: int, layout: str, cases: list[tuple[Case, dict[str, Tens
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("world", "layout"), [(1, "contiguous"), (2, "contiguous"), (2, "zigzag"), (4, "zigzag")])
 def test_parity_fp64(world: int, layout: str, family: str) -> None:
-    """Of every case on one rank, and of half of them on several."""
+    """Checks every case on one rank, and half of them on several."""
     cases = [*wanted(family).items()]
     check_family(world, layout, cases if world == 1 else half(cases, world, layout))
 

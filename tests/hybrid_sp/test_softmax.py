@@ -62,7 +62,7 @@ def cases_of(layout: str) -> list[tuple[Case, dict[str, Tensor]]]:
 
 @pytest.mark.parametrize(("world", "layout"), [(1, "contiguous"), (2, "contiguous"), (3, "zigzag")])
 def test_parity(world: int, layout: str) -> None:
-    """Of every second way, which of 7 are others for the next case."""
+    """Checks every second way. There are seven ways per mask, so the next mask takes the other ones."""
     cases = half(cases_of(layout), world, layout)
     assert run_ranks(check_cases, world, cases, 8, 64, deadline=120) == [len(cases)] * world
 
