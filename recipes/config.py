@@ -10,12 +10,12 @@ import hashlib
 import os
 import re
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 import hybrid_sp as hsp
@@ -133,16 +133,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     naming the key and the nearest valid one, for an unknown key, a wrong type or a file that cannot be read.
     """
     path = Path(path)
-    merged = _merge(OmegaConf.structured(Recipe), {"name": path.stem}, str(path))
-    for source, layer in _layers(path):
-        merged = _merge(merged, layer, source)
-    for argument in overrides:
-        merged = _merge(merged, override(argument, Recipe), f"argument {argument!r}")
+    changes = [(f"argument {argument!r}", override(argument, Recipe)) for argument in overrides]
+    recipe = _recipe([(str(path), {"name": path.stem}), *_layers(path), *changes])
     values = dict(map(key_and_text, overrides))
-    if "name" not in values:
-        name = "-".join([merged.name, *_changes(values)])
-        merged = _merge(merged, {"name": file_name(name)}, str(path))
-    return _recipe(merged, str(path))
+    if "name" in values:
+        return recipe
+    return replace(recipe, name=file_name("-".join([recipe.name, *_changes(values)])))
 
 
 def file_name(name: str) -> str:
@@ -155,13 +151,12 @@ def file_name(name: str) -> str:
 
 def load_resolved(path: str | Path) -> Recipe:
     """Reads the ``recipe.yaml`` of a run folder back; raises RecipeError as `load` does."""
-    values = typed(read(Path(path)), Recipe)
-    return _recipe(_merge(OmegaConf.structured(Recipe), values, str(path)), str(path))
+    return _recipe([(str(path), typed(read(Path(path)), Recipe))])
 
 
 def dump(recipe: Recipe) -> str:
     """The resolved recipe as YAML; `load_resolved` reads it back."""
-    return OmegaConf.to_yaml(OmegaConf.structured(recipe))
+    return OmegaConf.to_yaml(OmegaConf.create(asdict(recipe)))
 
 
 def run_folder(recipe: Recipe) -> Path:
@@ -171,7 +166,7 @@ def run_folder(recipe: Recipe) -> Path:
 
 def flat(recipe: Recipe) -> dict[str, Any]:
     """Every leaf of a recipe by its dotted key."""
-    return dict(_leaves(OmegaConf.to_container(OmegaConf.structured(recipe))))
+    return dict(_leaves(asdict(recipe)))
 
 
 def difference(old: Recipe, new: Recipe) -> list[str]:
@@ -415,31 +410,44 @@ def _layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict[st
     return [*below, (str(path), values)]
 
 
-def _merge(merged: DictConfig, layer: dict[str, Any], source: str) -> DictConfig:
-    """Merges at once, which is fast, or else key by key, so that every error can say which key it is about."""
-    refuse_text(layer, source)
-    with suppress(OmegaConfBaseException, TypeError):  # the latter for a mapping where a list belongs
-        return OmegaConf.merge(merged, layer)  # type: ignore[return-value]
-    for key, value in _leaves(layer):
-        section, _, leaf = key.partition(".")
-        try:
-            merged = OmegaConf.merge(merged, {section: {leaf: value} if leaf else value})  # type: ignore[assignment]
-        except ConfigKeyError as error:
-            if _nearest(key) == key:  # the fault is in the value, which has keys of its own
-                raise RecipeError(f"{source}: {key}={value!r}: {str(error).splitlines()[0]}") from error
-            raise RecipeError(f"{source}: unknown key {key!r}; the nearest is {_nearest(key)!r}") from error
-        except (OmegaConfBaseException, TypeError) as error:
-            raise RecipeError(f"{source}: {key}={value!r}: {str(error).splitlines()[0]}") from error
-    return merged
+def _recipe(layers: Sequence[tuple[str, dict[str, Any]]]) -> Recipe:
+    """The recipe of layers, each with its source, the later over the earlier.
 
-
-def _recipe(merged: DictConfig, source: str) -> Recipe:
+    They are merged at once, which is fast, or else key by key, so that every error can say which key it is about.
+    """
+    for source, layer in layers:
+        refuse_text(layer, source)
+    try:
+        merged = OmegaConf.merge(_schema(), *(layer for _, layer in layers))
+    except (OmegaConfBaseException, TypeError):  # the latter for a mapping where a list belongs
+        merged = _schema()
+        for source, layer in layers:
+            for key, value in _leaves(layer):
+                merged = _with_key(merged, key, value, source)
+    source = layers[0][0]
     try:
         if missing := OmegaConf.missing_keys(merged):
             raise RecipeError(f"{source}: {', '.join(sorted(missing))} is missing")
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise RecipeError(f"{source}: {str(error).splitlines()[0]}") from error
+
+
+@cache
+def _schema() -> Any:
+    return OmegaConf.structured(Recipe)
+
+
+def _with_key(merged: Any, key: str, value: Any, source: str) -> Any:
+    section, _, leaf = key.partition(".")
+    try:
+        return OmegaConf.merge(merged, {section: {leaf: value} if leaf else value})
+    except ConfigKeyError as error:
+        if _nearest(key) == key:  # the fault is in the value, which has keys of its own
+            raise RecipeError(f"{source}: {key}={value!r}: {str(error).splitlines()[0]}") from error
+        raise RecipeError(f"{source}: unknown key {key!r}; the nearest is {_nearest(key)!r}") from error
+    except (OmegaConfBaseException, TypeError) as error:
+        raise RecipeError(f"{source}: {key}={value!r}: {str(error).splitlines()[0]}") from error
 
 
 def _leaves(sections: Any) -> list[tuple[str, Any]]:
@@ -458,7 +466,7 @@ def _nearest(key: str) -> str:
         parts = (name.rpartition(".")[2], key.rpartition(".")[2]), (name, key)
         return sum(difflib.SequenceMatcher(None, a, b).ratio() for a, b in parts)
 
-    return max((name for name, _ in _leaves(OmegaConf.to_container(OmegaConf.structured(Recipe)))), key=likeness)
+    return max((name for name, _ in _leaves(OmegaConf.to_container(_schema()))), key=likeness)
 
 
 def _changes(values: dict[str, str]) -> list[str]:

@@ -129,7 +129,7 @@ def test_overlap_off_is_bit_equal(baseline: str) -> None:
 @pytest.mark.parametrize(("world", "layout"), tiered([(2, "zigzag")], [(4, "contiguous")]))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_low_precision(dtype: torch.dtype, world: int, layout: str) -> None:
-    """Half of the cases in either dtype on 2 ranks, and all on 4."""
+    """A third of the cases in either dtype on 2 ranks, and all on 4."""
     kinds = [
         Case(decay="scalar", states=True, groups=2),
         Case(decay="vector", normalize=True, states=True, groups=2),
@@ -142,7 +142,7 @@ def test_low_precision(dtype: torch.dtype, world: int, layout: str) -> None:
     cases += [Case(linear="ring_attention", decay=decay, groups=2) for decay in (None, "fixed", "scalar")]
     cases += [Case(linear="ring_attention", normalize=True, groups=2, decay="scalar")]
     cases = [case for case in cases if case.groups % world == 0 or "ring" in case.linear + case.softmax]
-    cases = cases[dtype == torch.bfloat16 :: 2] if world == 2 else cases
+    cases = cases[dtype == torch.bfloat16 :: 3] if world == 2 else cases
     plain = [replace(case, linear="all_gather", softmax="all_gather") for case in cases]
     found = {case: [truth(replace(case, seed=seed), dtype) for seed in range(4)] for case in set(plain)}
     given = [(replace(case, layout=layout), found[same]) for case, same in zip(cases, plain, strict=True)]

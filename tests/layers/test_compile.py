@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -53,6 +53,10 @@ class Graphs:
         return run
 
 
+def whole_graphs() -> AbstractContextManager[Any]:
+    return torch._dynamo.config.patch(nested_graph_breaks=True) if NESTED else nullcontext()
+
+
 def block_of(mixer: str) -> Block:
     torch.manual_seed(0)
     return Block(mixer_spec(mixer), WIDE, 32).double()
@@ -84,7 +88,7 @@ FEW = ("gla", "gated_delta_net", "softmax")
 def test_a_block_breaks_once_at_every_operator(mixer: str) -> None:
     block, graphs = block_of(mixer), Graphs()
     sp = hsp.SequenceParallel(None)
-    with torch._dynamo.config.patch(nested_graph_breaks=True) if NESTED else nullcontext():
+    with whole_graphs():
         compiled = torch.compile(block, backend=graphs)
         for _ in range(2):  # another shard of as many tokens compiles nothing anew
             shard = sp.shard(20)
@@ -128,22 +132,25 @@ def test_with_the_default_backend() -> None:
 def compare_on_ranks(group: Any) -> None:
     shard = hsp.SequenceParallel(group, layout="zigzag", check="calls").shard(30)
     x = shard.take(tokens(30))
-    blocks = nn.ModuleList(block_of(mixer) for mixer in ("gla", "softmax"))
+    torch.manual_seed(0)
+    weights = nn.Linear(WIDE.dim, WIDE.dim).double()
 
     def run(x: Tensor, shard: hsp.Shard) -> tuple[Tensor, None]:
-        for block in blocks:
-            x, _ = block(x, shard)
-        return x, None
+        """Both operators, with work before, between and after them."""
+        q = weights(x).unflatten(-1, (4, -1))
+        o = hsp.linear_attention(q.sigmoid(), q, q, log_decay=-q.square(), shard=shard)
+        o = hsp.softmax_attention(o, o.tanh(), q, shard=shard)
+        return weights(o.flatten(2)), None
 
     torch._dynamo.reset()
     graphs = Graphs()
     books = []
     found = []
     for function in (run, torch.compile(run, backend=graphs)):
-        with hsp.ledger() as book:
-            found.append(results(function, blocks, x, shard))
+        with hsp.ledger() as book, whole_graphs():
+            found.append(results(function, weights, x, shard))
         books.append([(row.collective, row.tag, row.direction, row.bytes) for row in book.rows])
-    assert graphs.run > len(blocks) and books[0] and books[0] == books[1]
+    assert graphs.run == 3 and books[0] and books[0] == books[1]
     assert_same(found[1], found[0])
     torch._dynamo.reset()
 

@@ -22,53 +22,58 @@ from tests.support.tiers import tiered
 # Of a sequence shorter than a chunk, whose spans are shorter than a convolution reaches, and of a longer one; documents
 # of one token, and of more than a span and a chunk.
 LENGTHS = {11: (0, 1, 2, 7, 11), 137: (0, 1, 4, 5, 60, 61, 137)}
+IN_TURN = [*zip(CASES, itertools.cycle(LAYOUTS), strict=False)]  # every mixer in one layout
+IN_BOTH = [*itertools.product(CASES, LAYOUTS)]
 
 
-FEW = [(2, "batch", 1), (3, "packed", 1)]
+@pytest.mark.parametrize(("ranks", "rows"), [(2, "batch"), (3, "packed")])
+def test_mixers_agree_with_one_device(ranks: int, rows: str) -> None:
+    """Every mixer, at one length and in one layout, by turns."""
+    turns = itertools.cycle(itertools.product(LAYOUTS, LENGTHS if rows == "batch" else [*LENGTHS][::-1]))
+    cases = [(number, *turn) for number, turn in zip(range(len(CASES)), turns, strict=False)]
+    check_mixers(ranks, rows, cases)
 
 
-@pytest.mark.parametrize(
-    ("ranks", "rows", "layouts"), tiered(FEW, itertools.product((1, 2, 3, 4), ("batch", "packed"), [2]))
-)
-def test_mixers_agree_with_one_device(ranks: int, rows: str, layouts: int) -> None:
-    """Every mixer and length in one layout, by turns, or in both."""
-    run_ranks(compare_mixers, ranks, wanted(rows == "packed"), rows == "packed", layouts, deadline=600.0)
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", ["batch", "packed"])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_mixers_agree_with_one_device_in_every_case(ranks: int, rows: str) -> None:
+    check_mixers(ranks, rows, [*itertools.product(range(len(CASES)), LAYOUTS, LENGTHS)])
 
 
 @pytest.mark.slow
 def test_a_few_mixers_agree_on_eight_ranks() -> None:
-    run_ranks(compare_mixers, 8, wanted(True)[5::8], True, 2, deadline=180.0)
+    check_mixers(8, "packed", [*itertools.product(range(2, len(CASES), 4), LAYOUTS, [137])])
 
 
-Wanted = list[tuple[Case, int, dict[str, Tensor]]]
+def check_mixers(ranks: int, rows: str, cases: list[tuple[int, str, int]]) -> None:
+    """Cases of a number in CASES, a layout and a length; on one device and on ranks."""
+    packed = rows == "packed"
+    given = [(CASES[i], layout, length, wanted(i, length, packed)) for i, layout, length in cases]
+    run_ranks(compare_mixers, ranks, given, packed, deadline=600.0)
 
 
-@functools.lru_cache
-def wanted(packed: bool) -> Wanted:
-    """Every mixer and length, and what one device computes."""
-    return [
-        (case, length, one_by_one(case, *random_pair(length, packed), LENGTHS[length] if packed else (0, length)))
-        for case, length in itertools.product(CASES, LENGTHS)
-    ]
+@functools.cache
+def wanted(number: int, length: int, packed: bool) -> dict[str, Tensor]:
+    """The tensors of one device."""
+    bounds = LENGTHS[length] if packed else (0, length)
+    return one_by_one(CASES[number], *random_pair(length, packed), bounds)
 
 
-def compare_mixers(group: Any, cases: Wanted, packed: bool, layouts: int) -> None:
+def compare_mixers(group: Any, cases: list[tuple[Case, str, int, dict[str, Tensor]]], packed: bool) -> None:
     """Output, input gradient and parameter gradients, summed over ranks."""
-    for number, (case, length, want) in enumerate(cases):
-        bounds = LENGTHS[length]
+    for case, layout, length, want in cases:
         x, dy = random_pair(length, packed)
-        turn = number // len(LENGTHS) + number  # of a mixer one length in each layout, and of the next in the other
-        for layout in [LAYOUTS[(turn + i) % 2] for i in range(layouts)]:
-            sp = hsp.SequenceParallel(group, layout=layout, check="calls")
-            shard = sp.shard(length, bounds if packed else None)
-            got = measured(case, shard.take(x), shard.take(dy), shard)
-            where = f"{case}, {length} tokens, {layout}, rank {sp.rank} of {sp.size}"
-            for name, tensor in got.items():
-                if name in ("y", "dx"):
-                    assert_close(f"{where}: {name}", tensor, shard.take(want[name]), 1e-10)
-                else:
-                    total = collectives.all_reduce(tensor, group, tag="gradients")
-                    assert_close(f"{where}: {name}", total, want[name], 1e-10)
+        sp = hsp.SequenceParallel(group, layout=layout, check="calls")
+        shard = sp.shard(length, LENGTHS[length] if packed else None)
+        got = measured(case, shard.take(x), shard.take(dy), shard)
+        where = f"{case}, {length} tokens, {layout}, rank {sp.rank} of {sp.size}"
+        for name, tensor in got.items():
+            if name in ("y", "dx"):
+                assert_close(f"{where}: {name}", tensor, shard.take(want[name]), 1e-10)
+            else:
+                total = collectives.all_reduce(tensor, group, tag="gradients")
+                assert_close(f"{where}: {name}", total, want[name], 1e-10)
 
 
 def random_pair(length: int, packed: bool, seed: int = 2) -> tuple[Tensor, Tensor]:
@@ -98,10 +103,10 @@ def one_by_one(case: Case, x: Tensor, dy: Tensor, bounds: tuple[int, ...]) -> di
     }
 
 
-@pytest.mark.parametrize("first", tiered([0], [1, 2]))
+@pytest.mark.parametrize("first", tiered([0], [1, 2, 3, 4]))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rounding_is_at_most_twice_that_of_one_device(dtype: torch.dtype, first: int) -> None:
-    run_ranks(compare_rounding, 2, dtype, CASES[first::3], deadline=600.0)
+    run_ranks(compare_rounding, 2, dtype, CASES[first::5], deadline=600.0)
 
 
 def compare_rounding(group: Any, dtype: torch.dtype, cases: list[Case]) -> None:
@@ -130,14 +135,14 @@ def compare_rounding(group: Any, dtype: torch.dtype, cases: list[Case]) -> None:
             assert miss <= 2 * single, f"{case} {dtype} {name}: {miss:.2e}, one device {single:.2e}"
 
 
-@pytest.mark.parametrize(("ranks", "layouts"), tiered([(2, 1)], [(1, 2), (3, 2)]))
-def test_nothing_leaks_from_one_document_into_another(ranks: int, layouts: int) -> None:
-    """Every case in one layout, by turns, or in both."""
-    cases = [(case, LAYOUTS[(i + j) % 2]) for i, case in enumerate(CASES) for j in range(layouts)]
-    run_ranks(change_documents, ranks, cases, deadline=600.0)
+@pytest.mark.parametrize(("ranks", "documents"), tiered([(2, (3,))], [(1, (1, 3, 5)), (3, (1, 3, 5))]))
+def test_nothing_leaks_from_one_document_into_another(ranks: int, documents: tuple[int, ...]) -> None:
+    """Every mixer in one layout and one document, or in both and several."""
+    cases = IN_TURN if len(documents) == 1 else IN_BOTH
+    run_ranks(change_documents, ranks, cases, documents, deadline=600.0)
 
 
-def change_documents(group: Any, cases: list[tuple[Case, str]]) -> None:
+def change_documents(group: Any, cases: list[tuple[Case, str]], documents: tuple[int, ...]) -> None:
     """Another text in one document leaves every bit of all others, of the output and of the input's gradient; and a
     gradient that comes to one document alone goes to no other."""
     length, bounds = max(LENGTHS.items())
@@ -145,7 +150,7 @@ def change_documents(group: Any, cases: list[tuple[Case, str]]) -> None:
     for case, layout in cases:
         shard = hsp.SequenceParallel(group, layout=layout, check="calls").shard(length, bounds)
         before = measured(case, shard.take(x), shard.take(dy), shard)
-        for document in (1, 3, 5):
+        for document in documents:
             span = slice(bounds[document], bounds[document + 1])
             inside_L = torch.zeros(length, dtype=torch.bool)
             inside_L[span] = True
@@ -164,13 +169,13 @@ def change_documents(group: Any, cases: list[tuple[Case, str]]) -> None:
 
 @pytest.mark.parametrize("ranks", tiered([2], [4]))
 def test_a_token_is_seen_by_later_ranks_and_by_none_before_it(ranks: int) -> None:
-    run_ranks(change_a_token, ranks, deadline=180.0)
+    run_ranks(change_a_token, ranks, IN_TURN if ranks == 2 else IN_BOTH, deadline=180.0)
 
 
-def change_a_token(group: Any) -> None:
+def change_a_token(group: Any, cases: list[tuple[Case, str]]) -> None:
     """What a token changes is what it changes on one device; before it, and on every rank, exactly nothing."""
     length = max(LENGTHS)
-    for case, layout in itertools.product(CASES, LAYOUTS):
+    for case, layout in cases:
         mixer = case.build()
         shard = hsp.SequenceParallel(group, layout=layout, check="calls").shard(length)
         x = tokens(length)

@@ -44,11 +44,20 @@ class Outcome:
 
 
 def run_program(
-    *arguments: str, ranks: int = 1, fault: str | None = None, rank: int = 0, nth: int = 1, deadline: float = 300.0
+    *arguments: str,
+    ranks: int = 1,
+    fault: str | None = None,
+    rank: int = 0,
+    nth: int = 1,
+    draws: bool = False,
+    deadline: float = 300.0,
 ) -> Outcome:
-    """``recipes.train.main(arguments)`` on some ranks; a ``fault`` of FAULTS strikes one of them, its nth time."""
+    """``recipes.train.main(arguments)`` on some ranks; a ``fault`` of FAULTS strikes one of them, its nth time.
+
+    To draw the loss takes longer than the training, so it is drawn where that is asked for alone.
+    """
     with tempfile.TemporaryDirectory() as logs:
-        request = {"arguments": arguments, "ranks": ranks, "fault": fault, "rank": rank, "nth": nth}
+        request = {"arguments": arguments, "ranks": ranks, "fault": fault, "rank": rank, "nth": nth, "draws": draws}
         codes = _server().ask({**request, "deadline": deadline, "logs": logs})
         return Outcome(codes=codes, texts=[Path(logs, str(r)).read_text(errors="replace") for r in range(ranks)])
 
@@ -115,7 +124,7 @@ def _fork_ranks(request: dict[str, Any]) -> list[int]:
 
 def _be_rank(request: dict[str, Any], rank: int, port: int) -> None:
     """Runs the program and never returns."""
-    from recipes import train
+    from recipes import record, train
 
     log = os.open(Path(request["logs"], str(rank)), os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
@@ -129,6 +138,8 @@ def _be_rank(request: dict[str, Any], rank: int, port: int) -> None:
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         train.PATIENCE = request["deadline"]
         _draw_numbers(rank)
+        if not request["draws"]:
+            record.draw_loss = lambda *_: None
         if request["fault"] is not None:
             FAULTS[request["fault"]](request["nth"] if rank == request["rank"] else 0)
         code = train.main(request["arguments"])

@@ -111,7 +111,7 @@ def test_a_trace_of_all_ranks(train: Train, plain: Path, tmp_path: Path) -> None
     done = train(*SHORT, "train.steps=4", "parallel.dp=2", "parallel.sp=2", "train.trace=true", ranks=4)
     assert done.ok, done
     path = tmp_path / "run" / "trace.json"
-    assert f"           {path}\n" in done.texts[0], "the closing lines name it"
+    assert f" {path}\n" in done.texts[0], "the closing lines name it"
     slices = [event for event in json.loads(path.read_text())["traceEvents"] if event["ph"] == "X"]
     for rank in range(4):
         names = [event["name"] for event in slices if event["pid"] == rank and event["cat"] == "compute"]

@@ -28,7 +28,7 @@ LENGTH = 43
 SHORT, LONG = (0, 1, 14, 15, 29, 30, 33, 43), (0, 3, 37, 43)  # documents
 NAMED = {
     "none": Case(heads=2, groups=2, states=True, layout="zigzag"),
-    "fixed": Case(heads=4, groups=2, documents=SHORT, decay="fixed"),
+    "fixed": Case(heads=2, groups=1, documents=SHORT, decay="fixed"),
     "scalar": Case(heads=2, groups=2, states=True, decay="scalar"),
     "normalized": Case(heads=2, groups=1, states=True, documents=LONG, decay="scalar", normalize=True, layout="zigzag"),
     "vector": Case(heads=2, groups=1, states=True, decay="vector"),
@@ -138,7 +138,7 @@ def check_bf16(group: Any, cases: list[tuple[Case, Seeds, Seeds]]) -> None:
 @pytest.mark.parametrize("documents", tiered([LONG], [(None,)]), ids=["packed", "batch"])
 def test_bf16_on_two_ranks_errs_at_most_twice_as_much(documents: tuple[int, ...] | None) -> None:
     """And on one device at most 5e-3, also where a normaliser makes dq the difference of two greater numbers."""
-    case = replace(CASES["normalized"], documents=documents, layout="zigzag")
+    case = replace(CASES["normalized"], documents=documents, heads=1)
     truths = [truth(replace(case, seed=seed), torch.bfloat16) for seed in range(2)]
     with small(32):
         given = with_one_device([(case, truths)], torch.bfloat16)
@@ -203,7 +203,7 @@ def test_gradients_come_to_kernels_in_the_dtype_of_o(monkeypatch: pytest.MonkeyP
     assert set(seen) == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("decay", ["scalar", "vector"])
+@pytest.mark.parametrize("decay", tiered(["scalar"], ["vector"]))
 def test_fp16_gradients_of_decays_bear_great_states(decay: str) -> None:
     q, k, v, do = (torch.full((1, 640, 1, 16), x, dtype=torch.float16) for x in (0.005, 20.0, 20.0, 0.005))
     g = torch.full((1, 640, 1, 16)[: 4 if decay == "vector" else 3], -1e-4)
