@@ -13,6 +13,7 @@ import hybrid_sp as hsp
 from tests.gpu import attention, linear, memcheck
 from tests.gpu.linear import Problem
 from tests.support import interpreter
+from tests.support.tiers import tiered
 
 CPU = torch.device("cpu")
 TINY = Problem(key=16, value=16, heads=2, groups=2, batch=1, length=37)
@@ -33,7 +34,7 @@ def as_on_a_device() -> None:
 @interpreted
 @pytest.mark.parametrize(
     ("decay", "dtype"),
-    [(None, torch.bfloat16), ("fixed", torch.float16), ("scalar", torch.float32), ("vector", torch.bfloat16)],
+    tiered([("fixed", torch.float16), ("scalar", torch.float32)], [(None, torch.bfloat16), ("vector", torch.bfloat16)]),
     ids=str,
 )
 def test_errors(decay: str | None, dtype: torch.dtype) -> None:

@@ -108,9 +108,10 @@ def check_overlap_is_bit_equal(group: Any, cases: list[Case]) -> None:
             assert torch.equal(with_overlap[name], without[name]), f"{case} {name} on rank {collectives.rank(group)}"
 
 
+@pytest.mark.parametrize("step", tiered([3], [1]))
 @pytest.mark.parametrize("family", FAMILIES)
-def test_overlap_off_is_bit_equal(family: str) -> None:
-    run_ranks(check_overlap_is_bit_equal, 2, FAMILIES[family](), deadline=120)
+def test_overlap_off_is_bit_equal(family: str, step: int) -> None:
+    run_ranks(check_overlap_is_bit_equal, 2, FAMILIES[family]()[::step], deadline=120)
 
 
 RMS_BOUND = {torch.float32: 5e-6, torch.bfloat16: 5e-3}
@@ -158,10 +159,10 @@ def check_low_precision(group: Any, cases: list[tuple[Case, Seeds, Seeds]], dtyp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("world", "layout"), tiered([(2, "zigzag")], [(4, "contiguous")]))
 def test_low_precision(world: int, layout: str, dtype: torch.dtype, family: str) -> None:
-    """A third of the cases on 2 ranks, and all on 4."""
+    """A fifth of the cases on 2 ranks, and all on 4."""
     cases = [case for case in FAMILIES[family]() if case.states or not case.causal or case.groups == 2]
     cases = [case for case in cases if case.operator != "shift" and case.window != 1]  # round nothing; no dq
-    cases = cases[::3] if world == 2 else cases
+    cases = cases[::5] if world == 2 else cases
     names = itertools.cycle(["all_gather"] if world == 2 else EXCHANGES)  # of linear layers
     given = [
         (replace(case, layout=layout, linear=name), [truth(replace(case, seed=seed), dtype) for seed in range(4)])

@@ -11,6 +11,7 @@ from hybrid_sp.exchange import EXCHANGES
 from tests.hybrid_sp.cases import Case, truth
 from tests.hybrid_sp.test_parity import check_cases
 from tests.support.ranks import run_ranks
+from tests.support.tiers import tiered
 
 SEEDS = range(8)
 CASES = 24  # of one seed
@@ -48,7 +49,7 @@ def random_case(draw: random.Random) -> Case:
     return Case(**options, states=draw.random() < 0.5)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", tiered(SEEDS[:4], SEEDS[4:]))
 def test_random_calls_are_the_token_loop(seed: int) -> None:
     draw = random.Random(seed)
     world, chunk, rows = draw.randint(1, 4), draw.choice([1, 2, 4, 8, 64]), draw.choice([1, 64, 8192])

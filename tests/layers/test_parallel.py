@@ -141,7 +141,7 @@ def test_documents_of_a_model_are_as_if_alone() -> None:
 
 def compare_documents(world: Any, want: Tensor, gradients: tuple[Tensor, ...]) -> None:
     model, text = of_every_mixer()
-    for plan, layout in itertools.product(plans_of(world)[:2], LAYOUTS):
+    for plan, layout in zip(plans_of(world)[:2], LAYOUTS, strict=True):
         where = f"{plan.name}, {layout}, rank {collectives.rank(world)}"
         shard = hsp.SequenceParallel(plan.group, layout=layout, check="calls").shard(DOCUMENTS[-1], DOCUMENTS)
         model.zero_grad()

@@ -155,7 +155,7 @@ EXCHANGE_MUTANTS = [
         file="hybrid_sp/layout.py",
         old="tuple(dict.fromkeys(self.cu_seqlens))",
         new="self.cu_seqlens",
-        test="tests/hybrid_sp/test_operators.py::test_empty_documents_change_nothing[contiguous-1]",
+        test="tests/hybrid_sp/test_operators.py::test_empty_documents_change_nothing[1-contiguous]",
     ),
     Mutant(
         name="a scale that autograd does not see",
