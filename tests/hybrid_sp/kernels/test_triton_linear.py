@@ -28,7 +28,7 @@ LENGTH = 43
 SHORT, LONG = (0, 1, 14, 15, 29, 30, 33, 43), (0, 3, 37, 43)  # documents
 NAMED = {
     "none": Case(heads=2, groups=2, states=True, layout="zigzag"),
-    "fixed": Case(heads=2, groups=1, documents=SHORT, decay="fixed"),
+    "fixed": Case(heads=4, groups=2, documents=SHORT, decay="fixed"),
     "scalar": Case(heads=2, groups=2, states=True, decay="scalar"),
     "normalized": Case(heads=2, groups=1, states=True, documents=LONG, decay="scalar", normalize=True, layout="zigzag"),
     "vector": Case(heads=2, groups=1, states=True, decay="vector"),
