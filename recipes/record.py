@@ -34,7 +34,7 @@ from recipes.config import Recipe, RecipeError
 from recipes.data import nats_to_bits
 from recipes.tracker import Tracker
 
-PACKAGES = ("torch", "einops", "omegaconf", "wandb", "matplotlib", "numpy", "triton", "fla-core", "flash-attn")
+PACKAGES = ("einops", "omegaconf", "wandb", "matplotlib", "numpy", "triton", "fla-core", "flash-attn")
 FILES = (
     "loss.png",
     "sample.txt",
@@ -152,7 +152,11 @@ class Record:
             "command": _command(),
             "commit": commit.strip() if commit else None,
             "untracked": (_git("ls-files", "--others", "--exclude-standard") or "").splitlines(),
-            "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,  # which says the build too
+                **{name: _version(name) for name in PACKAGES},
+            },
             "machine": {"system": platform.platform(), "cpus": os.cpu_count()},
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "earlier_starts": [*before.get("earlier_starts", []), *([before["started"]] if before else [])],

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tests.external.program import Errors, errors_of
-from tests.support.packages import require_installed
+from tests.support.packages import needs
 
-require_installed("fla", "triton")
+pytestmark = needs("fla", "triton")
 
 STATE = {"S", "d S"}
 LINEAR = {"o", "d q", "d k", "d v"}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tests.external.program import Errors, errors_of
-from tests.support.packages import require_installed
+from tests.support.packages import needs
 
-require_installed("transformers")  # which needs Python 3.11
+pytestmark = needs("transformers")  # which needs Python 3.11
 
 BOUND = 1e-5  # they compute in float32 inside
 GATED = {"d rule.steps.A_log", "d rule.steps.dt_bias"}

@@ -25,17 +25,18 @@ from recipes.bench.contenders import DECAYS, Contender, found
 from recipes.bench.device import Budget, Ceilings, Stopwatch
 from recipes.bench.measure import QUICK, Claim
 from recipes.bench.strategies import LINEAR, SOFTMAX
-from tests.support.packages import require_installed
-from tests.support.tiers import tiered
+from tests.support.packages import needs
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("peers", tiered([["fla", "triton"]], [[]]), ids=["without fla-core", "with fla-core"])
+@pytest.mark.parametrize(
+    "peers",
+    [["fla", "triton"], pytest.param([], marks=[pytest.mark.slow, needs("fla", "triton")])],
+    ids=["without fla-core", "with fla-core"],
+)
 def test_linear_runs_without_the_packages_of_recipes(tmp_path: Path, peers: list[str]) -> None:
     """In a process of its own: it needs omegaconf and wandb as little as the engine does, and fla-core to compare."""
-    if not peers:
-        require_installed("fla", "triton")
     code = f"""
 import sys
 sys.modules.update(dict.fromkeys(["omegaconf", "wandb", "matplotlib", "rich", *{peers}]))

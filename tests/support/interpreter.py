@@ -1,7 +1,8 @@
 """Triton's interpreter, mended where it is not what a device does, and where it does the same work again and again.
 
 It keeps bf16 numbers as uint16, multiplies matrices of those integers, and cuts fp32 numbers off where a device rounds
-them to the nearest bf16. It replaces every function of triton.language again whenever a kernel calls a function.
+them to the nearest bf16. It replaces every function of triton.language again whenever a kernel calls a function. Triton
+3.6 takes an array of one number for a number, which numpy 2.4 does not.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from typing import Any
 
 @functools.cache
 def patch_once() -> None:
-    """Leave triton.language alone where the kernel that runs has replaced its functions already."""
+    """Leave triton.language alone where the kernel that runs has replaced its functions already, and make an index of
+    any array of one number."""
     import triton.language as tl
     from triton.runtime import interpreter
 
-    patch = interpreter._patch_lang
+    patch, patch_tensor = interpreter._patch_lang, interpreter._patch_lang_tensor
 
     def patch_lang(function: Any) -> Any:
         languages = [x for x in function.__globals__.values() if x is tl or x is tl.core]
@@ -24,7 +26,11 @@ def patch_once() -> None:
             return patch(function)
         return interpreter._LangPatchScope()
 
-    interpreter._patch_lang = patch_lang
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        tensor.__index__ = lambda self: int(self.handle.data.squeeze())
+
+    interpreter._patch_lang, interpreter._patch_lang_tensor = patch_lang, patch_lang_tensor
 
 
 @functools.cache

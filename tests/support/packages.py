@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 
-def require_installed(*packages: str) -> None:
-    """Skip the test, or the file that calls this, unless all are there. They are looked for and not imported, which
-    can take seconds and patch what it finds."""
-    for package in packages:
-        if sys.modules.get(package, package) is None or importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed", allow_module_level=True)
+def needs(*packages: str) -> pytest.MarkDecorator:
+    """The mark of tests that are skipped unless all are there. Packages are looked for and not imported, which can
+    take seconds and patch what it finds."""
+    missing = [
+        name for name in packages if sys.modules.get(name, name) is None or importlib.util.find_spec(name) is None
+    ]
+    return pytest.mark.skipif(bool(missing), reason=f"{', '.join(missing)} is not installed")
 
 
 def hide(*packages: str) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from tests.support.packages import require_installed
+from tests.support.packages import needs
 
-require_installed("triton")
+pytestmark = needs("triton")
 
 ROOT = Path(__file__).parents[3]
 

@@ -19,11 +19,10 @@ import hybrid_sp as hsp
 from hybrid_sp import delta
 from hybrid_sp.kernels.gpu import fla as adapter
 from tests.external.program import Errors, errors_of
+from tests.support.packages import needs
 from tests.support.tiers import tiered
 
-needs_fla = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("fla", "triton")), reason="fla-core is not installed"
-)
+needs_fla = needs("fla", "triton")
 
 CONTRACT = {  # arguments and results of every pass, as fla-core 0.6 has them
     "chunk_local_cumsum": (
