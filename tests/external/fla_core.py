@@ -30,8 +30,8 @@ from layers.mixers.based import squares, taylor_features
 from tests.external.program import Errors, report
 from tests.support.oracle import relative
 
-TOKENS, G, H, K, V = 75, 2, 4, 6, 10  # more tokens than a chunk
-DOCUMENTS = (0, 1, 8, 73, TOKENS)
+TOKENS, G, H, K, V = 139, 2, 4, 6, 10  # more tokens than two chunks
+DOCUMENTS = (0, 1, 24, 120, TOKENS)
 BY_TOKEN = {"q", "k", "v", "log_decay", "beta"}  # tokens are dim 1; other inputs belong to a whole sequence
 
 Tensors = dict[str, Tensor]

@@ -119,8 +119,9 @@ def check_strided(group: Any, cases: list[tuple[Case, dict[str, Tensor]]]) -> No
     check_in_tiles(outer, cases)
 
 
-def test_ranks_that_are_not_neighbours_in_the_world() -> None:
-    cases = [replace(case, layout="zigzag") for baseline in (*HEADS, *RINGS) for case in cases_of(baseline)[::11]]
+@pytest.mark.parametrize("step", tiered([11], [7]))
+def test_ranks_that_are_not_neighbours_in_the_world(step: int) -> None:
+    cases = [replace(case, layout="zigzag") for baseline in (*HEADS, *RINGS) for case in cases_of(baseline)[::step]]
     run_ranks(check_strided, 4, [(case, wanted(case)) for case in cases if case.groups % 2 == 0])
 
 

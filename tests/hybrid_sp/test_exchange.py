@@ -30,6 +30,7 @@ from tests.hybrid_sp.test_collectives import linear_counts
 from tests.hybrid_sp.test_parity import LAYOUTS, check_cases, check_family
 from tests.support.impatience import Impatience
 from tests.support.ranks import run_ranks
+from tests.support.tiers import tiered
 
 PATIENCE = 300.0  # seconds for another thread, which comes unless something is broken
 SCANS = [name for name in EXCHANGES if name != "all_gather"]
@@ -90,9 +91,10 @@ def test_neighbours_are_those_of_the_group() -> None:
     assert run_ranks(on_columns, 4, cases) == [[0, 2], [1, 3], [0, 2], [1, 3]]
 
 
+@pytest.mark.parametrize("step", tiered([3], [1]))
 @pytest.mark.parametrize("exchange", SCANS)
-def test_one_device_needs_no_process_group(exchange: str) -> None:
-    cases = [(replace(case, linear=exchange, layout="zigzag"), want) for case, want in wanted()[::3]]
+def test_one_device_needs_no_process_group(exchange: str, step: int) -> None:
+    cases = [(replace(case, linear=exchange, layout="zigzag"), want) for case, want in wanted()[::step]]
     assert check_cases(None, cases, 8, 64) == len(cases)
 
 
@@ -132,8 +134,9 @@ def check_bit_equal(group: Any, cases: list[Case]) -> None:
     del EXCHANGES["driven otherwise"]
 
 
-def test_overlap_and_who_drives_change_no_bit() -> None:
-    run_ranks(check_bit_equal, 3, [case for case, _ in wanted()[::6]])
+@pytest.mark.parametrize("step", tiered([6], [4]))
+def test_overlap_and_who_drives_change_no_bit(step: int) -> None:
+    run_ranks(check_bit_equal, 3, [case for case, _ in wanted()[::step]])
 
 
 # -- bytes and rounds -------------------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ def run_program(
 ) -> Outcome:
     """``recipes.train.main(arguments)`` on some ranks; a ``fault`` of FAULTS strikes one of them, its nth time.
 
-    To draw the loss takes longer than the training, so it is drawn where that is asked for alone.
+    Drawing the loss takes longer than training, so a run does it only if `draws` is true.
     """
     with tempfile.TemporaryDirectory() as logs:
         request = {"arguments": arguments, "ranks": ranks, "fault": fault, "rank": rank, "nth": nth, "draws": draws}

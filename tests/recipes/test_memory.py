@@ -61,7 +61,7 @@ def uses(group: Any, length: int) -> list[list[Use]]:
 
 def test_one_key_head_at_a_time_needs_a_third_of_the_memory() -> None:
     """The same as at 64K tokens, `python -m recipes.bench memory`, for all of it is proportional to the tokens."""
-    length = 512
+    length = 1024
     found = dict(zip(KINDS, run_ranks(uses, RANKS, length)[0], strict=True))
     for kind, (whole, one) in found.items():
         where = f"{kind}: {one} of {whole}"
