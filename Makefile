@@ -42,7 +42,7 @@ kernels: $(READY) ## compile every kernel for sm_80, sm_90 and sm_100, without a
 	$(BIN)/python -m tests.hybrid_sp.kernels.aot --out analysis/results/kernels/aot.md $(ARGS)
 
 bench: $(READY) ## the speed tables of the README; ARGS=linear for one of them
-	$(BIN)/python -m recipes.bench $(ARGS)
+	$(BIN)/python -m analysis.bench $(ARGS)
 
 # On a machine with a GPU, which may have no package index: PYTHON itself, no virtual environment. 8 processes if pytest-xdist is there,
 # because most of the time goes into compiling kernels.

@@ -12,7 +12,7 @@ from math import ceil
 from typing import Any
 
 from hybrid_sp.exchange import EXCHANGES
-from hybrid_sp.mesh import BASELINES
+from hybrid_sp.shard import BASELINES
 from layers.cost import TRANSITIONS, transition_elements
 
 STATE_BYTES = 4  # fp32

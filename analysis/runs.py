@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from hybrid_sp.mesh import KINDS
+from hybrid_sp.shard import KINDS
 from recipes import config
 from recipes.lock import is_aside
 from recipes.sweep import PLAN

@@ -12,9 +12,9 @@ from omegaconf import OmegaConf
 from analysis import cost
 from analysis.runs import Run
 from analysis.tables import Point, Table
-from hybrid_sp.collectives import Link
+from hybrid_sp.comm.collectives import Link
 from hybrid_sp.exchange import auto
-from hybrid_sp.mesh import BASELINES
+from hybrid_sp.shard import BASELINES
 from layers.cost import Attention, Cost, Summary
 from layers.spec import ModelConfig, block_specs, expand_pattern
 from recipes.config import TrainConfig, recomputed_blocks

@@ -11,15 +11,15 @@ Tensors are [batch, tokens on this rank, heads, dim]. Names of tensors and comme
 An `axis` is of a mesh, a `dim` of a tensor. A rank owns spans of the sequence; a span is cut into chunks.
 """
 
-from .delta import delta_rule
+from .comm.ledger import ledger
 from .gradients import sum_gradients
-from .halo import short_conv, token_shift
-from .layout import Shard
-from .linear import linear_attention
-from .mesh import SequenceParallel, init_mesh
+from .mesh import init_mesh
+from .ops.delta_rule import delta_rule
+from .ops.linear_attention import linear_attention
+from .ops.short_conv import short_conv, token_shift
+from .ops.softmax_attention import softmax_attention
 from .overlap import checkpoint_contexts
-from .softmax import softmax_attention
-from .timeline import ledger
+from .shard import SequenceParallel, Shard
 
 __all__ = [
     "SequenceParallel",

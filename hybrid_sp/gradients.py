@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from . import collectives
-from .collectives import Group
+from .comm import collectives
+from .comm.collectives import Group
 
 
 def sum_gradients(parameters: Iterable[Tensor], group: Group, tokens: int) -> int:

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import timeline
-from .collectives import Header, Pending
-from .layout import Shard
+from .comm import ledger as timeline
+from .comm.collectives import Header, Pending
+from .shard import Shard
 
 
 class Exchange(Protocol):
@@ -212,7 +212,7 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContext
     keep_kv=False the output instead); the recomputation reads it by index instead of asking the other ranks again
     (LASP's state caching, arXiv 2404.02882). Three checkpointed linear layers make 6 collectives instead of 9, with the
     same gradients. Reentrant checkpoints, those without this, and the baselines that are another form of the operator
-    (`heads.py`, `ring.py`) are correct and communicate again.
+    (`head_parallel.py`, `ring_attention.py`) are correct and communicate again.
     """
     tape: list[Any] = []
     return _recording_to(tape, None), _Replay(tape)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from hybrid_sp.layout import Shard
+from hybrid_sp.shard import Shard
 from layers.cache import LayerCache
 from layers.cost import Cost
 from layers.mlp import SwiGLU

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hybrid_sp.layout import Shard
+from hybrid_sp.shard import Shard
 
 
 @dataclass(frozen=True, kw_only=True)

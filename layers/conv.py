@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import hybrid_sp as hsp
-from hybrid_sp.layout import Shard
+from hybrid_sp.shard import Shard
 from layers.cost import Cost, Halo
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hybrid_sp.layout import NO_LABEL
+from hybrid_sp.shard import NO_LABEL
 
 
 def cross_entropy(x_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, *, chunk: int = 1024) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import hybrid_sp as hsp
-from hybrid_sp.layout import Shard
+from hybrid_sp.shard import Shard
 from layers.block import Block
 from layers.cache import LayerCache
 from layers.loss import cross_entropy

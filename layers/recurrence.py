@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 import hybrid_sp as hsp
-from hybrid_sp.layout import Shard
+from hybrid_sp.shard import Shard
 from layers.cache import LayerCache
 from layers.conv import ShortConv
 from layers.cost import Cost, Summary

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 from torch import Tensor, nn
 
 from hybrid_sp.backends import BACKENDS
-from hybrid_sp.layout import Shard
+from hybrid_sp.shard import Shard
 from layers.cache import LayerCache
 from layers.cost import Cost
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hybrid_sp.layout import Shard
+from hybrid_sp.shard import Shard
 from layers.cache import LayerCache, require_one_device
 
 

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint import metadata as described
 from torch.distributed.checkpoint.api import CheckpointException
 
-from hybrid_sp import collectives
+from hybrid_sp.comm import collectives
 from recipes.config import RecipeError
 
 MANIFEST = "manifest.json"

@@ -20,9 +20,9 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 import hybrid_sp as hsp
 from hybrid_sp.backends import BACKENDS
-from hybrid_sp.collectives import Group, Link
-from hybrid_sp.heads import FORMS
-from hybrid_sp.mesh import CHECKS, KINDS
+from hybrid_sp.baselines.head_parallel import FORMS
+from hybrid_sp.comm.collectives import Group, Link
+from hybrid_sp.shard import CHECKS, KINDS
 from layers.spec import ModelConfig, block_specs, expand_pattern, model_facts, pattern_letters
 from recipes.settings import RecipeError, key_and_text, override, read, refuse_text, typed
 

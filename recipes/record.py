@@ -26,9 +26,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from hybrid_sp.mesh import KINDS
-from hybrid_sp.timeline import Ledger
-from hybrid_sp.trace import Event, write_trace
+from hybrid_sp.comm.ledger import Ledger
+from hybrid_sp.comm.trace import Event, write_trace
+from hybrid_sp.shard import KINDS
 from recipes import config, lock
 from recipes.config import Recipe, RecipeError
 from recipes.data import nats_to_bits

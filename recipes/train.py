@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 import hybrid_sp as hsp
-from hybrid_sp import collectives
+from hybrid_sp.comm import collectives
+from hybrid_sp.comm.trace import rank_events
 from hybrid_sp.mesh import DeviceMesh, whole_group
-from hybrid_sp.trace import rank_events
 from layers.model import HybridLM
 from layers.spec import expand_pattern, pattern_letters
 from recipes import checkpoint, config, data, generate, optim, record, tracker

@@ -16,8 +16,17 @@ import hybrid_sp
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ["hybrid_sp", "layers", "recipes", "analysis"]
+LEVELS = [  # of the engine: a wing imports its own level or one before it
+    {"comm", "kernels", "backends"},
+    {"shard", "mesh", "gradients"},
+    {"overlap", "recompute", "checks"},
+    {"exchange"},
+    {"baselines"},
+    {"ops"},
+    {"__init__"},
+]
 DISTRIBUTED = {  # who may touch torch.distributed, and which part of it
-    "hybrid_sp/collectives.py": "torch.distributed",
+    "hybrid_sp/comm/collectives.py": "torch.distributed",
     "hybrid_sp/mesh.py": "torch.distributed",
     "recipes/checkpoint.py": "torch.distributed.checkpoint",
 }
@@ -28,13 +37,16 @@ def python_files(*folders: str) -> list[Path]:
     return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
 
 
-def modules_used(source: str) -> Iterator[str]:
-    """Dotted names that a source file imports, at any depth, and torch.distributed spelled as an attribute."""
+def modules_used(source: str, package: str = "") -> Iterator[str]:
+    """Dotted names that a source file of this package imports, at any depth, and torch.distributed spelled as an
+    attribute."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: package.count(".") + 2 - node.level] if node.level else []
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            yield from (f"{module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Attribute) and ast.unparse(node).startswith("torch.distributed"):
             yield ast.unparse(node)
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "__import__"):
@@ -76,6 +88,45 @@ def test_arrows() -> None:
     assert not wrong, "import your own room or one to the left (hybrid_sp < layers < recipes < analysis)"
 
 
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def file_imports(*rooms: str) -> dict[str, set[str]]:
+    """For each module of these rooms the modules that it imports of them, wherever in the file."""
+    files = {module_of(path): path for path in python_files(*rooms)}
+    found: dict[str, set[str]] = {}
+    for module, path in files.items():
+        package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+        names = set(modules_used(path.read_text(), package))
+        found[module] = {name if name in files else name.rpartition(".")[0] for name in names} & files.keys() - {module}
+    return found
+
+
+def level(module: str) -> int:
+    wing = (module.split(".") + ["__init__"])[1]
+    return next(i for i, wings in enumerate(LEVELS) if wing in wings)
+
+
+def test_wings_of_the_engine_are_in_order() -> None:
+    wrong = [
+        f"{module} imports {used}"
+        for module, imports in file_imports("hybrid_sp").items()
+        for used in imports
+        if level(used) > level(module)
+    ]
+    assert not wrong, f"a wing of the engine imports its own level or one before it: {LEVELS}"
+
+
+def test_no_imports_in_a_circle() -> None:
+    """Not even for types, and not within a function."""
+    imports, before = file_imports(*ROOMS), 0
+    while len(imports) != before:  # leave out what imports nothing, or is not imported
+        before, used = len(imports), set().union(*imports.values())
+        imports = {module: names & imports.keys() for module, names in imports.items() if names and module in used}
+    assert not imports, "these import each other"
+
+
 def test_only_two_files_of_the_engine_communicate() -> None:
     wrong = []
     for path in python_files(*ROOMS):
@@ -84,7 +135,7 @@ def test_only_two_files_of_the_engine_communicate() -> None:
         for used in modules_used(path.read_text()):
             if (used + ".").startswith("torch.distributed.") and not (allowed and used.startswith(allowed)):
                 wrong.append(f"{name} uses {used}")
-    assert not wrong, "communication goes through hybrid_sp/collectives.py"
+    assert not wrong, "communication goes through hybrid_sp/comm/collectives.py"
 
 
 def test_files_are_short_and_named_for_what_they_hold() -> None:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from ..overlap import Exchange
+from ..shard import Shard
 from .all_gather import AllGather, AllGatherSum
 from .auto import BLOCKS, choose
 from .chain import Chain
 from .doubling import Doubling
 from .scan import Scanned
-
-if TYPE_CHECKING:
-    from ..layout import Shard
-    from ..overlap import Exchange
 
 __all__ = ["EXCHANGES", "AllGatherSum", "choose", "exchange_of"]
 

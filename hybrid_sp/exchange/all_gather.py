@@ -7,24 +7,15 @@ without a mask (P-1) * B*H*K*V both ways.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import collectives
-from ..collectives import Header, Pending
-from ..state import (
-    AffineState,
-    fold_backward,
-    fold_forward,
-    fold_initial,
-    packed,
-    unpacked,
-)
-
-if TYPE_CHECKING:
-    from ..layout import Shard
+from ..comm import collectives
+from ..comm.collectives import Header, Pending
+from ..shard import Shard
+from .affine import AffineState, fold_backward, fold_forward, fold_initial, packed, unpacked
 
 
 class AllGather:

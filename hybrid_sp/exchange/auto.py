@@ -21,16 +21,13 @@ import itertools
 import statistics
 import time
 import weakref
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from .. import collectives
-from ..collectives import Group, Header, Link
-from ..layout import spans_of
-
-if TYPE_CHECKING:
-    from ..mesh import SequenceParallel
+from ..comm import collectives
+from ..comm.collectives import Group, Header, Link
+from ..shard import SequenceParallel, spans_of
 
 BLOCKS = 4  # of a state in the pipeline
 

@@ -15,9 +15,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from .. import collectives
-from ..collectives import Pending
-from ..state import AffineState, compose
+from ..comm import collectives
+from ..comm.collectives import Pending
+from .affine import AffineState, compose
 from .scan import Scan
 
 

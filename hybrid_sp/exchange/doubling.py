@@ -17,9 +17,9 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
-from .. import collectives
-from ..collectives import Pending
-from ..state import AffineState, compose, packed, unpacked
+from ..comm import collectives
+from ..comm.collectives import Pending
+from .affine import AffineState, compose, packed, unpacked
 from .scan import Scan
 
 

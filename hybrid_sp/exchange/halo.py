@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import collectives
-from ..collectives import Header, Pending
-
-if TYPE_CHECKING:
-    from ..layout import Shard
+from ..comm import collectives
+from ..comm.collectives import Header, Pending
+from ..shard import Shard
 
 Range = tuple[int, int]  # tokens [first, end) of the whole sequence
 

@@ -15,17 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .. import collectives
-from ..collectives import Group, Header, Pending
-from ..state import AffineState
-
-if TYPE_CHECKING:
-    from ..layout import Shard
+from ..comm import collectives
+from ..comm.collectives import Group, Header, Pending
+from ..shard import Shard
+from .affine import AffineState
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 import hybrid_sp as hsp
-from hybrid_sp.layout import Shard
+from hybrid_sp.shard import Shard
 from layers.cache import LayerCache, require_one_device
 from layers.cost import Cost, Halo, Summary
 from layers.precision import keep_wide

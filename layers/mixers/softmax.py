@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 import hybrid_sp as hsp
-from hybrid_sp.layout import Shard
+from hybrid_sp.shard import Shard
 from layers.cache import LayerCache
 from layers.cost import Attention, Cost
 from layers.heads import HeadProjection

@@ -12,9 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 import hybrid_sp as hsp
 from analysis.traffic import Setting, exchange, volume
-from hybrid_sp.collectives import Group, Link
+from hybrid_sp.comm.collectives import Group, Link
 from hybrid_sp.exchange import EXCHANGES
-from hybrid_sp.layout import LAYOUTS
+from hybrid_sp.shard import LAYOUTS
 from layers.registry import MIXERS, Place, mixer_spec
 from tests.support.ranks import run_ranks
 from tests.support.tiers import tiered

@@ -1,5 +1,5 @@
-"""The delta rule by the passes of fla-core (`kernels/gpu/fla.py`) on P ranks against the token loop, without a GPU: the
-cases that the arguments name, or all.
+"""The delta rule by the passes of fla-core (`kernels/gpu/fla_delta.py`) on P ranks against the token loop, without a
+GPU: the cases that the arguments name, or all.
 
 fla's own kernels run in Triton's interpreter. Two things keep them from it as they are, and are changed here:
 autotuning needs a driver, so every kernel gets the last of its configurations; and `.to` of the index of a loop, which
@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 import hybrid_sp as hsp
-from hybrid_sp import collectives, delta
-from hybrid_sp.kernels.gpu import fla as adapter
+from hybrid_sp.comm import collectives
+from hybrid_sp.kernels.gpu import fla_delta as adapter
+from hybrid_sp.ops import delta_rule as delta
 from tests.external.program import Errors, report
 from tests.hybrid_sp.cases import LONG_DOCUMENTS, SHORT_DOCUMENTS, Case, measured, truth
 from tests.support.interpreter import patch_once

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import hybrid_sp as hsp
-from hybrid_sp import collectives
+from hybrid_sp.comm import collectives
 from tests.support.oracle import delta_rule_loop, linear_attention_loop, short_conv_loop, softmax_attention_loop
 
 LENGTH = 107  # odd, and no multiple of any number of spans used here

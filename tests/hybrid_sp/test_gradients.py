@@ -9,7 +9,7 @@ import torch
 from torch.distributed.tensor import distribute_tensor
 
 import hybrid_sp as hsp
-from hybrid_sp import collectives
+from hybrid_sp.comm import collectives
 from tests.support.ranks import run_ranks
 
 TOKENS = (5, 0, 11)

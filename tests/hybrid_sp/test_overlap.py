@@ -14,14 +14,17 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import hybrid_sp as hsp
-from hybrid_sp import collectives, delta, halo, linear
-from hybrid_sp.collectives import Header, Pending
+from hybrid_sp.comm import collectives
+from hybrid_sp.comm.collectives import Header, Pending
 from hybrid_sp.exchange import EXCHANGES, choose
-from hybrid_sp.kernels import masked
+from hybrid_sp.kernels.softmax import tiled as masked
+from hybrid_sp.ops import delta_rule as delta
+from hybrid_sp.ops import linear_attention as linear
+from hybrid_sp.ops import short_conv as halo
 from tests.support.ranks import run_ranks
 
 KINDS = ("linear", "delta", "softmax")
-ALL = (*KINDS, "window", "conv")  # the order of these two is in test_window.py and test_halo.py
+ALL = (*KINDS, "window", "conv")  # the order of these two is in ops/test_window.py and ops/test_short_conv.py
 # Every operator, and the linear ones by every exchange of states; their order is in test_exchange.py.
 EVERY = [(kind, "all_gather") for kind in ALL]
 EVERY += [(kind, name) for kind in ("linear", "delta") for name in EXCHANGES if name != "all_gather"]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import hybrid_sp as hsp
-from hybrid_sp import collectives
-from hybrid_sp.layout import LAYOUTS
+from hybrid_sp.comm import collectives
+from hybrid_sp.shard import LAYOUTS
 from tests.layers.cases import CASES, PLACE, Case, tokens
 from tests.support.oracle import assert_close
 from tests.support.ranks import run_ranks

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import hybrid_sp as hsp
-from hybrid_sp import collectives
-from hybrid_sp.kernels import chunks
-from hybrid_sp.layout import LAYOUTS
+from hybrid_sp.comm import collectives
+from hybrid_sp.kernels.reference import chunks
+from hybrid_sp.shard import LAYOUTS
 from layers.model import HybridLM
 from layers.registry import MIXERS
 from layers.spec import ModelConfig

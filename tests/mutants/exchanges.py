@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from tests.mutants.mutant import Mutant
 
-EXCHANGE = "tests/hybrid_sp/test_exchange.py"
-AGREEMENT = "tests/hybrid_sp/test_agreement.py"
+EXCHANGE = "tests/hybrid_sp/exchange/test_exchange.py"
+AGREEMENT = "tests/hybrid_sp/comm/test_agreement.py"
 SCAN = f"{EXCHANGE}::test_parity_fp64"
 
 EXCHANGE_MUTANTS = [
@@ -67,14 +67,14 @@ EXCHANGE_MUTANTS = [
     ),
     Mutant(
         name="messages of two exchanges alike",
-        file="hybrid_sp/collectives.py",
+        file="hybrid_sp/comm/collectives.py",
         old="{header.call} {header.exchange} {number}",
         new="{header.call} {number}",
         test=f"{EXCHANGE}::test_two_exchanges_in_flight_do_not_meet[pipeline]",
     ),
     Mutant(
         name="neighbours by global rank",
-        file="hybrid_sp/collectives.py",
+        file="hybrid_sp/comm/collectives.py",
         old="group_dst=to",
         new="dst=to",
         test=f"{EXCHANGE}::test_neighbours_are_those_of_the_group",
@@ -96,79 +96,79 @@ EXCHANGE_MUTANTS = [
     # What ranks must be given alike, and what nobody may be given.
     Mutant(
         name="a difference between ranks that nobody tells",
-        file="hybrid_sp/agreement.py",
+        file="hybrid_sp/comm/agreement.py",
         old="if len(set(column)) > 1]",
         new="if False]",
         test=f"{AGREEMENT}::test_every_difference_is_one_error_on_every_rank",
     ),
     Mutant(
         name="an operator that does not ask whether the ranks agree",
-        file="hybrid_sp/public.py",
+        file="hybrid_sp/checks.py",
         old="    shard.require_agreement()\n",
         new="",
         test=f"{AGREEMENT}::test_every_difference_is_one_error_on_every_rank",
     ),
     Mutant(
         name="a gather that does not ask whether the ranks agree",
-        file="hybrid_sp/layout.py",
+        file="hybrid_sp/shard.py",
         old="        self.require_agreement()\n",
         new="",
         test=f"{AGREEMENT}::test_every_difference_is_one_error_on_every_rank",
     ),
     Mutant(
         name="a layout that is not compared",
-        file="hybrid_sp/mesh.py",
+        file="hybrid_sp/shard.py",
         old='if field.name != "group"',
         new='if field.name not in ("group", "layout")',
         test=f"{AGREEMENT}::test_every_difference_is_one_error_on_every_rank",
     ),
     Mutant(
         name="a shard that waits for the other ranks",
-        file="hybrid_sp/mesh.py",
+        file="hybrid_sp/shard.py",
         old="self.group) if self.check else None\n",
         new="self.group) if self.check else None\n        agreement and agreement.require()\n",
         test=f"{AGREEMENT}::test_a_shard_waits_for_nobody_and_its_first_operator_does",
     ),
     Mutant(
         name="a rank that refuses its documents and leaves the others",
-        file="hybrid_sp/mesh.py",
+        file="hybrid_sp/shard.py",
         old="agreement.require()  # other",
         new="pass  # other",
         test=f"{AGREEMENT}::test_ranks_that_refuse_what_others_accept_do_not_leave_them_waiting",
     ),
     Mutant(
         name="a header before each collective by default",
-        file="hybrid_sp/layout.py",
+        file="hybrid_sp/shard.py",
         old='check=self.sp.check == "calls"',
         new="check=bool(self.sp.check)",
         test=f"{AGREEMENT}::test_what_each_choice_compares",
     ),
     Mutant(
         name="what lies on the CPU sent by a group of devices",
-        file="hybrid_sp/collectives.py",
+        file="hybrid_sp/comm/collectives.py",
         old='group if torch.device("cpu") in group._device_types else',
         new="group if True else",
         test=f"{AGREEMENT}::test_a_group_of_devices_compares_over_a_twin_on_the_cpu",
     ),
     Mutant(
         name="empty documents kept",
-        file="hybrid_sp/layout.py",
+        file="hybrid_sp/shard.py",
         old="tuple(dict.fromkeys(self.cu_seqlens))",
         new="self.cu_seqlens",
-        test="tests/hybrid_sp/test_operators.py::test_empty_documents_change_nothing[1-contiguous]",
+        test="tests/hybrid_sp/ops/test_operators.py::test_empty_documents_change_nothing[1-contiguous]",
     ),
     Mutant(
         name="a scale that autograd does not see",
-        file="hybrid_sp/public.py",
+        file="hybrid_sp/checks.py",
         old="not isinstance(kwargs[name], Tensor)",
         new="True",
-        test="tests/hybrid_sp/test_operators.py::test_what_autograd_would_not_see_is_no_tensor[softmax_attention-scale]",
+        test="tests/hybrid_sp/ops/test_operators.py::test_what_autograd_would_not_see_is_no_tensor[softmax_attention-scale]",
     ),
     Mutant(
         name="WORLD_SIZE believed without RANK",
         file="hybrid_sp/mesh.py",
         old='"RANK" not in found and found.get("WORLD_SIZE", "1") == "1"',
         new='"RANK" not in found',
-        test="tests/hybrid_sp/test_collectives.py::test_half_of_what_a_launcher_sets",
+        test="tests/hybrid_sp/comm/test_collectives.py::test_half_of_what_a_launcher_sets",
     ),
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.mutants.mutant import Mutant
 
-TIMELINE = "tests/hybrid_sp/test_timeline.py"
+TIMELINE = "tests/hybrid_sp/comm/test_ledger.py"
 RANKS = "tests/support/test_ranks.py"
 RECOMPUTE = "tests/layers/test_recompute.py"
 STRATEGY = "tests/recipes/test_strategy.py"
@@ -17,21 +17,21 @@ SPLIT = "tests/recipes/test_split.py"
 PROGRAM_MUTANTS = [
     Mutant(
         name="waits counted as computation",
-        file="hybrid_sp/timeline.py",
+        file="hybrid_sp/comm/ledger.py",
         old="        _thread.phase.cut(wait.begin, wait.end)\n",
         new="        pass\n",
         test=f"{TIMELINE}::test_waits_and_phases_within_cut_a_phase",
     ),
     Mutant(
         name="time in flight counted once for each message",
-        file="hybrid_sp/timeline.py",
+        file="hybrid_sp/comm/ledger.py",
         old="end - max(begin, reached)",
         new="end - begin",
         test=f"{TIMELINE}::test_what_is_in_flight_together_counts_once",
     ),
     Mutant(
         name="recomputation counted in the phase that asks for it",
-        file="hybrid_sp/linear.py",
+        file="hybrid_sp/ops/linear_attention.py",
         old="""        carry, (q, k, g, bonus, h, totals, S_in) = ctx.carry, ctx.saved_tensors
         with carry.phase("inter", "backward", q):
 """,
@@ -43,21 +43,21 @@ PROGRAM_MUTANTS = [
     ),
     Mutant(
         name="events read before the device has reached them",
-        file="hybrid_sp/timeline.py",
+        file="hybrid_sp/comm/ledger.py",
         old="        when.synchronize()\n",
         new="",
         test=f"{TIMELINE}::test_on_cuda_moments_are_events_until_the_ledger_is_read",
     ),
     Mutant(
         name="overlap of a kind that is not listed",
-        file="hybrid_sp/mesh.py",
+        file="hybrid_sp/shard.py",
         old="else kind in self.overlap",
         new="else bool(self.overlap)",
         test=f"{TIMELINE}::test_times_say_what_was_hidden",
     ),
     Mutant(
         name="slices that overlap on one track",
-        file="hybrid_sp/trace.py",
+        file="hybrid_sp/comm/trace.py",
         old="if lane[-1].end <= one.begin",
         new="if lane[-1].begin <= one.begin",
         test=f"{TIMELINE}::test_slices_that_overlap_lie_in_tracks_of_their_own",

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import hybrid_sp as hsp
-from hybrid_sp.collectives import Link
+from hybrid_sp.comm.collectives import Link
 from recipes import config
 from recipes.config import Recipe, RecipeError
 

@@ -1,4 +1,4 @@
-"""Linear attention on a CUDA device, in the phases of `kernels/linear.py`, which is its specification.
+"""Linear attention on a CUDA device, in the phases of `kernels/reference/linear.py`, which is its specification.
 
     states   what leaves each segment, h that enters each, what leaves the spans          (`summary`, `fold`)
     intra    o of this rank's tokens alone, h included                                    (`scan`)
@@ -8,8 +8,8 @@ so that all the work on tokens hides the exchange, and where no state enters a s
 dS_in is a summary in reverse; dq takes the exchange's time, and dk and dv come after it. D is the log decay from the
 start of a span to the segment.
 
-q, k, v are bf16, fp16 or fp32, g fp32. Under decays per key channel tokens come in the form of `gates.py`; a bonus
-comes with such decays only.
+q, k, v are bf16, fp16 or fp32, g fp32. Under decays per key channel tokens come in the form of `vector_decay.py`; a
+bonus comes with such decays only.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from typing import NamedTuple, TypeGuard
 import torch
 from torch import Tensor
 
-from ..linear import Plan
-from . import gates
+from ..reference.linear import Plan
+from . import vector_decay as gates
+from .chunk_scan import Decay, Gate, scan, scan_chunk
 from .launch import rows
-from .scan import Decay, Gate, scan, scan_chunk
 from .segments import Segments, segment
-from .states import fold, summary
+from .state_passing import fold, summary
 
 PADDING = 8  # columns that v is widened by for a normaliser, of which one is used: rows stay aligned
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybrid_sp.kernels import conv
-from hybrid_sp.kernels.conv import Taps
+from hybrid_sp.kernels.reference import conv
+from hybrid_sp.kernels.reference.conv import Taps
 from tests.support.oracle import assert_close
 
 STARTS = [1, 2, 9, 10, 14]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import hybrid_sp as hsp
-from hybrid_sp.kernels import chunks, delta
+from hybrid_sp.kernels.reference import chunks, delta
 from tests.support.oracle import assert_close, delta_rule_loop, relative
 
 KINDS = ("none", "scalar", "vector")

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import hybrid_sp as hsp
-from hybrid_sp import delta
-from hybrid_sp.kernels.gpu import fla as adapter
+from hybrid_sp.kernels.gpu import fla_delta as adapter
+from hybrid_sp.ops import delta_rule as delta
 from tests.external.program import Errors, errors_of
 from tests.support.packages import needs
 from tests.support.tiers import tiered

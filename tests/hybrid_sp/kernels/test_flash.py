@@ -20,8 +20,9 @@ from torch import Tensor
 
 import hybrid_sp as hsp
 from hybrid_sp import backends
-from hybrid_sp.kernels import softmax as kernels
-from hybrid_sp.kernels.gpu import flash
+from hybrid_sp.kernels.softmax import attend as kernels
+from hybrid_sp.kernels.softmax import flash_attn as flash
+from hybrid_sp.kernels.softmax.layout import flash_dim
 from tests.hybrid_sp.kernels.test_softmax_kernels import (
     aligned,
     attention,
@@ -254,7 +255,7 @@ def test_versions(there: Callable[..., Stand], chip: tuple[int, int], versions: 
 
 
 def test_dims() -> None:
-    assert [kernels.flash_dim(dim) for dim in (1, 8, 20, 129, 192, 193, 256)] == [8, 8, 24, 136, 192, 256, 256]
+    assert [flash_dim(dim) for dim in (1, 8, 20, 129, 192, 193, 256)] == [8, 8, 24, 136, 192, 256, 256]
 
 
 @pytest.mark.parametrize(("chip", "dims"), [((9, 0), [64, 96, 128, 192, 256]), ((10, 0), [64, 128, 128, 256, 256])])
@@ -316,7 +317,7 @@ def test_nothing_imports_the_package_unasked() -> None:
 import sys
 sys.modules["flash_attn"] = None
 import torch, hybrid_sp as hsp
-from hybrid_sp.kernels.gpu import flash
+from hybrid_sp.kernels.softmax import flash_attn as flash
 x = torch.randn(1, 4, 1, 8, requires_grad=True)
 hsp.softmax_attention(x, x, x, backend="auto").sum().backward()
 assert not any(name.startswith("flash_attn") for name, module in sys.modules.items() if module)

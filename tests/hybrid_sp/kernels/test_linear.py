@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import hybrid_sp as hsp
-from hybrid_sp.kernels import chunks
+from hybrid_sp.kernels.reference import chunks
 from tests.support.oracle import assert_close, linear_attention_loop
 
 KINDS = ("none", "scalar", "vector")

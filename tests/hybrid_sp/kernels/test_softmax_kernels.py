@@ -13,8 +13,9 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hybrid_sp.kernels import softmax
-from hybrid_sp.kernels.softmax import Kernel, kernel_of, merge
+from hybrid_sp.kernels.softmax import aten, formula, layout
+from hybrid_sp.kernels.softmax import attend as softmax
+from hybrid_sp.kernels.softmax.attend import Kernel, kernel_of, merge
 from tests.support.oracle import assert_close
 
 SCALE = 0.3
@@ -162,7 +163,7 @@ def awkward(x: Tensor) -> Tensor:
 @pytest.fixture
 def operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaOperators]:
     cuda = CudaOperators()
-    monkeypatch.setattr(softmax, "_aten", cuda)
+    monkeypatch.setattr(aten, "_aten", cuda)
     yield cuda
 
 
@@ -182,7 +183,7 @@ def test_cuda_kernels_stood_in_for(operators: CudaOperators, name: str, tokens: 
 
 @pytest.mark.parametrize("name", ["CPU", "PLAIN"])
 def test_kernels_that_run_here(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(softmax, "ROWS", 16)
+    monkeypatch.setattr(formula, "ROWS", 16)
     for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 5e-6), (torch.bfloat16, 5e-3)):
         x = leaves(37, 50, 5, dtype)
         do = torch.randn(x[0].shape).to(dtype)
@@ -230,10 +231,10 @@ def test_cuda_kernels_on_fake_tensors(dtype: torch.dtype, dim: int, kernel: str)
 
 def test_nothing_is_copied_that_fits() -> None:
     x = torch.randn(2, 9, 4, 24)
-    assert softmax.fit(x, 24) is x
+    assert layout.fit(x, 24) is x
     part = x[:, 3:, 2:, :16]  # rows of another tensor
-    assert softmax.fit(part, 16) is part
+    assert layout.fit(part, 16) is part
     for y, dim in ((x[..., 1:17], 16), (x[..., ::2], 12), (x, 32)):
-        fitted = softmax.fit(y, dim)
+        fitted = layout.fit(y, dim)
         assert torch.equal(fitted[..., : y.shape[-1]], y) and not fitted[..., y.shape[-1] :].any()
         assert fitted.is_contiguous() and fitted.shape[-1] == dim

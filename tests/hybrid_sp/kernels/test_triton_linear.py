@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 import hybrid_sp as hsp
-from hybrid_sp import collectives
+from hybrid_sp.comm import collectives
 from tests.hybrid_sp.cases import Case, measured, truth
-from tests.hybrid_sp.test_parity import Seeds, check_low_precision, with_one_device
+from tests.hybrid_sp.ops.test_parity import Seeds, check_low_precision, with_one_device
 from tests.support.oracle import assert_close
 from tests.support.ranks import run_ranks
 from tests.support.tiers import tiered

@@ -1,0 +1,1 @@
+"""Speed tables of the README: `python -m analysis.bench`."""

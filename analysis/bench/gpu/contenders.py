@@ -1,0 +1,112 @@
+"""Who takes part in the benchmark of kernels: ours with every decay, fla-core's, torch's flash attention."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import hybrid_sp as hsp
+from analysis.bench.device import linear_backend
+
+DECAYS = ("none", "fixed", "scalar", "vector")
+LAYERS = 16  # of the model whose first layer has the fixed decays below
+
+Forms = dict[str, list[Tensor]]  # inputs by the decay of the contender that takes them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    name: str
+    decay: str  # of DECAYS; "softmax" for what has no state
+    call: Callable[..., Tensor]
+    until: int | None = None  # the longest sequence that it is given
+
+
+def found(device: torch.device, softmax_until: int) -> tuple[list[Contender], list[str]]:
+    """All that can run on the device; and what is skipped, by name."""
+    contenders, notes = ours(), []
+    if missing := fla_missing(device):
+        notes.append(f"skipped: {missing}")
+    else:
+        contenders += fla_contenders()
+    contenders.append(Contender(name="torch flash attention", decay="softmax", call=_softmax, until=softmax_until))
+    return contenders, notes
+
+
+def ours() -> list[Contender]:
+    return [Contender(name=f"ours, {decay}", decay=decay, call=_ours(decay)) for decay in DECAYS]
+
+
+def _ours(decay: str) -> Callable[..., Tensor]:
+    def call(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None) -> Tensor:
+        if decay == "fixed":
+            g = fixed_decay(v.shape[2], v.device)
+        o = hsp.linear_attention(q, k, v, log_decay=g, backend=linear_backend())
+        assert isinstance(o, Tensor)
+        return o
+
+    return call
+
+
+def _softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if q.device.type == "cuda" else nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+def inputs(heads: int, length: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Forms, Tensor]:
+    """Random leaves for every decay, which share q, k and v, and the gradient of the output."""
+    make = torch.Generator(device).manual_seed(0)
+    q, k, v, do = (torch.randn(1, length, heads, width, dtype=dtype, device=device, generator=make) for _ in range(4))
+    gate = F.logsigmoid(torch.randn(1, length, heads, width, device=device, generator=make)) / 16  # as GLA starts
+    plain = [x.requires_grad_() for x in (q, k, v)]
+    scalar = gate[..., 0].contiguous().requires_grad_()
+    forms = dict.fromkeys(("none", "fixed", "softmax"), plain)
+    return forms | {"scalar": [*plain, scalar], "vector": [*plain, gate.requires_grad_()]}, do
+
+
+@functools.cache
+def fixed_decay(heads: int, device: torch.device) -> Tensor:
+    """[H], that of fla-core's chunk_lightning_attn in layer 0 of LAYERS."""
+    return -8 / heads * torch.arange(heads, device=device, dtype=torch.float32)
+
+
+def fla_missing(device: torch.device) -> str:
+    """Why fla-core's kernels cannot be measured; empty if they can."""
+    if importlib.util.find_spec("fla") is None:
+        return "fla-core is not installed"
+    if device.type != "cuda":
+        return "fla-core's kernels need a CUDA device"
+    try:
+        import fla.ops  # noqa: F401
+    except Exception as error:  # whatever an import of it may raise on this machine
+        return f"fla-core cannot be imported: {type(error).__name__}: {error}"
+    return ""
+
+
+def fla_contenders() -> list[Contender]:
+    """Its kernels of the four decays."""
+    from fla.ops.gla import chunk_gla
+    from fla.ops.lightning_attn import chunk_lightning_attn
+    from fla.ops.linear_attn import chunk_linear_attn
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    def first(name: str, decay: str, function: Callable[..., Any], **options: Any) -> Contender:
+        return Contender(name=f"fla {name}", decay=decay, call=lambda *inputs: function(*inputs, **options)[0])
+
+    return [
+        first("chunk_simple_gla", "scalar", chunk_simple_gla),
+        first("chunk_lightning_attn", "fixed", chunk_lightning_attn, layer_idx=0, num_layers=LAYERS),
+        first("chunk_gla", "vector", chunk_gla),
+        first("chunk_linear_attn", "none", chunk_linear_attn, normalize=False),
+    ]

@@ -1,0 +1,147 @@
+"""One rank's step of Linear-Llama3-1B: forward, backward and AdamW on its own tokens, communication left out.
+
+Linear-Llama3-1B is that of LASP-2 (arXiv 2502.07563, A.5.3): 16 layers, hidden 2048, 16 heads, Llama 3's vocabulary,
+basic linear attention; pure, or softmax in every fourth layer. The paper does not give the MLP's width; 8192 is that of
+the released script. Embeddings are tied. The rank's tokens are its whole sequence: what softmax layers would attend to
+of other ranks is not in it. Parameters and AdamW's moments are in the model's dtype.
+
+MFU counts 3 times the forward FLOPs of `layers/cost.py`, recomputation left out, over the product of matrices that was
+measured and over the datasheet's dense bf16.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from analysis.bench.device import Budget, Ceilings, Stopwatch
+from analysis.bench.measure import KernelSizes
+from layers.model import HybridLM
+from layers.spec import ModelConfig, model_facts
+
+RATIOS = {"pure": "0", "1/4 hybrid": "1/4"}
+RECOMPUTED = {"none": 0, "every second block": 2, "every block": 1}  # one in so many, in the order in which it is tried
+DATASHEET = 989e12  # FLOPs a second of an H100 or H200 SXM in dense bf16
+
+
+@dataclass(kw_only=True)
+class Step:
+    """Steps of one model at one length; `flops` is what one of them counts as."""
+
+    name: str
+    length: int
+    flops: float
+    recomputed: str
+    peak_bytes: int
+    values: list[float] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        return statistics.median(self.values)
+
+    def facts(self) -> dict[str, Any]:
+        """For results.json."""
+        return {
+            "name": self.name,
+            "length": self.length,
+            "flops": self.flops,
+            "recomputed": self.recomputed,
+            "peak_bytes": self.peak_bytes,
+            "tokens_per_second": self.length / self.seconds,
+        }
+
+
+def steps(shape: KernelSizes, watch: Stopwatch, dtype: torch.dtype, budget: Budget, notes: list[str]) -> list[Step]:
+    """The steps of every model at every length that the memory and the time allow."""
+    done = []
+    for kind, ratio in RATIOS.items():
+        config = ModelConfig(linear="linear", ratio=ratio, tie_embeddings=True, **shape.model)
+        with watch.device:
+            model = Undrawn(config).to(dtype)
+        for length in shape.model_lengths:
+            name = f"step, {kind}"
+            if budget.over:
+                notes.append(f"not measured, out of time: {name}, T={length}")
+                continue
+            try:
+                done.append(_step(name, model, length, shape.model_steps, watch, budget))
+            except torch.OutOfMemoryError:
+                notes.append(f"failed: {name}, T={length}: out of memory even with every block recomputed")
+        del model
+    return done
+
+
+class Undrawn(HybridLM):
+    """HybridLM with the weights that torch's layers draw on their device; its own come from a CPU, in minutes here."""
+
+    def init_weights(self, seed: int) -> None:
+        pass
+
+
+def _step(name: str, model: HybridLM, length: int, repetitions: int, watch: Stopwatch, budget: Budget) -> Step:
+    vocab, depth = model.config.vocab, model.config.depth
+    tokens, labels = (torch.randint(vocab, (1, length), device=watch.device) for _ in range(2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=watch.device.type == "cuda")
+
+    def run() -> None:
+        loss, valid = model.loss(tokens, labels)
+        (loss / valid).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    for every in RECOMPUTED.values():
+        model.recompute = frozenset(range(0, depth, every)) if every else frozenset()
+        if _fits(run):
+            break
+        optimizer.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+    peak = watch.peak_bytes(run)
+    before = torch.cuda.memory_allocated(watch.device) if watch.device.type == "cuda" else 0
+    step = Step(
+        name=name,
+        length=length,
+        flops=3 * model_facts(model.config).flops(length),
+        recomputed=next(words for words, one_in in RECOMPUTED.items() if one_in == every),
+        peak_bytes=before + peak,
+    )
+    for _ in range(repetitions):
+        start = time.monotonic()
+        step.values.append(watch.time(run).device)
+        if time.monotonic() - start > budget.left:
+            break
+    return step
+
+
+def _fits(run: Callable[[], object]) -> bool:
+    """Warms up, and makes AdamW's moments. What a failed run held is freed when this returns."""
+    try:
+        run()
+    except torch.OutOfMemoryError:
+        return False
+    return True
+
+
+def lines(done: list[Step], limits: Ceilings) -> list[str]:
+    """A table of the steps."""
+    return list(_lines(done, limits)) if done else []
+
+
+def _lines(done: list[Step], limits: Ceilings) -> Iterator[str]:
+    yield "\nOne rank's step of Linear-Llama3-1B, forward, backward and AdamW, no communication:\n"
+    yield (
+        "| model | tokens per rank | ms | tokens/s | TFLOP/s | MFU, of the matmul measured | of 989 TFLOP/s "
+        "| memory GiB | blocks recomputed |"
+    )
+    yield "|---" * 9 + "|"
+    for step in done:
+        rate = step.flops / step.seconds
+        yield (
+            f"| {step.name.removeprefix('step, ')} | {step.length} | {step.seconds * 1e3:.1f} | "
+            f"{step.length / step.seconds:,.0f} | {rate / 1e12:,.1f} | {rate / limits.matmul:.1%} | "
+            f"{rate / DATASHEET:.1%} | {step.peak_bytes / 2**30:.1f} | {step.recomputed} |"
+        )

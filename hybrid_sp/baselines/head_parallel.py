@@ -1,0 +1,179 @@
+"""Operators that cut heads instead of tokens: DeepSpeed-Ulysses (arXiv 2309.14509), and the volumes of Megatron-SP.
+
+    tokens of this rank, all heads -> all tokens, heads of this rank -> the operator on one device -> and back
+
+They are baselines to compare with: what a rank receives grows with its tokens, and no more ranks can take part than
+there are key heads. Nothing is computed while the tensors are on their way. In backward each turn is its mirror image,
+since the adjoint of one direction is the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..checks import require
+from ..comm import collectives
+from ..comm.collectives import Header, Pending
+from ..overlap import Call
+from ..shard import SequenceParallel, Shard
+
+
+class Turn(Protocol):
+    """A way between x [B,T,H,...], all heads of this rank's tokens, and y [B,L,h,...], all tokens of its h = H/P."""
+
+    def to_heads(self, header: Header, x: Tensor) -> Pending:
+        """y of x."""
+
+    def to_tokens(self, header: Header, y: Tensor) -> Pending:
+        """x of y."""
+
+
+class Ulysses:
+    """All-to-all: every rank gets the heads that it works on, (P-1) B T H/P numbers a tensor."""
+
+    def __init__(self, shard: Shard) -> None:
+        self.shard, self.one_each = shard, [1] * shard.sp.size
+
+    def to_heads(self, header: Header, x: Tensor) -> Pending:
+        sent = rearrange(self.shard.pad(x, 1), "B T (P h) ... -> P B T h ...", P=self.shard.sp.size)
+        return self._exchange(header, sent).then(lambda received: self.shard.join(received, 1))
+
+    def to_tokens(self, header: Header, y: Tensor) -> Pending:
+        tokens = self.shard.tokens
+        return self._exchange(header, self.shard.split(y, 1)).then(
+            lambda received: rearrange(received[:, :, :tokens], "P B T h ... -> B T (P h) ...")
+        )
+
+    def _exchange(self, header: Header, x_P: Tensor) -> Pending:
+        return collectives.start_all_to_all(x_P, self.one_each, self.one_each, self.shard.sp.group, header)
+
+
+class Megatron:
+    """Megatron-SP's volumes inside the operator: an all-gather of all heads, of which a rank keeps its own, and a
+    reduce-scatter of all heads, of which a rank has filled its own; (P-1) B T H numbers a tensor.
+
+    Megatron-SP itself gathers the layer's input and scatters the sum of its projected output (arXiv 2205.05198).
+    """
+
+    def __init__(self, shard: Shard) -> None:
+        self.shard = shard
+
+    def to_heads(self, header: Header, x: Tensor) -> Pending:
+        heads = _own_heads(self.shard, x.shape[2])
+        gather = collectives.start_all_gather(self.shard.pad(x, 1), self.shard.sp.group, header)
+        return gather.then(lambda x_P: self.shard.join(x_P[:, :, :, heads], 1))
+
+    def to_tokens(self, header: Header, y: Tensor) -> Pending:
+        parts = self.shard.split(y, 1)
+        heads = parts.shape[3] * self.shard.sp.size
+        whole = parts.new_zeros(*parts.shape[:3], heads, *parts.shape[4:])
+        whole[:, :, :, _own_heads(self.shard, heads)] = parts
+        scatter = collectives.start_reduce_scatter(whole, self.shard.sp.group, header)
+        return scatter.then(lambda x: x[:, : self.shard.tokens])
+
+
+class States:
+    """Final states of all heads [B,H,...], equal on all ranks, from those of this rank's heads [B,h,...]. The way back
+    sums over ranks."""
+
+    def __init__(self, shard: Shard) -> None:
+        self.shard = shard
+
+    def to_heads(self, header: Header, x: Tensor) -> Pending:
+        x_P = rearrange(x, "B (P h) ... -> P B h ...", P=self.shard.sp.size)
+        return collectives.start_reduce_scatter(x_P, self.shard.sp.group, header)
+
+    def to_tokens(self, header: Header, y: Tensor) -> Pending:
+        gather = collectives.start_all_gather(y, self.shard.sp.group, header)
+        return gather.then(lambda y_P: rearrange(y_P, "P B h ... -> B (P h) ..."))
+
+
+FORMS: dict[str, Callable[[Shard], Turn]] = {"ulysses": Ulysses, "megatron": Megatron}
+
+
+def by_heads(
+    name: str,
+    operator: Callable[..., Any],
+    shard: Shard,
+    tag: str,
+    tokens: dict[str, Tensor | None],
+    states: Tensor | tuple[Tensor, ...] | None = None,
+    parameters: dict[str, Tensor | None] | None = None,
+) -> Any:
+    """`operator` over the sequence of `shard`: with this rank's heads, on one device.
+
+    name        of the operator, and `tag` its kind of layer
+    tokens      its arguments that are cut over ranks, [B,T,heads,...]
+    states      its initial_state, on every rank, [B,heads,...] or a pair of them
+    parameters  its arguments that every rank has, [heads,...]
+
+    Returns o [B,T,H,...], or (o, final_state) of all heads, as the operator does. A rank's gradient of what every rank
+    has is its contribution, zero for the heads of others. Raises ValueError unless the ranks divide the heads.
+    """
+    ranks, form = shard.sp.size, getattr(shard.sp, tag)
+    given = {key: x for key, x in tokens.items() if x is not None}
+    for key, x in given.items():
+        message = f'{tag}="{form}" cuts heads: {ranks} ranks must divide the {x.shape[2]} heads of {key}; take fewer'
+        require(x.shape[2] % ranks == 0, name, f"{message} ranks, or a strategy that cuts tokens")
+    call, turn = Call(shard, tag), FORMS[form](shard)
+    here = dict(zip(given, _ToHeads.apply(call, turn, *given.values()), strict=True))
+    here |= {key: x if x is None else x[_own_heads(shard, len(x))] for key, x in (parameters or {}).items()}
+    if states is not None:
+        pair = states if isinstance(states, tuple) else (states,)
+        own = tuple(x[:, _own_heads(shard, x.shape[1])] for x in pair)
+        here["initial_state"] = own if isinstance(states, tuple) else own[0]
+    out = operator(**here, shard=shard.once(_alone))
+    o, final = (out, ()) if isinstance(out, Tensor) else out
+    parts = (final,) if isinstance(final, Tensor) else final
+    o, *whole = _ToTokens.apply(call, [turn, *(States(shard) for _ in parts)], o, *parts)
+    if isinstance(out, Tensor):
+        return o
+    return o, whole[0] if isinstance(final, Tensor) else tuple(whole)
+
+
+def _own_heads(shard: Shard, heads: int) -> slice:
+    """Which of so many heads are this rank's."""
+    own = heads // shard.sp.size
+    return slice(shard.sp.rank * own, (shard.sp.rank + 1) * own)
+
+
+def _alone(shard: Shard) -> Shard:
+    """The whole sequence on one device; its calls are numbered among those of the shard."""
+    return Shard(SequenceParallel(None), shard.length, shard.cu_seqlens, shard.calls)
+
+
+class _ToHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: Call, turn: Turn, *xs: Tensor) -> tuple[Tensor, ...]:
+        ctx.call, ctx.turn = call, turn
+        header = call.header("forward", "grad" if any(ctx.needs_input_grad) else "no grad")
+        return _all([turn.to_heads] * len(xs), header, xs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
+        return None, None, *_all([ctx.turn.to_tokens] * len(dys), ctx.call.header("backward"), dys)
+
+
+class _ToTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: Call, turns: list[Turn], *ys: Tensor) -> tuple[Tensor, ...]:
+        ctx.call, ctx.turns = call, turns
+        return _all([turn.to_tokens for turn in turns], call.header("forward"), ys)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dxs: Tensor) -> tuple[Any, ...]:
+        return None, None, *_all([turn.to_heads for turn in ctx.turns], ctx.call.header("backward"), dxs)
+
+
+def _all(ways: list[Callable[[Header, Tensor], Pending]], header: Header, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """All are under way before the first is waited for."""
+    started = [way(header, x) for way, x in zip(ways, xs, strict=True)]
+    return tuple(pending.wait() for pending in started)

@@ -1,0 +1,109 @@
+"""Linear attention by its left product, (q k^T * D) v: quadratic in the tokens, with no state.
+
+    o_t = sum over s of exp(decay between s and t) (q_t . k_s) v_s          q is scaled by the caller
+
+The form that Ring Attention gives to linear layers, kept as a baseline. Tensors have heads first, [B,H,T,K], in the
+dtype of sums; as many key heads as value heads. Products are made tile by tile, so that no T x T matrix is held. Decays
+are log sums over runs of tokens [B,H,T], none of them positive, and none the difference of two others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels.reference.scores import scores
+
+QUERIES, KEYS = 256, 2048  # tokens in a tile
+
+
+def through(g: Tensor) -> Tensor:
+    """Log decay from before the first token to each token, that token's own included."""
+    return g.cumsum(-1)
+
+
+def through_backward(d: Tensor) -> Tensor:
+    return d.flip(-1).cumsum(-1).flip(-1)
+
+
+def after(g: Tensor) -> Tensor:
+    """Log decay from each token to the last, the token's own not included."""
+    return F.pad(g[..., 1:], (0, 1)).flip(-1).cumsum(-1).flip(-1)
+
+
+def after_backward(d: Tensor) -> Tensor:
+    return F.pad(d[..., :-1], (1, 0)).cumsum(-1)
+
+
+def full_forward(o: Tensor, q: Tensor, k: Tensor, v: Tensor, read: Tensor, written: Tensor) -> None:
+    """Add to o what all queries read of all keys, D_ts = exp(read_t + written_s), in place."""
+    for t in _tiles(q.shape[2], QUERIES):
+        q_ = _weighed(q[:, :, t], read[:, :, t])
+        for s in _tiles(k.shape[2], KEYS):
+            o[:, :, t] += (q_ @ _weighed(k[:, :, s], written[:, :, s]).mT) @ v[:, :, s]
+
+
+def full_backward(
+    grads: tuple[Tensor, Tensor, Tensor], do: Tensor, q: Tensor, k: Tensor, v: Tensor, read: Tensor, written: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Add to dq, dk and dv, in place; returns the gradients of read and of written, [B,H,T]."""
+    dq, dk, dv = grads
+    d_read, d_written = q.new_zeros(q.shape[:3]), k.new_zeros(k.shape[:3])
+    for t in _tiles(q.shape[2], QUERIES):
+        q_, dq_ = _weighed(q[:, :, t], read[:, :, t]), torch.zeros_like(q[:, :, t])
+        for s in _tiles(k.shape[2], KEYS):
+            k_ = _weighed(k[:, :, s], written[:, :, s])
+            d_weights = do[:, :, t] @ v[:, :, s].mT
+            dq_ += d_weights @ k_
+            dk_ = d_weights.mT @ q_
+            d_written[:, :, s] += (dk_ * k_).sum(-1)
+            dk[:, :, s] += _weighed(dk_, written[:, :, s])
+            dv[:, :, s] += (k_ @ q_.mT) @ do[:, :, t]
+        d_read[:, :, t] = (dq_ * q_).sum(-1)
+        dq[:, :, t] += _weighed(dq_, read[:, :, t])
+    return d_read, d_written
+
+
+def causal_forward(o: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> None:
+    """Add to o what the tokens of a run read of itself, under the log decays g [B,H,T], in place."""
+    for t in _tiles(q.shape[2], QUERIES):
+        past, (q_, k_, v_, g_) = slice(0, t.start), _rows(t, q, k, v, g)
+        full_forward(o[:, :, t], q[:, :, t], k[:, :, past], v[:, :, past], through(g[:, :, t]), after(g[:, :, past]))
+        o[:, :, t] += (scores(g_).weights(q_, k_) @ v_).view_as(o[:, :, t])
+
+
+def causal_backward(
+    grads: tuple[Tensor, Tensor, Tensor], do: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor
+) -> Tensor:
+    """Add to dq, dk and dv, in place; returns dg."""
+    (dq, dk, dv), dg = grads, q.new_zeros(q.shape[:3])
+    for t in _tiles(q.shape[2], QUERIES):
+        past, (q_, k_, v_, g_, do_) = slice(0, t.start), _rows(t, q, k, v, g, do)
+        part = dq[:, :, t], dk[:, :, past], dv[:, :, past]
+        sides = through(g[:, :, t]), after(g[:, :, past])
+        d_read, d_written = full_backward(part, do[:, :, t], q[:, :, t], k[:, :, past], v[:, :, past], *sides)
+        here = scores(g_)
+        weights = here.weights(q_, k_)
+        dq_, dk_, dg_ = here.backward(do_ @ v_.mT, q_, k_, weights)
+        assert dg_ is not None
+        for x, grad in ((dq, dq_), (dk, dk_), (dv, weights.mT @ do_), (dg, dg_)):
+            x[:, :, t] += grad.view_as(x[:, :, t])
+        dg[:, :, t] += through_backward(d_read)
+        dg[:, :, past] += after_backward(d_written)
+    return dg
+
+
+def _weighed(x: Tensor, log_weights: Tensor) -> Tensor:
+    return x * log_weights.exp().unsqueeze(-1)
+
+
+def _rows(t: slice, *xs: Tensor) -> list[Tensor]:
+    """A tile with batch and heads as one dim."""
+    return [x[:, :, t].flatten(0, 1) for x in xs]
+
+
+def _tiles(tokens: int, size: int) -> Iterator[slice]:
+    return (slice(first, min(first + size, tokens)) for first in range(0, tokens, size))

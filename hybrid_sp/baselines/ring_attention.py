@@ -1,0 +1,128 @@
+"""Ring Attention (arXiv 2310.01889): keys and values travel around the ranks, and each attends to what comes by.
+
+    forward     P-1 hops of a block: the next one is in flight while the present one is attended to
+    backward    the same again, and the sum of the block's gradients travels one hop behind it, P hops to come home
+
+A baseline to compare with. Nothing that came by is kept for backward. Whatever the mask, all blocks pass all ranks. The
+linear layers' form is the left product (q k^T * D) v, as the LASP-2 paper (arXiv 2502.07563) compares it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..checks import compute_dtype
+from ..comm import collectives
+from ..comm.collectives import Header, Pending
+from ..exchange.visible import own_parts, parts_by_rank
+from ..kernels.softmax.tiled import attend_parts, attend_parts_backward
+from ..kernels.softmax.tiles import Part
+from ..overlap import Call
+from ..shard import Shard
+
+Block = tuple[Tensor, ...]  # what a rank sends around, equal in shape on all ranks
+
+
+class Ring:
+    """One pass around the ranks, forward or backward, in one call of an operator."""
+
+    def __init__(self, call: Call, header: Header, block: Block) -> None:
+        self.call, self.numbers = call, itertools.count()
+        self.rank, self.size, self.group = call.sp.rank, call.sp.size, call.sp.group
+        self.header = collectives.agree(header, "ring", block[0], self.group)
+
+    def around(self, block: Block, visit: Callable[[int, Block], None]) -> None:
+        """`visit` this rank's block, that of the rank before it, and so on, each while the next is in flight."""
+        for hop in range(self.size):
+            arriving = self._shift(block) if hop + 1 < self.size else Pending(lambda: ())
+            try:
+                with self.call.phase("block", self.header.direction, block[0]):
+                    visit((self.rank - hop) % self.size, block)
+            finally:
+                block = arriving.wait()
+
+    def collect(self, block: Block, visit: Callable[[int, Block], Tensor]) -> Tensor:
+        """The sum of what every rank's `visit` makes of this rank's block."""
+        sums = Pending(lambda: ())  # of the block at hand, on its way from the rank before
+
+        def add(source: int, here: Block) -> None:
+            nonlocal sums
+            try:
+                part = visit(source, here)
+            except BaseException:
+                sums.drain()
+                raise
+            for earlier in sums.wait():
+                part += earlier
+            sums = self._shift((part,))
+
+        self.around(block, add)
+        return sums.wait()[0]
+
+    def _shift(self, block: Block) -> Pending:
+        """One hop: this block to the next rank, its block from the one before."""
+        hops = [collectives.start_shift(x, next(self.numbers), self.group, self.header) for x in block]
+        pending = Pending(lambda: tuple(hop.wait() for hop in hops))
+        if self.call.sp.overlaps(self.call.tag):
+            return pending
+        arrived = pending.wait()
+        return Pending(lambda: arrived)
+
+
+def parts_of(shard: Shard, causal: bool, window: int | None = None) -> list[list[Part]]:
+    """What this rank's queries see of every rank's keys; of its own first the parts whose queries are fresh."""
+    parts = parts_by_rank(shard, causal, window)
+    parts[shard.sp.rank] = own_parts(shard, causal, window, shard.tokens) + parts[shard.sp.rank]
+    return parts
+
+
+def ring_softmax(
+    q: Tensor, k: Tensor, v: Tensor, shard: Shard, causal: bool, window: int | None, scale: float, backend: str
+) -> Tensor:
+    """Softmax attention, as `softmax_attention` says; q [B,T,H,D], k and v [B,T,G,D]."""
+    return _Softmax.apply(Call(shard, "softmax"), shard.once(parts_of, causal, window), q, k, v, scale, backend)
+
+
+class _Softmax(torch.autograd.Function):
+    """Blocks are merged by their log-sum-exp, in the dtype of sums."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: Call, parts: list[list[Part]], q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str
+    ) -> Tensor:
+        ctx.call, ctx.parts, ctx.scale, ctx.backend = call, parts, scale, backend
+        o, lse = (q.new_empty(shape, dtype=compute_dtype(q)) for shape in (q.shape, q.shape[:3]))
+
+        def visit(source: int, block: Block) -> None:
+            attend_parts(parts[source], o, lse, q, block[0][0], block[0][1], scale, backend)
+
+        block = (call.shard.pad(torch.stack([k, v]), 2),)
+        header = call.header("forward", "grad" if any(ctx.needs_input_grad) else "no grad")
+        Ring(call, header, block).around(block, visit)
+        out = o.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor) -> tuple[Any, ...]:
+        q, k, v, o, lse = ctx.saved_tensors
+        call, parts, scale = ctx.call, ctx.parts, ctx.scale
+        dq = torch.zeros_like(q, dtype=lse.dtype)
+
+        def visit(source: int, block: Block) -> Tensor:
+            d_kv = torch.zeros_like(block[0], dtype=lse.dtype)
+            grads = dq, d_kv[0], d_kv[1]
+            k_, v_ = block[0]
+            attend_parts_backward(parts[source], grads, do, q, k_, v_, o, lse, scale, ctx.backend)
+            return d_kv
+
+        block = (call.shard.pad(torch.stack([k, v]), 2),)
+        dk, dv = Ring(call, call.header("backward"), block).collect(block, visit)[:, :, : k.shape[1]]
+        return None, None, dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None

@@ -1,0 +1,100 @@
+"""What every public operator does first: leave autocast and torch.compile, and refuse what does not fit or differs
+between ranks."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar, get_args, get_type_hints
+
+import torch
+from torch import Tensor
+
+from .shard import SequenceParallel, Shard
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+FLOORS = {torch.float32: -104.0, torch.float64: -768.0}  # of log decays: exp is 0; every float dtype holds them
+
+
+def operator(function: Callable[P, R]) -> Callable[P, R]:
+    """Run with autocast off and outside torch.compile's graph: one graph break, the order of collectives kept.
+
+    Raises ValueError for a tensor as a keyword that takes none: autograd would not see it.
+    """
+    hints = get_type_hints(function)
+    plain = {name for name, hint in hints.items() if Tensor not in (hint, *get_args(hint))}
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        for name in plain & kwargs.keys():
+            require(
+                not isinstance(kwargs[name], Tensor),
+                function.__name__,
+                f"{name} must be {function.__annotations__[name]}, not a tensor, which would get no gradient; pass "
+                f"{name}.item(), or multiply q by a scale that is learned",
+            )
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return function(*args, **kwargs)
+
+    return torch.compiler.disable(run)
+
+
+def require(condition: bool, name: str, message: str) -> None:
+    """Raise ValueError naming the operator unless the condition holds."""
+    if not condition:
+        raise ValueError(f"{name}: {message}")
+
+
+def require_recurrence(name: str, q: Tensor, k: Tensor, v: Tensor, shard: Shard) -> None:
+    """What a recurrence on states asks of q, k [B,T,G,K] and v [B,T,H,V]."""
+    require(q.ndim == k.ndim == v.ndim == 4, name, "q, k and v must be [batch, tokens, heads, dim]")
+    require(q.shape == k.shape, name, f"q and k must have one shape, got {tuple(q.shape)} and {tuple(k.shape)}")
+    require(
+        q.shape[:2] == v.shape[:2], name, f"v {tuple(v.shape)} must have the batch and tokens of q {tuple(q.shape)}"
+    )
+    require(
+        v.shape[2] % q.shape[2] == 0, name, f"v has {v.shape[2]} heads, not a multiple of the {q.shape[2]} key heads"
+    )
+    require(q.dtype == k.dtype == v.dtype, name, f"q, k, v must share a dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    require(q.dtype.is_floating_point, name, f"q, k, v must be floating point, got {q.dtype}")
+    shard.require_tokens(name, q=q.shape[1])
+    shard.require_batch(name, q)
+
+
+def require_state(name: str, state: tuple[Tensor, ...], shapes: list[tuple[int, ...]], dtype: torch.dtype) -> None:
+    """That an initial state has these shapes and the dtype of states."""
+    given = [tuple(part.shape) for part in state]
+    require(given == shapes, name, f"initial_state must have the shapes {shapes}, got {given}")
+    dtypes = [part.dtype for part in state]
+    require(set(dtypes) == {dtype}, name, f"initial_state must be {dtype}, got {dtypes}")
+
+
+def shard_of(shard: Shard | None, x_BTHD: Tensor) -> Shard:
+    """The shard, on which all ranks agree, or for one device the one that holds all tokens of x."""
+    if shard is None:
+        return Shard(SequenceParallel(None), x_BTHD.shape[1])
+    shard.require_agreement()
+    return shard
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Dtype of states, decays and sums: fp32, or fp64 for fp64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def floored(name: str, log_decay: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Log decays, none below the floor of `dtype`, that of sums. What is cut off decays to exactly 0, with a gradient
+    of 0; and no sum grows so large that a difference of two loses what lies between them.
+
+    Raises ValueError for -inf on a CPU. Elsewhere the host must not wait for values, and -inf is floored too.
+    """
+    if log_decay is None:
+        return None
+    if log_decay.device.type == "cpu":
+        lowest = log_decay.detach().amin().item()
+        require(lowest != float("-inf"), name, "log_decay must be finite, got -inf; -1e4 decays to exactly 0 as well")
+        if lowest >= FLOORS[dtype]:
+            return log_decay  # as nearly always, without a copy
+    return log_decay.clamp(min=FLOORS[dtype])

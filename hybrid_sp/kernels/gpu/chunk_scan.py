@@ -1,0 +1,441 @@
+"""Linear attention as a scan over chunks: one kernel makes o, dq, dk and dv, two more the states between segments.
+
+Over the chunks of a segment, with P_t the sum of log decays from the chunk's start through t, R_t that after t to its
+end, and a the chunk's whole decay, the scan forward is
+
+    out_t = read * (sum over s <= t in the chunk of write * exp(P_t - P_s) (x_t . y_s) z_s + exp(P_t) x_t S)
+    S    <- exp(a) S + sum over s in the chunk of write * y_s^T exp(R_s) z_s
+
+and in reverse, from the last chunk to the first, with s >= t, exp(P_s - P_t), and P and R exchanged outside the sum
+over pairs. With S_in the state that enters a segment and dS_out the gradient of the one that leaves it:
+
+    o    forward     x, y, z = q, k, v        S = S_in         read = scale
+    dq   forward     x, y, z = do, v, k       S = S_in^T       read = scale
+    dv   reverse     x, y, z = k, q, do       S = dS_out       write = scale
+    dk   reverse     x, y, z = v, do, q       S = dS_out^T     write = scale
+
+Under decays per key channel (`vector_decay.py`) x, y or z come decayed to the ends of their chunk, the scores of pairs
+are given or not asked for, and of the decay only a is left, along the rows of S or along its columns.
+
+The gradient of a scalar decay g_j sums, over all pairs s < j <= t, what the pair gives to the output. Pairs in j's
+chunk, those that end in it, those that begin in it and those that span it are summed apart, so that no sum over many
+tokens is the difference of two: with r_t = q_t . dq_t, and of k_s . dk_s the part i_s within the chunk and e_s beyond,
+
+    dg_j = sum over t >= j of (r_t - i_t) + sum over s < j of e_s + exp(a) <S, dS>
+
+where S enters the chunk and dS is the gradient of what leaves it. The scan for dq keeps r and S, that for dk sums.
+
+Sums and states are fp32; factors of a product are rounded to the dtype of the tokens. Where x or y is fp32 beside
+16-bit tokens, as the gradient of a normalised output is, what rounding leaves over is multiplied too: what numerator
+and denominator give to dq and dk nearly cancels. The scan itself is FLA's and Lightning Attention's (arXiv 2401.04658);
+that all four outputs are one scan follows from the symmetry of S in k and v.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import launch
+from .segments import COLUMNS, Segments, places
+
+# "none"; "scalar", of all of S: g [B,T,H]; "rows" or "columns" of S: the log decays of chunks, [N,B,H,D] or [N,B,H,W]
+Decay = tuple[str, Tensor | None]
+
+
+@triton.jit
+def decays(p_g, o_c, m_t, stride, REVERSE: tl.constexpr):
+    """Of a chunk's log decays, none below its floor: the factors of reading and of writing the state, the whole decay,
+    and the running sum in two parts that are together exact, so that its differences are. Nothing is above 0 before it
+    is exponentiated."""
+    b_g = tl.load(p_g + o_c * stride, mask=m_t, other=0.0).to(tl.float64)
+    b_sum = tl.cumsum(b_g, 0)
+    whole = tl.sum(b_g, 0)
+    b_high = b_sum.to(tl.float32)
+    b_low = (b_sum - b_high.to(tl.float64)).to(tl.float32)
+    b_through = tl.exp(b_high)
+    b_after = tl.exp(tl.minimum(whole - b_sum, 0.0).to(tl.float32))
+    decay = tl.exp(whole.to(tl.float32))
+    if REVERSE:
+        b_through, b_after = b_after, b_through
+    return b_through, b_after, decay, b_high, b_low
+
+
+@triton.jit
+def _between(b_high, b_low, REVERSE: tl.constexpr):
+    """Decays between the tokens of the pairs of a chunk, [out, source]."""
+    b_sum = (b_high[:, None] - b_high[None, :]) + (b_low[:, None] - b_low[None, :])
+    if REVERSE:
+        b_sum = -b_sum
+    return tl.exp(tl.minimum(b_sum, 0.0))
+
+
+@triton.jit
+def factor(b_x, DTYPE: tl.constexpr):
+    """fp32 numbers as a factor of a matrix product: rounded, what that leaves over, and what the product is to be
+    multiplied by, since fp16 has too few exponents for a state."""
+    unit = 1.0
+    if DTYPE.is_fp16():
+        largest = tl.max(tl.abs(b_x))
+        unit = tl.where(largest > 0.0, largest, 1.0)
+        b_x = b_x / unit
+    b_rounded = b_x.to(DTYPE)
+    return b_rounded, (b_x - b_rounded.to(tl.float32)).to(DTYPE), unit
+
+
+@triton.jit
+def scan_kernel(
+    p_x,
+    p_y,
+    p_z,
+    p_decay,  # scalar: g; rows and columns: log decays of chunks [N,B,H,D or W]
+    p_scores,  # given pairs: [B,T,H,C], of token t the pairs with s <= t
+    p_S,  # states that enter the scan, one per segment
+    p_add,  # fp32, added to out
+    p_out,
+    p_w,  # GATE: q in the scan for dq, k in that for dk
+    p_r,  # GATE: r_t of every tile, [tiles,B,T,H]
+    p_states,  # GATE: states that enter the chunks in the scan for dq [N,B,H,D,W]
+    p_dg,  # GATE, in reverse: dg of every tile [tiles,B,T,H], or the gradients of the chunks' decays [N,B,H,W]
+    p_table,
+    read,
+    write,
+    B,
+    T,
+    H,
+    D,
+    W,
+    R_xy,  # heads of out that share one of x and y
+    R_z,  # and of z and w
+    s_xb,
+    s_xt,
+    s_xh,
+    s_yb,
+    s_yt,
+    s_yh,
+    s_zb,
+    s_zt,
+    s_zh,
+    s_gb,
+    s_gt,
+    s_gh,
+    s_S,
+    s_Sd,
+    s_Sw,
+    s_ab,
+    s_at,
+    s_ah,
+    s_ob,
+    s_ot,
+    s_oh,
+    s_wb,
+    s_wt,
+    s_wh,
+    s_c,  # from chunk to chunk of the log decays
+    s_states,  # and of the states, and there from row to row
+    s_states_d,
+    C: tl.constexpr,
+    BD: tl.constexpr,
+    BW: tl.constexpr,
+    STRIDE: tl.constexpr,
+    DECAY: tl.constexpr,
+    PAIRS: tl.constexpr,
+    UPDATE: tl.constexpr,
+    REVERSE: tl.constexpr,
+    ADD: tl.constexpr,
+    GATE: tl.constexpr,
+    SPLIT_X: tl.constexpr,
+    SPLIT_Y: tl.constexpr,
+    SPLIT_Z: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    i_w, i_bh, i_s = places(tl.cdiv(W, BW), B * H)
+    i_b, i_h = i_bh // H, i_bh % H
+    start = tl.load(p_table + i_s * STRIDE).to(tl.int64)
+    stop = tl.load(p_table + i_s * STRIDE + 1).to(tl.int64)
+    first = tl.load(p_table + i_s * STRIDE + 2).to(tl.int64)
+    count = tl.cdiv(stop - start, C).to(tl.int32)
+
+    o_c, o_d, o_w = tl.arange(0, C), tl.arange(0, BD), i_w * BW + tl.arange(0, BW)
+    m_d, m_w = o_d < D, o_w < W
+    p_x += i_b * s_xb + (i_h // R_xy) * s_xh
+    p_y += i_b * s_yb + (i_h // R_xy) * s_yh
+    p_z += i_b * s_zb + (i_h // R_z) * s_zh
+    p_out += i_b * s_ob + i_h * s_oh
+    if DECAY == "scalar":
+        p_decay += i_b * s_gb + i_h * s_gh
+    if ADD:
+        p_add += i_b * s_ab + i_h * s_ah
+    if GATE:
+        p_w += i_b * s_wb + (i_h // R_z) * s_wh
+    o_state = o_d[:, None] * s_Sd + o_w[None, :] * s_Sw
+    m_state = m_d[:, None] & m_w[None, :]
+    b_S = tl.load(p_S + (i_s * B * H + i_bh) * s_S + o_state, mask=m_state, other=0.0)
+    if REVERSE:
+        m_pairs = o_c[:, None] <= o_c[None, :]
+    else:
+        m_pairs = o_c[:, None] >= o_c[None, :]
+
+    for i in range(count):
+        i_n = (count - 1 - i) if REVERSE else i
+        n = (first + i_n) * B * H + i_bh
+        t = start + i_n * C
+        m_t = o_c < stop - t
+        m_x, m_z = m_t[:, None] & m_d[None, :], m_t[:, None] & m_w[None, :]
+        b_x = tl.load(p_x + t * s_xt + (o_c[:, None] * s_xt + o_d[None, :]), mask=m_x, other=0.0)
+        x_unit, y_unit, z_unit = 1.0, 1.0, 1.0
+        if SPLIT_X:
+            b_x, b_x_rest, x_unit = factor(b_x, DTYPE)
+        b_x = b_x.to(DTYPE)
+        if DECAY == "scalar":
+            b_read, b_write, decay, b_high, b_low = decays(p_decay + t * s_gt, o_c, m_t, s_gt, REVERSE)
+
+        # What spans the chunk.
+        if GATE:
+            p_chunk = p_states + n * s_states + (o_d[:, None] * s_states_d + o_w[None, :])
+            if REVERSE:
+                b_spanning = tl.load(p_chunk, mask=m_state, other=0.0).to(tl.float32) * b_S
+                if DECAY == "scalar":
+                    spanning = tl.sum(tl.sum(b_spanning, 1), 0) * decay
+                else:
+                    b_total = tl.load(p_decay + n * s_c + o_w, mask=m_w, other=0.0)
+                    tl.store(p_dg + n * s_c + o_w, tl.sum(b_spanning, 0) * tl.exp(b_total), mask=m_w)
+            else:
+                tl.store(p_chunk, b_S.to(p_states.dtype.element_ty), mask=m_state)
+
+        # Pairs within the chunk.
+        if UPDATE or PAIRS == "computed":
+            b_y = tl.load(p_y + t * s_yt + (o_c[:, None] * s_yt + o_d[None, :]), mask=m_x, other=0.0)
+            if SPLIT_Y:
+                b_y, b_y_rest, y_unit = factor(b_y, DTYPE)
+            b_y = b_y.to(DTYPE)
+        if PAIRS == "computed":
+            b_pairs = tl.dot(b_x, tl.trans(b_y), input_precision=PRECISION)
+            if SPLIT_X:
+                b_pairs += tl.dot(b_x_rest, tl.trans(b_y), input_precision=PRECISION)
+            if SPLIT_Y:
+                b_pairs += tl.dot(b_x, tl.trans(b_y_rest), input_precision=PRECISION)
+            b_pairs *= x_unit * y_unit * read * write
+            if DECAY == "scalar":
+                b_pairs *= _between(b_high, b_low, REVERSE)
+            b_pairs, b_pairs_rest, unit = factor(tl.where(m_pairs, b_pairs, 0.0), DTYPE)
+        if PAIRS == "given":
+            p_pairs, unit = p_scores + ((i_b * T + t) * H + i_h) * C, read * write
+            if REVERSE:
+                o_pairs, m_given = o_c[None, :] * (H * C) + o_c[:, None], m_pairs & m_t[None, :]
+            else:
+                o_pairs, m_given = o_c[:, None] * (H * C) + o_c[None, :], m_pairs & m_t[:, None]
+            b_pairs = tl.load(p_pairs + o_pairs, mask=m_given, other=0.0)
+
+        # The output: what enters the chunk, and the pairs.
+        b_factor, b_rest, state_unit = factor(b_S, DTYPE)
+        b_out = tl.dot(b_x, b_factor, input_precision=PRECISION)
+        if SPLIT_X:
+            b_out += tl.dot(b_x_rest, b_factor, input_precision=PRECISION)
+            b_out += tl.dot(b_x, b_rest, input_precision=PRECISION)
+        b_out *= x_unit * state_unit * read
+        if DECAY == "scalar":
+            b_out *= b_read[:, None]
+        if GATE and DECAY == "scalar":
+            b_w = tl.load(p_w + t * s_wt + (o_c[:, None] * s_wt + o_w[None, :]), mask=m_z, other=0.0).to(tl.float32)
+            b_e = tl.sum(b_w * b_out, 1)
+        if UPDATE or PAIRS != "none":
+            b_z = tl.load(p_z + t * s_zt + (o_c[:, None] * s_zt + o_w[None, :]), mask=m_z, other=0.0)
+            if SPLIT_Z:
+                b_z, _, z_unit = factor(b_z, DTYPE)
+            b_z = b_z.to(DTYPE)
+        if PAIRS != "none":
+            b_within = tl.dot(b_pairs, b_z, input_precision=PRECISION)
+            if (SPLIT_X or SPLIT_Y) and PAIRS == "computed":
+                b_within += tl.dot(b_pairs_rest, b_z, input_precision=PRECISION)
+            b_within *= unit * z_unit
+            b_out += b_within
+        if GATE and DECAY == "scalar":
+            p_here = p_r + ((i_w * B + i_b) * T + t) * H + i_h + o_c * H
+            b_i = tl.sum(b_w * b_within, 1)
+            if REVERSE:
+                b_r = tl.load(p_here, mask=m_t, other=0.0)
+                b_dg = tl.cumsum(b_r - b_i, 0, reverse=True) + (tl.cumsum(b_e, 0) - b_e) + spanning
+                tl.store(p_dg + ((i_w * B + i_b) * T + t) * H + i_h + o_c * H, b_dg, mask=m_t)
+            else:
+                tl.store(p_here, b_e + b_i, mask=m_t)
+        if ADD:
+            b_out += tl.load(p_add + t * s_at + (o_c[:, None] * s_at + o_w[None, :]), mask=m_z, other=0.0)
+        tl.store(p_out + t * s_ot + (o_c[:, None] * s_ot + o_w[None, :]), b_out.to(p_out.dtype.element_ty), mask=m_z)
+
+        # On to the next chunk.
+        if DECAY == "scalar":
+            b_S *= decay
+        if DECAY == "rows":
+            b_S *= tl.exp(tl.load(p_decay + n * s_c + o_d, mask=m_d, other=0.0))[:, None]
+        if DECAY == "columns":
+            b_S *= tl.exp(tl.load(p_decay + n * s_c + o_w, mask=m_w, other=0.0))[None, :]
+        if UPDATE:
+            written = write * y_unit * z_unit
+            inside = 1.0 if DTYPE.is_fp16() else written  # what b_z is multiplied by, if fp16 can hold it
+            if DECAY == "scalar":
+                b_z = (b_z.to(tl.float32) * (b_write * inside)[:, None]).to(DTYPE)
+            elif REVERSE:
+                b_z = (b_z.to(tl.float32) * inside).to(DTYPE)
+            if DTYPE.is_fp16():
+                b_S += tl.dot(tl.trans(b_y), b_z, input_precision=PRECISION) * written
+            else:
+                b_S = tl.dot(tl.trans(b_y), b_z, b_S, input_precision=PRECISION)
+
+
+def scan_chunk(dtype: torch.dtype) -> int:
+    """Tokens in a chunk: products of fp32 without TF32 are done in registers, which hold fewer."""
+    return 64 if dtype.itemsize == 2 else 32
+
+
+def pieces(width: int, dtype: torch.dtype, split: bool = False) -> list[slice]:
+    """The columns that one launch takes, as registers hold: a last one beside a multiple of 16, as a normaliser's is,
+    goes alone; so do every 64 of fp32, or where factors are split."""
+    whole = width - 1 if width % 16 == 1 and width > 1 else width
+    widest = 64 if split or dtype.itemsize == 4 else whole
+    cuts = [*range(0, whole, widest), whole]
+    return [slice(a, b) for a, b in itertools.pairwise(cuts)] + [slice(whole, width)] * (whole < width)
+
+
+class Gate:
+    """What the scans for dq and dk share for the gradient of the decays. Each launch has its part of r, and of dg."""
+
+    def __init__(self, S: Tensor, segments: Segments, v: Tensor, do: Tensor, by_channel: bool) -> None:
+        """For scans over v and do which states of the shape S [segments,B,H,D,W] enter."""
+        _, B, H, D, W = S.shape
+        dtype, split = v.dtype, do.dtype != v.dtype
+        kept = torch.float32 if dtype == torch.float16 else dtype  # fp16 has too few exponents for a state
+        self.states = torch.empty(len(segments.chunks), B, H, D, W, dtype=kept, device=S.device)
+        launches = [] if by_channel else itertools.product(pieces(W, dtype, split), pieces(D, dtype, split))
+        tiles = [triton.cdiv(w.stop - w.start, _tile(d, w, dtype, split)[1]) for w, d in launches]
+        self.r = [S.new_empty(count, B, v.shape[1], H) for count in tiles]
+        self.dg: list[Tensor] = []
+
+    def decay_gradient(self) -> Tensor:
+        """dg [B,T,H], or the gradients of the chunks' log decays [N,B,H,W]."""
+        return torch.cat(self.dg).sum(0)
+
+
+def _tile(d: slice, w: slice, dtype: torch.dtype, split: bool) -> tuple[int, int, int, int]:
+    """BD, BW, warps and stages of a scan over states of so many rows and columns."""
+    BD, BW = (max(16, triton.next_power_of_2(x.stop - x.start)) for x in (d, w))
+    if dtype.itemsize == 4:
+        return BD, min(16, BW), 8, 1
+    return BD, min(32 if split or BD > 128 else 64, BW), 8, 2
+
+
+def types(dtype: torch.dtype) -> dict[str, object]:
+    named = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+    return {"DTYPE": named[dtype], "PRECISION": "ieee"}
+
+
+def strides(x: Tensor | None) -> tuple[int, int, int]:
+    """Of batch, tokens and heads; the last dim is contiguous."""
+    if x is None:
+        return 0, 0, 0
+    assert x.ndim == 3 or x.stride(3) == 1 or x.shape[3] == 1
+    return x.stride(0), x.stride(1), x.stride(2)
+
+
+def scan(
+    x: Tensor,
+    y: Tensor | None,
+    z: Tensor | None,
+    S: Tensor,
+    segments: Segments,
+    dtype: torch.dtype,
+    *,
+    out: Tensor,
+    decay: Decay,
+    pairs: str = "computed",
+    scores: Tensor | None = None,
+    read: float = 1.0,
+    write: float = 1.0,
+    reverse: bool = False,
+    add: Tensor | None = None,
+    gate: Gate | None = None,
+    w: Tensor | None = None,
+) -> Tensor:
+    """Write out [B,T,H,W] by the scan over x, y [B,T,_,D] and z [B,T,_,W] (None: nothing is added to the states), which
+    the states S [segments,B,H,D,W] enter. `dtype` is that of matrix products. `pairs` within chunks are "computed" from
+    x and y, "given" as scores [B,T,H,C], or "none". `add` [B,T,H,W] fp32 is added to out. With a gate the scan for dq
+    takes w = q and leaves what that for dk, with w = k, needs for the gradient of the decays."""
+    B, T, H = out.shape[:3]
+    kind, log_decay = decay
+    split_x, split_y = x.dtype != dtype, y is not None and y.dtype != dtype
+    rows, columns = (pieces(width, dtype, split_x or split_y) for width in S.shape[3:])
+    nothing = segments.table  # stands where a pointer is not used
+    by_chunk = log_decay if kind in ("rows", "columns") else None
+    before = add
+    if gate is not None and reverse:
+        like = gate.r if by_chunk is None else [by_chunk.unsqueeze(0)] * len(rows)
+        gate.dg = [torch.empty_like(x) for x in like]
+    for i, (wide, tall) in enumerate(itertools.product(columns, rows)):
+        first = tall == rows[0]
+        here = "none" if z is None or (pairs == "given" and not first) else pairs
+        part = log_decay if by_chunk is None else by_chunk[..., wide if kind == "columns" else tall]
+        S_, out_ = S[..., tall, wide], out[..., wide]
+        added = before if not first else None if add is None else add[..., wide]
+        if tall != rows[-1]:
+            out_ = before = torch.empty_like(out_, dtype=torch.float32)
+        states = r = dg = None
+        if gate is not None:
+            states = gate.states[..., tall, wide]
+            r = gate.r[i] if by_chunk is None else None
+            if reverse:
+                dg = gate.dg[i] if by_chunk is None else gate.dg[i % len(rows)][..., wide]
+        BD, BW, warps, stages = _tile(tall, wide, dtype, split_x or split_y)
+        y_, z_, w_ = (None if array is None else array[..., d] for array, d in ((y, tall), (z, wide), (w, wide)))
+        arrays = (x[..., tall], y_, z_, part, scores, S_, added, out_, w_, r, states, dg)
+        launch(
+            scan_kernel,
+            (triton.cdiv(S_.shape[4], BW) * B * H * segments.count,),
+            *(nothing if array is None else array for array in arrays),
+            segments.table,
+            read,
+            write,
+            B,
+            T,
+            H,
+            S_.shape[3],
+            S_.shape[4],
+            H // x.shape[2],
+            1 if z is None else H // z.shape[2],
+            *strides(x),
+            *strides(y),
+            *strides(z),
+            *strides(log_decay if kind == "scalar" else None),
+            S.stride(2),
+            S.stride(3),
+            S.stride(4),
+            *strides(added),
+            *strides(out_),
+            *strides(w),
+            0 if by_chunk is None else by_chunk.stride(2),
+            0 if states is None else states.stride(2),
+            0 if states is None else states.stride(3),
+            C=segments.chunk,
+            BD=BD,
+            BW=BW,
+            STRIDE=COLUMNS,
+            DECAY=kind,
+            PAIRS=here,
+            UPDATE=z is not None,
+            REVERSE=reverse,
+            ADD=added is not None,
+            GATE=gate is not None,
+            SPLIT_X=split_x,
+            SPLIT_Y=split_y,
+            SPLIT_Z=z is not None and z.dtype != dtype,
+            **types(dtype),
+            num_warps=warps,
+            num_stages=stages,
+        )
+    return out

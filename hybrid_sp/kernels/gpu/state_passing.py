@@ -1,0 +1,256 @@
+"""States between the segments of a rank: what leaves each, and the chain of them, forward and in reverse.
+
+    leaving(i)  = sum over t in segment i of y_t^T exp(sum of g after t) z_t          `summary`, y, z = k, v
+    S(i + 1)    = exp(sum of g in segment i) S(i) + leaving(i)                        `fold`
+
+In reverse, of gradients: with y, z = q, do and the sum of g through t, what comes back to the start of a segment; and
+from the last segment to the first, what comes back to the end of each. A document that begins cuts the chain.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .chunk_scan import Decay, decays, factor, strides, types
+from .launch import launch
+from .segments import COLUMNS, FIRST, LAST, NEW, Segments, places
+
+
+@triton.jit
+def summary_kernel(
+    p_y,
+    p_z,
+    p_decay,
+    p_S,  # state that leaves each segment, if none enters [segments,B,H,D,W]
+    p_total,  # log decay of each segment [segments,B,H] or [segments,B,H,D]; written when not in reverse
+    p_table,
+    write,
+    B,
+    T,
+    H,
+    D,
+    W,
+    R_y,
+    R_z,
+    s_yb,
+    s_yt,
+    s_yh,
+    s_zb,
+    s_zt,
+    s_zh,
+    s_gb,
+    s_gt,
+    s_gh,
+    s_S,
+    s_Sd,
+    C: tl.constexpr,
+    BD: tl.constexpr,
+    BW: tl.constexpr,
+    STRIDE: tl.constexpr,
+    DECAY: tl.constexpr,
+    REVERSE: tl.constexpr,
+    SPLIT_Z: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    i_tile, i_bh, i_s = places(tl.cdiv(D, BD) * tl.cdiv(W, BW), B * H)
+    i_d, i_w = i_tile // tl.cdiv(W, BW), i_tile % tl.cdiv(W, BW)
+    i_b, i_h = i_bh // H, i_bh % H
+    start = tl.load(p_table + i_s * STRIDE).to(tl.int64)
+    stop = tl.load(p_table + i_s * STRIDE + 1).to(tl.int64)
+    first = tl.load(p_table + i_s * STRIDE + 2).to(tl.int64)
+    count = tl.cdiv(stop - start, C).to(tl.int32)
+
+    o_c, o_d, o_w = tl.arange(0, C), i_d * BD + tl.arange(0, BD), i_w * BW + tl.arange(0, BW)
+    m_d, m_w = o_d < D, o_w < W
+    p_y += i_b * s_yb + (i_h // R_y) * s_yh
+    p_z += i_b * s_zb + (i_h // R_z) * s_zh
+    if DECAY == "scalar":
+        p_decay += i_b * s_gb + i_h * s_gh
+    b_S = tl.zeros([BD, BW], dtype=tl.float32)
+    total = 0.0
+    b_total = tl.zeros([BD], dtype=tl.float32)
+    for i in range(count):
+        i_n = (count - 1 - i) if REVERSE else i
+        t = start + i_n * C
+        m_t = o_c < stop - t
+        m_y, m_z = m_t[:, None] & m_d[None, :], m_t[:, None] & m_w[None, :]
+        b_y = tl.load(p_y + t * s_yt + (o_c[:, None] * s_yt + o_d[None, :]), mask=m_y, other=0.0).to(DTYPE)
+        b_z = tl.load(p_z + t * s_zt + (o_c[:, None] * s_zt + o_w[None, :]), mask=m_z, other=0.0)
+        written = write
+        if SPLIT_Z:
+            b_z, _, z_unit = factor(b_z, DTYPE)
+            written *= z_unit
+        b_z = b_z.to(DTYPE)
+        inside = 1.0 if DTYPE.is_fp16() else written  # what b_z is multiplied by, if fp16 can hold it
+        if DECAY == "scalar":
+            _, b_write, decay, b_high, _ = decays(p_decay + t * s_gt, o_c, m_t, s_gt, REVERSE)
+            b_z = (b_z.to(tl.float32) * (b_write * inside)[:, None]).to(DTYPE)
+            b_S *= decay
+            total += tl.min(b_high, 0)
+        elif REVERSE:
+            b_z = (b_z.to(tl.float32) * inside).to(DTYPE)
+        if DECAY == "rows":
+            b_a = tl.load(p_decay + ((first + i_n) * B * H + i_bh) * D + o_d, mask=m_d, other=0.0)
+            b_S *= tl.exp(b_a)[:, None]
+            b_total += b_a
+        if DTYPE.is_fp16():
+            b_S += tl.dot(tl.trans(b_y), b_z, input_precision=PRECISION) * written
+        else:
+            b_S = tl.dot(tl.trans(b_y), b_z, b_S, input_precision=PRECISION)
+    p_S += (i_s * B * H + i_bh) * s_S
+    tl.store(p_S + o_d[:, None] * s_Sd + o_w[None, :], b_S, mask=m_d[:, None] & m_w[None, :])
+    if DECAY == "scalar" and not REVERSE:
+        tl.store(p_total + i_s * B * H + i_bh, total, mask=i_tile == 0)
+    if DECAY == "rows" and not REVERSE:
+        tl.store(p_total + (i_s * B * H + i_bh) * D + o_d, b_total, mask=m_d & (i_w == 0))
+
+
+@triton.jit
+def fold_kernel(
+    p_added,  # state that leaves each segment, if none enters [segments,B,H,K,V]
+    p_total,
+    p_given,  # what enters each span, in reverse what comes back to its end [spans,B,H,K,V]
+    p_S,  # what enters each segment, in reverse what comes back to its end
+    p_left,  # what leaves each span, in reverse what comes back to its start
+    p_table,
+    count,
+    BH,
+    K,
+    V,
+    BLOCK: tl.constexpr,
+    STRIDE: tl.constexpr,
+    FROM: tl.constexpr,
+    TO: tl.constexpr,
+    BEGINS: tl.constexpr,
+    DECAY: tl.constexpr,
+    ENTERED: tl.constexpr,
+    REVERSE: tl.constexpr,
+):
+    i_tile, i_bh, _ = places(tl.cdiv(K * V, BLOCK), BH)
+    o = i_tile * BLOCK + tl.arange(0, BLOCK)
+    m = o < K * V
+    b_S = tl.zeros([BLOCK], dtype=tl.float32)
+    for i in range(count):
+        i_s = tl.cast(count - 1 - i if REVERSE else i, tl.int64)
+        span = tl.load(p_table + i_s * STRIDE + 3).to(tl.int64)
+        flags = tl.load(p_table + i_s * STRIDE + 4)
+        o_span, o_here = (span * BH + i_bh) * K * V + o, (i_s * BH + i_bh) * K * V + o
+        at_start = (flags & FROM) != 0
+        if ENTERED:
+            b_S = tl.where(at_start, tl.load(p_given + o_span, mask=m & at_start, other=0.0), b_S)
+        else:
+            b_S = tl.where(at_start, 0.0, b_S)
+        if not REVERSE:
+            b_S = tl.where((flags & BEGINS) != 0, 0.0, b_S)
+        tl.store(p_S + o_here, b_S, mask=m)
+        if DECAY == "scalar":
+            b_S *= tl.exp(tl.load(p_total + i_s * BH + i_bh))
+        if DECAY == "rows":
+            b_S *= tl.exp(tl.load(p_total + (i_s * BH + i_bh) * K + o // V, mask=m, other=0.0))
+        b_S += tl.load(p_added + o_here, mask=m, other=0.0)
+        if REVERSE:
+            b_S = tl.where((flags & BEGINS) != 0, 0.0, b_S)
+        tl.store(p_left + o_span, b_S, mask=m & ((flags & TO) != 0))
+
+
+def summary(
+    y: Tensor,
+    z: Tensor,
+    segments: Segments,
+    dtype: torch.dtype,
+    *,
+    out: Tensor,
+    decay: Decay,
+    write: float = 1.0,
+    reverse: bool = False,
+) -> Tensor | None:
+    """Write out [segments,B,H,D,W], the states that leave segments which none enters, in reverse those at their starts.
+    Returns the segments' log decays, None | [segments,B,H] | [segments,B,H,D]; in reverse None."""
+    _, B, H, D, W = out.shape
+    kind, log_decay = decay
+    total = None
+    if kind != "none" and not reverse:
+        total = torch.empty(
+            segments.count, B, H, *((D,) if kind == "rows" else ()), dtype=torch.float32, device=y.device
+        )
+    side, warps, stages = (64, 4, 3) if dtype.itemsize == 2 else (32, 4, 1)
+    BD, BW = (min(side, max(16, triton.next_power_of_2(width))) for width in (D, W))
+    nothing = segments.table
+    launch(
+        summary_kernel,
+        (triton.cdiv(D, BD) * triton.cdiv(W, BW) * B * H * segments.count,),
+        y,
+        z,
+        nothing if log_decay is None else log_decay,
+        out,
+        nothing if total is None else total,
+        segments.table,
+        write,
+        B,
+        z.shape[1],
+        H,
+        D,
+        W,
+        H // y.shape[2],
+        H // z.shape[2],
+        *strides(y),
+        *strides(z),
+        *strides(log_decay if kind == "scalar" else None),
+        out.stride(2),
+        out.stride(3),
+        C=segments.chunk,
+        BD=BD,
+        BW=BW,
+        STRIDE=COLUMNS,
+        DECAY=kind,
+        REVERSE=reverse,
+        SPLIT_Z=z.dtype != dtype,
+        **types(dtype),
+        num_warps=warps,
+        num_stages=stages,
+    )
+    return total
+
+
+def fold(
+    added: Tensor, total: Tensor | None, given: Tensor | None, segments: Segments, reverse: bool = False
+) -> tuple[Tensor, Tensor]:
+    """States that enter the segments, and that leave the spans [spans,B,H,K,V], from those that leave segments which
+    none enters, added [segments,B,H,K,V], and those `given` that enter the spans. In reverse, of gradients: those that
+    come back to the ends of segments and to the starts of spans, from those that come back to the ends of spans."""
+    _, B, H, K, V = added.shape
+    added, given = added.contiguous(), None if given is None else given.contiguous()
+    S, left = torch.empty_like(added), added.new_empty(segments.spans, B, H, K, V)
+    kind = "none" if total is None else "scalar" if total.ndim == 3 else "rows"
+    block = 1024
+    launch(
+        fold_kernel,
+        (triton.cdiv(K * V, block) * B * H,),
+        added,
+        added if total is None else total,
+        added if given is None else given,
+        S,
+        left,
+        segments.table,
+        segments.count,
+        B * H,
+        K,
+        V,
+        BLOCK=block,
+        STRIDE=COLUMNS,
+        FROM=LAST if reverse else FIRST,
+        TO=FIRST if reverse else LAST,
+        BEGINS=NEW,
+        DECAY=kind,
+        ENTERED=given is not None,
+        REVERSE=reverse,
+        num_warps=4,
+        num_stages=2,
+    )
+    return S, left

@@ -1,0 +1,255 @@
+"""Softmax attention whose sequence is cut over ranks: AllGather-KV (Llama 3, arXiv 2407.21783; LASP-2H, 2502.07563).
+
+    forward              send group 0 | own keys | each group: wait, send the next; attend to it, merge by log-sum-exp
+    backward, KV kept    each group: the others' dK, dV; wait for the last group's; send back | own keys | wait
+    backward, not kept   send group 0 again | own keys | each group: wait, send the next; as above | wait
+
+A group is the key heads that travel at a time: all, unless `kv_heads_per_gather` says how many. What it needs is freed
+before the next but one arrives. What a rank receives is `exchange/kv.py`: all keys, or the few that a window or a
+document leaves to be seen. The mask is a list of parts (`exchange/visible.py`), those over own keys and those over what
+is received. Backward goes by the merged output and its lse. Sums are fp32 and rounded once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..backends import backend_of
+from ..baselines.head_parallel import FORMS, by_heads
+from ..baselines.ring_attention import ring_softmax
+from ..checks import compute_dtype, operator, require, shard_of
+from ..exchange.visible import Mask, mask_of
+from ..kernels.softmax.attend import kernel_of
+from ..kernels.softmax.tiled import attend_parts, attend_parts_backward
+from ..overlap import Call, recorded
+from ..shard import Shard
+
+
+@operator
+def softmax_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    shard: Shard | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Softmax attention over the sequence of which `shard` holds this rank's tokens.
+
+        o_t = sum over s of softmax_s(scale * q_t . k_s) v_s
+
+    over the tokens s of the document of t; where causal s <= t, and with a window also s > t - window.
+
+    q       [B,T,Hq,D]
+    k, v    [B,T,Hkv,D], Hq a multiple of Hkv; query head h reads key head h // (Hq // Hkv). K and V travel before heads
+            are repeated
+    window  number of tokens that a token sees, itself included; needs causal. None sees all
+    scale   a number, no tensor (its gradient would be lost); None is D**-0.5
+    shard   this rank's part of the sequence, None for one device, where with causal=False k and v may have a length of
+            their own
+    backend "torch" on CUDA is torch's flash kernel for bf16 and fp16, its memory-efficient one for fp32; "flash_attn"
+            is the package flash-attn (2.7 and newer) or flash-attn-4, for bf16 and fp16 on CUDA. "auto" is "torch"
+
+    Returns o [B,T,Hq,D] in the dtype of q. By the all-gather (`SequenceParallel.softmax`) each rank receives
+    2 (P-1) B T Hkv D numbers forward (dtype of k) and as many backward (fp32, or fp64); with keep_kv=False those of
+    the forward come twice. With a window or packed documents it receives only the tokens that its spans see before
+    them, 2 B (window-1) Hkv D numbers for each span at most (backward, what the others see of its tokens), unless some
+    rank sees all others. The work of a window is T * window. Raises ValueError for shapes, dtypes and windows that do
+    not fit, and heads that a baseline cannot cut, and ImportError for a backend that is not installed, before any
+    communication.
+
+    Sources: AllGather-KV, arXiv 2407.21783, section 3.3.2; arXiv 2502.07563, algorithm 7. The window is that of Mistral
+    (2310.06825, section 2).
+    """
+    alone, shard = shard is None, shard_of(shard, q)
+    _check(q, k, v, shard, causal, window, alone)
+    backend = backend_of("softmax_attention", backend, q, q.shape[-1], q.shape[-1])
+    kernel_of(q, backend)  # what it misses is said here
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if shard.sp.softmax in FORMS:
+        one = functools.partial(softmax_attention, causal=causal, window=window, scale=scale, backend=backend)
+        return by_heads("softmax_attention", one, shard, "softmax", {"q": q, "k": k, "v": v})
+    if shard.sp.softmax == "ring":
+        return ring_softmax(q, k, v, shard, causal, window, scale, backend)
+    mask = shard.once(mask_of, causal, window, k.shape[1])
+    keep = shard.sp.keep_kv and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    with Call(shard, "softmax") as call:
+        groups = _groups(q, k, shard.sp.kv_heads_per_gather)
+        return _Attention.apply(_Job(call, mask, groups, scale, keep, backend), q, k, v)
+
+
+_Grads = tuple[Tensor, Tensor, Tensor]  # of q, k and v, in the precision of sums
+_Saved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # q, k, v, o and lse
+
+
+class _Heads(NamedTuple):
+    """What travels at a time: these key heads, for the query heads that read them."""
+
+    keys: slice
+    queries: slice
+    note: str
+
+
+def _groups(q: Tensor, k: Tensor, at_a_time: int | None) -> list[_Heads]:
+    """All key heads, so many at a time; the last group may be smaller."""
+    heads, readers = k.shape[2], q.shape[2] // k.shape[2]
+    size = min(at_a_time or heads, heads)
+    bounds = [(first, min(first + size, heads)) for first in range(0, heads, size)]
+    return [
+        _Heads(slice(a, b), slice(a * readers, b * readers), f"key heads {a}:{b}" if len(bounds) > 1 else "")
+        for a, b in bounds
+    ]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One call of the operator, forward and backward, by a `backend` that has been chosen; `keep`: what is received is
+    kept for backward.
+
+    A group's tensors are the locals of one function, so that they are freed before the next group's arrive.
+    """
+
+    call: Call
+    mask: Mask
+    groups: list[_Heads]
+    scale: float
+    keep: bool
+    backend: str
+
+    def forward(self, note: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        """o, its lse, and what was received of each group, if it is kept."""
+        o, lse = (q.new_empty(shape, dtype=compute_dtype(q)) for shape in (q.shape, q.shape[:3]))
+        kept: list[Tensor] = []
+        self._send(0, note, k, v)
+        with self.call.phase("own", "forward", q):
+            attend_parts(self.mask.own, o, lse, q, k, v, self.scale, self.backend)
+        for i in range(len(self.groups)):
+            kept += self._rest(i, note, o, lse, q, k, v)
+        return o.to(q.dtype), lse, *kept
+
+    def _send(self, i: int, note: str, k: Tensor, v: Tensor, again: bool = False) -> None:
+        """Launch group i, if there is one; `again` in backward."""
+        if i < len(self.groups):
+            heads = self.groups[i]
+            header = self.call.header("backward" if again else "forward", f"{note} {heads.note}".strip())
+            launch = functools.partial(self.mask.keys.launch, header, k[:, :, heads.keys], v[:, :, heads.keys])
+            if again:
+                self.call.launch_backward(launch, "again")
+            else:
+                self.call.launch_forward(launch)
+
+    def _rest(self, i: int, note: str, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+        """Wait for group i, attend to it while the next is in flight, and merge."""
+        (kv,) = recorded(self._received) if self.keep else self._received()
+        self._send(i + 1, note, k, v)
+        heads = self.groups[i].queries
+        o, lse, q = (x[:, :, heads] for x in (o, lse, q))
+        with self.call.phase("rest", "forward", q):
+            attend_parts(self.mask.rest, o, lse, q, kv[0], kv[1], self.scale, self.backend)
+        return [kv] if self.keep else []
+
+    def _received(self) -> tuple[Tensor]:
+        return (self.call.forward_result(),)
+
+    def backward(self, do: Tensor, saved: _Saved, kept: Sequence[Tensor], shared: bool) -> _Grads:
+        """dq, dk and dv in the precision of sums; `shared`: also from, and to, the queries of other ranks."""
+        q, k, v, o, lse = saved
+        dq, dk, dv = (torch.zeros_like(x, dtype=lse.dtype) for x in (q, k, v))
+        grads = dq, dk, dv
+        with self.call:
+            if not self.keep:
+                self._send(0, "again", k, v, again=True)
+                self._own_backward(grads, do, saved)
+            for i in range(len(self.groups)):
+                self._rest_backward(i, grads, do, saved, kept, shared)
+            if self.keep:
+                self._own_backward(grads, do, saved)
+            self._add(len(self.groups) - 1, grads, shared)
+        return grads
+
+    def _own_backward(self, grads: _Grads, do: Tensor, saved: _Saved) -> None:
+        q, k, v, o, lse = saved
+        with self.call.phase("own", "backward", q):
+            attend_parts_backward(self.mask.own, grads, do, q, k, v, o, lse, self.scale, self.backend)
+
+    def _rest_backward(
+        self, i: int, grads: _Grads, do: Tensor, saved: _Saved, kept: Sequence[Tensor], shared: bool
+    ) -> None:
+        """The gradients of group i, which go back to the owners of its keys while the next group's are computed."""
+        q, k, v, o, lse = saved
+        kv = kept[i] if self.keep else self.call.backward_result("again")
+        if not self.keep:
+            self._send(i + 1, "again", k, v, again=True)
+        d_kv = torch.zeros_like(kv, dtype=lse.dtype)
+        heads, queries = self.groups[i], (grads[0], do, q, o, lse)
+        dq_, do_, q_, o_, lse_ = (x[:, :, heads.queries] for x in queries)
+        to, kernel = (dq_, d_kv[0], d_kv[1]), (self.scale, self.backend)
+        with self.call.phase("rest", "backward", q):
+            attend_parts_backward(self.mask.rest, to, do_, q_, kv[0], kv[1], o_, lse_, *kernel)
+        del kv
+        self._add(i - 1, grads, shared)
+        if shared:
+            header = self.call.header("backward", heads.note)
+            self.call.launch_backward(lambda: self.mask.keys.launch_backward(header, d_kv))
+
+    def _add(self, i: int, grads: _Grads, shared: bool) -> None:
+        """Wait for what the queries of other ranks give to group i of the own keys."""
+        if shared and i >= 0:
+            heads = self.groups[i].keys
+            self.mask.keys.add(grads[1][:, :, heads], grads[2][:, :, heads], self.call.backward_result())
+
+
+class _Attention(torch.autograd.Function):
+    """One node: the schedule of groups is not its own mirror image, so both directions are written out in `_Job`."""
+
+    @staticmethod
+    def forward(ctx: Any, job: _Job, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ctx.job = job
+        wanted = "".join(name for name, needed in zip("qkv", ctx.needs_input_grad[1:], strict=True) if needed)
+        run = functools.partial(job.forward, f"grad of {wanted}" if wanted else "no grad", q, k, v)
+        if job.keep:
+            o, lse, *kept = run()
+        else:  # nothing to attend to again is recorded, so the result is
+            o, lse, *kept = recorded(run)
+            o = o.clone()
+        ctx.save_for_backward(q, k, v, o, lse, *kept)
+        return o
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor) -> tuple[Any, ...]:
+        q, k, v, o, lse, *kept = ctx.saved_tensors
+        grads = ctx.job.backward(do, (q, k, v, o, lse), kept, any(ctx.needs_input_grad[2:]))
+        return None, *(grad.to(do.dtype) for grad in grads)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, shard: Shard, causal: bool, window: int | None, alone: bool) -> None:
+    name = "softmax_attention"
+    require(q.ndim == k.ndim == v.ndim == 4, name, "q, k and v must be [batch, tokens, heads, dim]")
+    require(k.shape == v.shape, name, f"k and v must have one shape, got {tuple(k.shape)} and {tuple(v.shape)}")
+    require(
+        q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3],
+        name,
+        f"q {tuple(q.shape)} and k {tuple(k.shape)} must share batch and head dim",
+    )
+    require(
+        q.shape[2] % k.shape[2] == 0, name, f"q has {q.shape[2]} heads, not a multiple of the {k.shape[2]} key heads"
+    )
+    require(q.dtype == k.dtype == v.dtype, name, f"q, k, v must share a dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    require(q.dtype.is_floating_point, name, f"q, k, v must be floating point, got {q.dtype}")
+    require(window is None or window >= 1, name, f"window must be at least 1 token, the token itself, got {window}")
+    require(window is None or causal, name, "a window needs causal=True")
+    shard.require_tokens(name, q=q.shape[1])
+    shard.require_batch(name, q)
+    if causal or not alone:
+        shard.require_tokens(name, k=k.shape[1])

@@ -1,0 +1,381 @@
+"""Which tokens a rank holds, and how tensors are cut into and joined from the ranks' parts.
+
+A sequence of L tokens is cut into n spans, span i = [i*L//n, (i+1)*L//n), so lengths differ by at most one token. A
+rank holds its spans one after the other, in sequence order.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+import zlib
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .comm import collectives
+from .comm.agreement import Agreement
+from .comm.collectives import Header, Link
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+KINDS = ("linear", "softmax", "conv")  # of layers that communicate
+LAYOUTS = ("contiguous", "zigzag")
+CHECKS = ("sequence", "calls", False)
+
+# The names of strategies. Exchanges of states are in exchange/; baselines, other forms of the operator, in baselines/.
+STATE_EXCHANGES = ("all_gather", "ring", "pipeline", "doubling")
+BASELINES = {"linear": ("ulysses", "megatron", "ring_attention"), "softmax": ("ring", "ulysses", "megatron")}
+NO_LABEL = -100  # label of a token that has no next token; torch's cross_entropy ignores it
+
+
+def spans_of(rank: int, ranks: int, layout: str) -> tuple[int, ...]:
+    """Indices of the spans that a rank owns, ascending: (r,) of P spans, or (r, 2P-1-r) of 2P."""
+    return (rank,) if layout == "contiguous" else (rank, 2 * ranks - 1 - rank)
+
+
+def _shortened(values: Sequence[int]) -> str:
+    return str(tuple(values)) if len(values) <= 12 else f"({', '.join(map(str, values[:10]))}, ... {values[-1]})"
+
+
+@dataclass(frozen=True)
+class SequenceParallel:
+    """How sequences are cut over the ranks of a group, and how the layers communicate. Made once per run.
+
+    group     a process group (`mesh["sp"].get_group()`), or None for one device
+    layout    "contiguous": rank r owns span r of P. "zigzag": it owns spans r and 2P-1-r of 2P, which gives every
+              rank the same work in causal softmax attention
+    linear    exchange of states: "all_gather" is LASP-2 (arXiv 2502.07563), "ring" LASP (2404.02882), "pipeline"
+              ZeCO (2507.01004), "doubling" a scan in ceil(log2(spans)) rounds; "auto" is the one of these that is the
+              fastest on the link (`exchange.choose`). All give the same results
+    softmax   exchange of keys and values: "all_gather" is AllGather-KV (arXiv 2407.21783)
+              Baselines, in their original form: "ulysses" (arXiv 2309.14509) and "megatron" (Megatron-SP's volumes) cut
+              heads inside the operator, for both; Ring Attention (arXiv 2310.01889) is softmax="ring", and with the
+              left product (q k^T) v linear="ring_attention". What they cannot do is refused by the operator
+    kv_heads_per_gather   "all_gather" of softmax: key heads that travel at a time, the next in flight while these are
+              attended to; None, or more than there are: all. One of 8 needs a third of the memory for what is gathered
+    keep_kv   "all_gather" of softmax: keep what was gathered for backward; False gathers it again there
+    overlap   compute while collectives are in flight; False waits at once (for ablations; the results are bit-equal).
+              Or the kinds of layer that do, of "linear", "softmax" and "conv"
+    check     "sequence": all ranks compare, once per shard, what `shard` was given, and these settings: over the CPU,
+              launched by `shard` and awaited by its first operator, which raises ValueError on every rank if any
+              differ. "calls": also a header before each collective, which costs as many small ones; for tests. False:
+              ranks that differ hang, fail or compute with wrong numbers. The ledger counts no comparison
+    link      the network for linear="auto"; None measures it
+    """
+
+    group: Any
+    layout: str = "contiguous"
+    linear: str = "all_gather"
+    softmax: str = "all_gather"
+    kv_heads_per_gather: int | None = None
+    keep_kv: bool = True
+    overlap: bool | Collection[str] = True
+    check: str | bool = "sequence"
+    link: Link | None = None
+
+    def __post_init__(self) -> None:
+        allowed = {
+            "layout": LAYOUTS,
+            "linear": (*STATE_EXCHANGES, "auto", *BASELINES["linear"]),
+            "softmax": ("all_gather", *BASELINES["softmax"]),
+            "check": CHECKS,
+        }
+        for name, choices in allowed.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"SequenceParallel.{name} must be one of {choices}, got {value!r}")
+        if not isinstance(self.overlap, bool) and (isinstance(self.overlap, str) or set(self.overlap) - set(KINDS)):
+            raise ValueError(
+                f"SequenceParallel.overlap must be True, False or a list of kinds of {KINDS}, got {self.overlap!r}"
+            )
+        heads = self.kv_heads_per_gather
+        if heads is not None and (isinstance(heads, bool) or not isinstance(heads, int) or heads < 1):
+            raise ValueError(f"SequenceParallel.kv_heads_per_gather must be None or at least 1, got {heads!r}")
+
+    def overlaps(self, kind: str) -> bool:
+        """Whether layers of this kind compute while their collectives are in flight."""
+        return self.overlap if isinstance(self.overlap, bool) else kind in self.overlap
+
+    @property
+    def rank(self) -> int:
+        return collectives.rank(self.group)
+
+    @property
+    def size(self) -> int:
+        return collectives.size(self.group)
+
+    def shard(self, length: int, cu_seqlens: Sequence[int] | None = None) -> Shard:
+        """This rank's part of a sequence of `length` tokens. Made once per batch.
+
+        It is collective: every rank of the group calls it, with the same arguments and in the same order among its
+        other collectives. With `check` the arguments are compared.
+
+        cu_seqlens: bounds of packed documents as host ints, 0 ... length, never falling; documents may be empty. None:
+        the sequence is one document. Raises ValueError for other bounds, and if the sequence has fewer tokens than
+        spans.
+        """
+        bounds: Any = cu_seqlens
+        fault: ValueError | None = None
+        try:
+            bounds = None if cu_seqlens is None else tuple(operator.index(bound) for bound in cu_seqlens)
+        except TypeError:
+            fault = ValueError(f"cu_seqlens must be whole numbers, got {cu_seqlens!r}")
+        alike = {"length": length, "cu_seqlens": bounds, **self._settings}
+        agreement = Agreement(alike, self.group) if self.check else None
+        try:
+            if fault is not None:
+                raise fault
+            shard = Shard(self, length, bounds, agreement=agreement)
+        except ValueError:
+            if agreement is not None:
+                agreement.require()  # other ranks may accept what they were given, and would wait for this one
+            raise
+        _ = shard.positions  # now: torch.compile would stop at what a layer that reads them computes first
+        return shard
+
+    @cached_property
+    def _settings(self) -> dict[str, Any]:
+        """What all ranks must share."""
+        settings = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "group"}
+        return settings | {"overlap": [kind for kind in KINDS if self.overlaps(kind)]}
+
+
+@dataclass(eq=False)
+class Shard:
+    """One rank's part of a sequence. Two shards of one sequence are equal on all ranks but for `sp.rank`.
+
+    The sequence and its cut never change. While the shard is used, it numbers the operator calls on it, and keeps what
+    operators plan for it (`once`).
+
+    sp          how the sequence is cut
+    length      tokens in the whole sequence (L)
+    cu_seqlens  bounds of the documents packed into the sequence, 0 ... L, without those of empty ones; None: it is one
+                document (and may be a batch)
+    calls       numbers the operator calls on this shard
+    agreement   of all ranks on what the shard was given; None: they are not compared
+    """
+
+    sp: SequenceParallel
+    length: int
+    cu_seqlens: tuple[int, ...] | None = None
+    calls: Iterator[int] = field(default_factory=itertools.count, repr=False)
+    agreement: Agreement | None = field(default=None, repr=False)
+    _plans: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.cu_seqlens is not None:
+            ends = (self.cu_seqlens[:1], self.cu_seqlens[-1:])
+            falls = any(a > b for a, b in itertools.pairwise(self.cu_seqlens))
+            if ends != ((0,), (self.length,)) or falls:
+                raise ValueError(
+                    f"cu_seqlens must rise from 0 to the {self.length} tokens of the sequence and never fall, got "
+                    f"{_shortened(self.cu_seqlens)}"
+                )
+            self.cu_seqlens = tuple(dict.fromkeys(self.cu_seqlens))
+        if self.length < len(self.bounds) - 1:
+            raise ValueError(
+                f"a sequence of {self.length} tokens cannot be cut into {len(self.bounds) - 1} spans "
+                f'({self.sp.size} ranks, layout "{self.sp.layout}"): use longer sequences or fewer ranks'
+            )
+
+    @cached_property
+    def bounds(self) -> tuple[int, ...]:
+        """First token of every span of the sequence, and L."""
+        count = self.sp.size * len(spans_of(0, self.sp.size, self.sp.layout))
+        return tuple(i * self.length // count for i in range(count + 1))
+
+    @property
+    def span_count(self) -> int:
+        """Spans in the whole sequence."""
+        return len(self.bounds) - 1
+
+    @cached_property
+    def own(self) -> tuple[int, ...]:
+        """Indices of this rank's spans."""
+        return spans_of(self.sp.rank, self.sp.size, self.sp.layout)
+
+    @cached_property
+    def owners(self) -> tuple[tuple[int, int], ...]:
+        """For every span of the sequence: the rank that owns it, and its place among that rank's spans."""
+        place = {}
+        for rank in range(self.sp.size):
+            for slot, span in enumerate(spans_of(rank, self.sp.size, self.sp.layout)):
+                place[span] = (rank, slot)
+        return tuple(place[span] for span in range(self.span_count))
+
+    def spans_at(self, rank: int) -> list[tuple[int, int]]:
+        """[(start, end), ...] of a rank's spans, in sequence order."""
+        return [(self.bounds[i], self.bounds[i + 1]) for i in spans_of(rank, self.sp.size, self.sp.layout)]
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """[(start, end), ...] of this rank's spans, in sequence order."""
+        return self.spans_at(self.sp.rank)
+
+    @cached_property
+    def sequence(self) -> str:
+        """The sequence in words, equal on ranks that have been given the same one in the same layout."""
+        if self.cu_seqlens is None:
+            return f"{self.length} tokens {self.sp.layout}"
+        bounds = zlib.crc32(repr(self.cu_seqlens).encode())
+        return f"{self.length} tokens {self.sp.layout} in {len(self.cu_seqlens) - 1} documents {bounds:08x}"
+
+    def header(self, tag: str, direction: str, call: int, note: str = "") -> Header:
+        """What a collective of this sequence is for."""
+        note = f"{note} {self.sequence}".strip()
+        return Header(tag=tag, direction=direction, call=call, check=self.sp.check == "calls", note=note)
+
+    def once(self, plan: Callable[Concatenate[Shard, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Return plan(self, ...), made the first time and then kept, since all layers of a model ask for the same."""
+        key = (plan, args, *kwargs.items())
+        if key not in self._plans:
+            self._plans[key] = plan(self, *args, **kwargs)
+        made: R = self._plans[key]
+        return made
+
+    @property
+    def tokens(self) -> int:
+        """Tokens on this rank (T)."""
+        return sum(end - start for start, end in self.spans)
+
+    @property
+    def span_lengths(self) -> list[int]:
+        """Tokens in each of this rank's spans."""
+        return [end - start for start, end in self.spans]
+
+    @cached_property
+    def boundaries(self) -> tuple[int, ...]:
+        """Tokens of the sequence at which a document begins. Not token 0: an initial state continues the first one."""
+        return () if self.cu_seqlens is None else self.cu_seqlens[1:-1]
+
+    @cached_property
+    def local_boundaries(self) -> tuple[int, ...]:
+        """Tokens of this rank at which a document begins."""
+        local, offset = [], 0
+        for start, end in self.spans:
+            here = slice(bisect_left(self.boundaries, start), bisect_left(self.boundaries, end))
+            local += [offset + token - start for token in self.boundaries[here]]
+            offset += end - start
+        return tuple(local)
+
+    @cached_property
+    def broken(self) -> tuple[int, ...]:
+        """Spans of the sequence in which a document begins: no state passes through them."""
+        return tuple(sorted({bisect_right(self.bounds, token) - 1 for token in self.boundaries}))
+
+    def document_start(self, token: int) -> int:
+        """First token of the document that holds this token of the sequence."""
+        before = bisect_right(self.boundaries, token)
+        return self.boundaries[before - 1] if before else 0
+
+    def document_end(self, token: int) -> int:
+        """The token after the last one of the document that holds this token of the sequence."""
+        before = bisect_right(self.boundaries, token)
+        return self.boundaries[before] if before < len(self.boundaries) else self.length
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Position of each local token in its document, LongTensor [T]."""
+        first = torch.tensor([0, *self.boundaries])
+        tokens = torch.cat([torch.arange(start, end) for start, end in self.spans])
+        return tokens - first[torch.searchsorted(first, tokens, right=True) - 1]
+
+    def take(self, x: Tensor, dim: int = 1) -> Tensor:
+        """This rank's tokens of x, whose `dim` is the whole sequence. Its gradient is zero outside them."""
+        if x.shape[dim] != self.length:
+            raise ValueError(f"take: dim {dim} of x has {x.shape[dim]} tokens, the sequence has {self.length}")
+        return torch.cat([x.narrow(dim, start, end - start) for start, end in self.spans], dim)
+
+    def gather(self, x_local: Tensor, dim: int = 1) -> Tensor:
+        """The whole sequence, of which every rank gives its tokens along `dim`. Its backward sums over ranks."""
+        self.require_agreement()
+        self.require_tokens("gather", x=x_local.shape[dim])
+        return _Gather.apply(self, x_local, dim)
+
+    def labels(self, tokens_BL: Tensor) -> Tensor:
+        """Next token of each local token in its document, [B, T], -100 where there is none: shifted first, then cut."""
+        labels_BL = tokens_BL.roll(-1, 1)
+        labels_BL[:, [end - 1 for end in (*self.boundaries, self.length)]] = NO_LABEL
+        return self.take(labels_BL, 1)
+
+    def require_agreement(self) -> None:
+        """Raise ValueError, on every rank, if the ranks were given different sequences or strategies."""
+        if self.agreement is not None:
+            self.agreement.require()
+
+    def require_tokens(self, operator: str, **lengths: int) -> None:
+        """Raise ValueError unless every named tensor has this rank's number of tokens."""
+        for name, length in lengths.items():
+            if length != self.tokens:
+                raise ValueError(
+                    f"{operator}: {name} has {length} tokens, rank {self.sp.rank} of {self.sp.size} holds "
+                    f"{self.tokens} of {self.length}; cut it with shard.take"
+                )
+
+    def require_batch(self, operator: str, x: Tensor) -> None:
+        """Raise ValueError unless x is one row of tokens, if documents are packed."""
+        if self.cu_seqlens is not None and x.shape[0] != 1:
+            raise ValueError(
+                f"{operator}: packed documents (cu_seqlens) are one row of tokens, but the batch is {x.shape[0]}; lay "
+                "the rows end to end and give their bounds as cu_seqlens"
+            )
+
+    # Tensors on the wire have the longest rank's number of tokens, zero after a shorter rank's own.
+
+    @cached_property
+    def _longest(self) -> int:
+        return max(sum(end - start for start, end in self.spans_at(rank)) for rank in range(self.sp.size))
+
+    def pad(self, x_local: Tensor, dim: int) -> Tensor:
+        """A rank's tokens, filled up to the longest rank's number."""
+        short = self._longest - x_local.shape[dim]
+        return F.pad(x_local, (0, 0) * (x_local.ndim - 1 - dim % x_local.ndim) + (0, short)) if short else x_local
+
+    def join(self, x_P: Tensor, dim: int) -> Tensor:
+        """The whole sequence from the padded parts of all ranks, [P, ...]; `dim` is the tokens' in a part."""
+        pieces = [x_P[0].narrow(dim, 0, 0)] * self.span_count
+        for rank in range(self.sp.size):
+            offset = 0
+            for span in spans_of(rank, self.sp.size, self.sp.layout):
+                tokens = self.bounds[span + 1] - self.bounds[span]
+                pieces[span] = x_P[rank].narrow(dim, offset, tokens)
+                offset += tokens
+        return torch.cat(pieces, dim)
+
+    def split(self, x: Tensor, dim: int) -> Tensor:
+        """The padded parts of all ranks, [P, ...], from the whole sequence: the adjoint of `join`."""
+        shape = [self.sp.size, *x.shape]
+        shape[dim % x.ndim + 1] = self._longest
+        parts = x.new_zeros(shape)
+        for rank in range(self.sp.size):
+            offset = 0
+            for start, end in self.spans_at(rank):
+                parts[rank].narrow(dim, offset, end - start).copy_(x.narrow(dim, start, end - start))
+                offset += end - start
+        return parts
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, shard: Shard, x_local: Tensor, dim: int) -> Tensor:
+        ctx.shard, ctx.dim = shard, dim
+        ctx.call = next(shard.calls)
+        header = shard.header("gather", "forward", ctx.call)
+        return shard.join(collectives.start_all_gather(shard.pad(x_local, dim), shard.sp.group, header).wait(), dim)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dx: Tensor) -> tuple[None, Tensor, None]:
+        shard, dim = ctx.shard, ctx.dim
+        header = shard.header("gather", "backward", ctx.call)
+        mine = collectives.start_reduce_scatter(shard.split(dx, dim), shard.sp.group, header).wait()
+        return None, mine.narrow(dim, 0, shard.tokens), None

@@ -1,1 +1,0 @@
-"""Speed tables of the README: `python -m recipes.bench`."""

@@ -1,0 +1,174 @@
+"""The ring's schedule, and what becomes of it when a rank fails on the way, leaves a hop out or mixes two up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import hybrid_sp as hsp
+from hybrid_sp.baselines import left_product as quadratic
+from hybrid_sp.baselines import ring_attention as ring
+from hybrid_sp.comm import collectives
+from hybrid_sp.comm.collectives import CommunicationError, Header, Pending
+from tests.hybrid_sp.baselines.test_baselines import LAYERS, leaves, loss
+from tests.hybrid_sp.cases import Case
+from tests.hybrid_sp.test_overlap import counted, in_flight
+from tests.support.impatience import Impatience
+from tests.support.ranks import run_ranks
+
+
+def logged(group: Any, overlap: bool) -> list[str]:
+    """Launches of hops by number, visits, and waits, of one call forward and backward."""
+    log: list[str] = []
+    shift = collectives.start_shift
+    visits = {name: getattr(ring, name) for name in ("attend_parts", "attend_parts_backward")}
+
+    def launched(x: torch.Tensor, number: int, *args: Any) -> Pending:
+        log.append(f"launch {number}")
+        pending = shift(x, number, *args)
+
+        def waited() -> Any:
+            log.append(f"wait {number}")
+            return pending.wait()
+
+        return Pending(waited)
+
+    def noted(name: str) -> Callable[..., None]:
+        def visit(*args: Any) -> None:
+            log.append("visit")
+            visits[name](*args)
+
+        return visit
+
+    sp = hsp.SequenceParallel(group, softmax="ring", overlap=overlap)
+    x = torch.randn(1, 4, 2, 4, requires_grad=True)
+    try:
+        collectives.start_shift = launched
+        for name in visits:
+            setattr(ring, name, noted(name))
+        hsp.softmax_attention(x, x, x, shard=sp.shard(12)).sum().backward()
+    finally:
+        collectives.start_shift = shift
+        for name, visit in visits.items():
+            setattr(ring, name, visit)
+    return log
+
+
+def test_the_next_hop_is_in_flight_while_the_present_block_is_visited() -> None:
+    """In backward 0 and 2 are blocks, and 1, 3, 4 the sums of their gradients, of which the last comes home."""
+    forward = "launch 0, visit, wait 0, launch 1, visit, wait 1, visit"
+    backward = (
+        "launch 0, visit, launch 1, wait 0, launch 2, visit, wait 1, launch 3, wait 2, visit, wait 3, launch 4, wait 4"
+    )
+    assert run_ranks(logged, 3, True) == [[*forward.split(", "), *backward.split(", ")]] * 3
+    forward = "launch 0, wait 0, visit, launch 1, wait 1, visit, visit"
+    backward = (
+        "launch 0, wait 0, visit, launch 1, wait 1, launch 2, wait 2, visit, launch 3, wait 3, visit, launch 4, wait 4"
+    )
+    assert run_ranks(logged, 3, False) == [[*forward.split(", "), *backward.split(", ")]] * 3
+
+
+def fail_on_the_way(group: Any) -> list[int]:
+    """Every rank fails at its second visit; then the group still pairs up."""
+    left = []
+
+    def broken(function: Callable[..., Any]) -> Callable[..., Any]:
+        visits = iter(range(9))
+
+        def run(*args: Any) -> Any:
+            if next(visits) == 1:
+                raise ArithmeticError("on the way")
+            return function(*args)
+
+        return run
+
+    places = [(ring, "attend_parts"), (ring, "attend_parts_backward")]
+    places += [(quadratic, "causal_forward"), (quadratic, "causal_backward")]
+    for case in LAYERS[-2:]:
+        for module, name in places:
+            shard, x = leaves(case, group)
+            function = getattr(module, name)
+            setattr(module, name, broken(function))
+            try:
+                with counted() as made:
+                    try:
+                        loss(case, x, shard).backward()
+                    except ArithmeticError:
+                        left.append(in_flight(made))
+            finally:
+                setattr(module, name, function)
+            loss(case, x, shard).backward()
+    return left
+
+
+def test_an_exception_on_the_way_leaves_nothing_in_flight() -> None:
+    assert run_ranks(fail_on_the_way, 2) == [[0] * 4] * 2
+
+
+def one_hop(group: Any) -> None:
+    x = torch.full((3,), float(collectives.rank(group)))
+    header = Header(tag="test")
+    collectives.agree(header, "ring", x, group)
+    with hsp.ledger() as book:
+        got = collectives.start_shift(x, 0, group, header).wait()
+    size = collectives.size(group)
+    assert got.tolist() == [float((collectives.rank(group) - 1) % size)] * 3
+    assert book.bytes == (12 if size > 1 else 0)
+
+
+def test_a_hop_goes_to_the_next_rank_of_the_group() -> None:
+    for world in (1, 2, 3):
+        run_ranks(one_hop, world)
+
+
+# The message that each rank waits for in vain where rank 1 makes its own wrong: by which function, and its number.
+IN_VAIN = {
+    "swapped": [("start_receive", 1), ("start_send", 0), ("start_receive", 0)],
+    "left out": [("start_send", 1), ("start_receive", 2), ("start_send", 2)],
+}
+
+
+def damaged(group: Any, how: str, case: Case) -> str:
+    """What a rank says where rank 1 swaps the numbers of its messages, or leaves out the second one to it."""
+    shard, x = leaves(case, group)
+    send, receive, impatience = collectives.start_send, collectives.start_receive, Impatience()
+    name, vain = IN_VAIN[how][shard.sp.rank]
+
+    def swapped(x: torch.Tensor, to: int, number: int, *args: Any) -> Pending:
+        return send(x, to, number ^ 1, *args)
+
+    def left_out(x: torch.Tensor, source: int, number: int, *args: Any) -> Pending:
+        return Pending(lambda: x) if number == 1 else receive(x, source, number, *args)
+
+    def brief(start: Callable[..., Pending]) -> Callable[..., Pending]:
+        def started(x: torch.Tensor, other: int, number: int, *args: Any) -> Pending:
+            pending = start(x, other, number, *args)
+            if number == vain:
+                pending._work = impatience.of(pending._work)
+            return pending
+
+        return started
+
+    with pytest.MonkeyPatch.context() as patch:
+        if shard.sp.rank == 1 and how == "swapped":
+            patch.setattr(collectives, "start_send", swapped)
+        elif shard.sp.rank == 1:
+            patch.setattr(collectives, "start_receive", left_out)
+        patch.setattr(collectives, name, brief(getattr(collectives, name)))
+        with pytest.raises(CommunicationError) as caught:
+            loss(case, x, shard)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("how", "case"), [("swapped", LAYERS[-1]), ("left out", LAYERS[-2])])
+def test_a_hop_that_goes_wrong_fails_and_says_where(how: str, case: Case) -> None:
+    said = run_ranks(damaged, 3, how, case)
+    wanted = {
+        "swapped": ["message 1 from rank 2", "message 1 to rank 2", "message 0 from rank 1"],
+        "left out": ["message 1 to rank 1", "message 2 from rank 0", "message 2 to rank 0"],
+    }[how]
+    for rank, (message, what) in enumerate(zip(said, wanted, strict=True)):
+        assert message.startswith(f"rank {rank} failed in: {what}: {case.operator} forward call 0 ["), said
