@@ -248,9 +248,9 @@ class Shard:
         return sum(end - start for start, end in self.spans)
 
     @property
-    def span_lengths(self) -> list[int]:
+    def span_lengths(self) -> tuple[int, ...]:
         """Tokens in each of this rank's spans."""
-        return [end - start for start, end in self.spans]
+        return tuple(end - start for start, end in self.spans)
 
     @cached_property
     def boundaries(self) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from .chain import Chain
 from .doubling import Doubling
 from .scan import Scanned
 
-__all__ = ["EXCHANGES", "AllGatherSum", "choose", "exchange_of"]
+__all__ = ["EXCHANGES", "AllGatherSum", "choose", "make_exchange"]
 
 # Made of a shard, the log decays of all spans if every rank knows them, whether an initial state is given, and whether
 # the final state is wanted. Without a mask there is no order to fold in, and every strategy uses `AllGatherSum`.
@@ -27,7 +27,7 @@ EXCHANGES: dict[str, Callable[[Shard, Tensor | None, bool, bool], Exchange]] = {
 }
 
 
-def exchange_of(
+def make_exchange(
     shard: Shard, state: Tensor, transition: Tensor | None, *, known: Tensor | None, entered: bool, final: bool
 ) -> Exchange:
     """The exchange of a call with the summaries state [s,B,H,K,V] and transition [s,B,H(,K(,K))]: that of `sp.linear`,

@@ -13,17 +13,11 @@ as the delta rule has. Spans are stacked in a leading dim, in sequence order. No
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-
-class AffineState(NamedTuple):
-    """S_out = A S_in + state [..., H, K, V]; transition is a log None | [..., H] | [..., H, K], or A [..., H, K, K]."""
-
-    transition: Tensor | None
-    state: Tensor
+from ..kernels.phases import AffineState
 
 
 def apply(transition: Tensor | None, state: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
     S_t = diag(exp(g_t)) S_(t-1) + k_t v_t^T          o_t = scale * q_t S_t
 
-The schedule is `_causal` below; the mathematics of a phase is in `kernels/reference/linear.py`, of the exchange in
+The schedule is `recurrence.py`; the mathematics of a phase is in `kernels/reference/linear.py`, of the exchange in
 `exchange/affine.py`.
 """
 
@@ -10,23 +10,21 @@ from __future__ import annotations
 
 import functools
 import itertools
-from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..backends import backend_of, needs
 from ..baselines.head_parallel import FORMS, by_heads
 from ..baselines.linear_ring_attention import left_product
 from ..checks import compute_dtype, floored, operator, require, require_recurrence, require_state, shard_of
-from ..exchange import AllGatherSum, exchange_of
-from ..kernels.reference import linear as kernel
-from ..kernels.reference.linear import Plan
+from ..exchange import AllGatherSum
+from ..kernels.phases import Inputs, Options, Recurrence
+from ..kernels.reference import linear as reference
 from ..overlap import Call, finish, start
 from ..shard import Shard
+from .recurrence import run_recurrence
 
 State = Tensor | tuple[Tensor, Tensor]
 
@@ -87,7 +85,7 @@ def linear_attention(
     by_states = causal and shard.sp.linear != "ring_attention"
     only = "" if by_states else "has the causal form by states alone"
     backend = backend_of("linear_attention", backend, q, q.shape[3], v.shape[3], only_torch=only)
-    phases_of(backend)  # what it misses is said here
+    recurrence = select_recurrence(backend)  # raises ImportError here, before any communication
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if shard.sp.linear in FORMS:
         alone = functools.partial(
@@ -106,9 +104,8 @@ def linear_attention(
         states = {"bonus": bonus, "initial_state": initial_state, "final state": return_final_state or None}
         o, final = left_product(q, k, v, log_decay, shard, causal, normalize, scale, states), None
     else:
-        o, final = _by_states(
-            q, k, v, log_decay, bonus, initial_state, return_final_state, scale, causal, normalize, shard, backend
-        )
+        x = Inputs(q, k, v, log_decay, None, bonus)
+        o, final = _by_states(x, recurrence, initial_state, return_final_state, scale, causal, normalize, shard)
     width = v.shape[-1]
     if normalize:
         o = o[..., :width] / (o[..., width:] + EPSILON)
@@ -119,90 +116,46 @@ def linear_attention(
 
 
 def _by_states(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    bonus: Tensor | None,
+    x: Inputs,
+    recurrence: type[Recurrence],
     initial_state: State | None,
     final: bool,
     scale: float,
     causal: bool,
     normalize: bool,
     shard: Shard,
-    backend: str,
 ) -> tuple[Tensor, Tensor | None]:
     """o, to be rounded, and the final state; with normalize their last column is the normaliser's."""
-    dtype, phases = compute_dtype(q), phases_of(backend)
-    out = dtype if normalize else q.dtype
-    if phases is kernel:
-        q, k, v, out = q.to(dtype), k.to(dtype), v.to(dtype), dtype
-    g = None if log_decay is None else log_decay.to(dtype)
-    u = None if bonus is None else bonus.to(dtype)
+    wide = compute_dtype(x.q)
     if normalize:
-        v = F.pad(v, (0, phases.PADDING), value=1.0)[..., : v.shape[-1] + 1]
+        width = x.v.shape[-1]
+        x = x._replace(v=F.pad(x.v, (0, recurrence.PADDING), value=1.0)[..., : width + 1])
+    if not causal:
+        return _bidirectional(x.q.to(wide), x.k.to(wide), x.v.to(wide), scale, shard), None
     initial = initial_state if isinstance(initial_state, Tensor) else None
     if isinstance(initial_state, tuple):
         initial = torch.cat([initial_state[0], initial_state[1].unsqueeze(-1)], -1)
-    if causal:
-        return _causal(q, k, v, g, u, initial, final, scale, shard, phases, out)
-    return _bidirectional(q, k, v, scale, shard), None
-
-
-def phases_of(backend: str) -> Any:
-    """The module that has the phases of this backend."""
-    if backend == "torch":
-        return kernel
-    with needs(backend):
-        from ..kernels.gpu import linear
-
-    return linear
-
-
-def _causal(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    bonus: Tensor | None,
-    initial: Tensor | None,
-    final: bool,
-    scale: float,
-    shard: Shard,
-    phases: Any,
-    out: torch.dtype,
-) -> tuple[Tensor, Tensor | None]:
-    """LASP-2, algorithm 2; its mirror image, algorithm 4, is what autograd makes of it."""
-    chunks = phases.partition(shard.span_lengths, shard.local_boundaries, v)
-    known = None  # log decays that every rank knows of every span, [n,1,H] or [n,1,1]
-    if g is None and (shard.boundaries or bonus is not None):
-        known = v.new_zeros(shard.span_count, 1, 1, dtype=compute_dtype(v))
-    elif g is not None and g.ndim == 1:
+    known = None  # log decays of all spans, [n,1,H] or [n,1,1], that every rank knows
+    if x.g is None and (shard.boundaries or x.bonus is not None):
+        known = x.v.new_zeros(shard.span_count, 1, 1, dtype=wide)
+    elif x.g is not None and x.g.ndim == 1:
+        g = x.g.to(wide)
         known = (_lengths(shard.bounds, g.dtype, g.device)[:, None] * g.detach()).unsqueeze(1)
-        g = g.expand(*v.shape[:3])
+        x = x._replace(g=g.expand(*x.v.shape[:3]))
     if known is not None:
         known[list(shard.broken)] = float("-inf")
-    of_head = g is not None and g.ndim == 3
-    if bonus is not None and phases is not kernel:  # which knows a bonus beside decays per key channel only
-        g = v.new_zeros(1, 1, 1, dtype=bonus.dtype) if g is None else g
-        g = g if g.ndim == 4 else g.unsqueeze(-1).expand(*v.shape[:3], k.shape[3])
-    entering = S_final = None
-    exchanged = shard.span_count > 1 or initial is not None or final  # else nobody reads a summary
-    plan = Plan(chunks, scale, exchanged, g is not None and g.requires_grad, out)
-    with Call(shard, "linear") as call:
-        carry = _Carry(call, phases, plan)
-        h, leaving, totals = _States.apply(carry, k, v, g)
-        if exchanged:
-            decays = _span_decays(totals, chunks)
-            if of_head and decays is not None and decays.ndim == 4:
-                decays = decays[..., 0]  # one number a head is sent, also where the phases took one a channel
-            exchange = exchange_of(shard, leaving, decays, known=known, entered=initial is not None, final=final)
-            token = start(call, exchange, leaving, decays, initial)
-        o_intra = _Intra.apply(carry, q, k, v, g, bonus, h, totals)
-        if exchanged:
-            entering, S_final = finish(call, exchange, token)
-        o, S_final = _Inter.apply(carry, o_intra, q, k, g, bonus, h, totals, entering, S_final)
-    return o, S_final if final else None
+    exchanged = shard.span_count > 1 or initial is not None or final  # else nobody reads what the spans do to a state
+    options = Options(scale, exchanged, wide if normalize else x.q.dtype)
+    return run_recurrence(recurrence, x, shard, options, initial=initial, final=final, known_decays=known)
+
+
+def select_recurrence(backend: str) -> type[Recurrence]:
+    """The implementation of a backend; ImportError if its package is not installed."""
+    if backend == "torch":
+        return reference.LinearPhases
+    with needs(backend):
+        from ..kernels.gpu import linear
+    return linear.LinearPhases
 
 
 def _bidirectional(q: Tensor, k: Tensor, v: Tensor, scale: float, shard: Shard) -> Tensor:
@@ -220,16 +173,6 @@ def _bidirectional(q: Tensor, k: Tensor, v: Tensor, scale: float, shard: Shard) 
 def _lengths(bounds: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Tokens of each span; kept, since what is made of numbers of the host makes it wait for the device."""
     return torch.tensor([b - a for a, b in itertools.pairwise(bounds)], dtype=dtype, device=device)
-
-
-def _span_decays(totals: Tensor | None, chunks: Any) -> Tensor | None:
-    """Log decay of each span, [s,B,H] or [s,B,H,K], from that of its chunks; -inf if a document begins in the span."""
-    if totals is None:
-        return None
-    spans = [totals[chunks.of_span(i)].sum(0) for i in range(chunks.spans)]
-    return torch.stack(
-        [x if whole else torch.full_like(x, float("-inf")) for x, whole in zip(spans, chunks.open, strict=True)]
-    )
 
 
 def _check(
@@ -265,116 +208,3 @@ def _check(
         parts = initial_state if isinstance(initial_state, tuple) else (initial_state,)
         shapes = [(q.shape[0], heads, key, v.shape[3]), (q.shape[0], heads, key)][: 2 if normalize else 1]
         require_state(name, parts, shapes, compute_dtype(q))
-
-
-class _Carry:
-    """What one call hands from phase to phase, forward and then backward, beside what autograd hands."""
-
-    def __init__(self, call: Call, phases: Any, plan: Plan) -> None:
-        self.call, self.phases, self.plan = call, phases, plan
-        self._kept: Any = None
-
-    def phase(self, name: str, direction: str, x: Tensor) -> AbstractContextManager[None]:
-        return self.call.phase(name, direction, x)
-
-    def keep(self, kept: Any) -> None:
-        self._kept = kept
-
-    def take(self) -> Any:
-        kept, self._kept = self._kept, None
-        return kept
-
-
-class _States(torch.autograd.Function):
-    """Phase 1. Returns h, the states that leave the spans [s,B,H,K,V], and the log decays of chunks, without a
-    gradient."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, carry: _Carry, k: Tensor, v: Tensor, g: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        with carry.phase("states", "forward", k):
-            h, leaving, totals, kept = carry.phases.states_forward(k, v, g, carry.plan)
-        carry.keep(kept)
-        ctx.carry = carry
-        ctx.save_for_backward(k, v, g, h, totals)
-        ctx.set_materialize_grads(False)
-        if totals is not None:
-            ctx.mark_non_differentiable(totals)
-        return h, leaving, totals
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dh: Tensor, d_leaving: Tensor | None, _: None) -> Any:
-        carry, (k, v, g, h, totals) = ctx.carry, ctx.saved_tensors
-        with carry.phase("states", "backward", k):
-            grads = carry.phases.states_backward(dh, d_leaving, k, v, g, h, totals, carry.take(), carry.plan)
-        return None, *grads
-
-
-class _Intra(torch.autograd.Function):
-    """Phase 2, independent of every other rank. It takes h so that autograd runs its backward before phase 1's."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        carry: _Carry,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        g: Tensor | None,
-        bonus: Tensor | None,
-        h: Tensor,
-        totals: Tensor | None,
-    ) -> Tensor:
-        ctx.save_for_backward(q, k, v, g, bonus, h, totals)
-        ctx.carry = carry
-        with carry.phase("intra", "forward", q):
-            o_intra, kept = carry.phases.intra_forward(q, k, v, g, bonus, h, carry.take(), carry.plan)
-        carry.keep(kept)
-        return o_intra
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, do: Tensor) -> Any:
-        carry, (q, k, v, g, bonus, h, totals) = ctx.carry, ctx.saved_tensors
-        with carry.phase("intra", "backward", q):
-            dq, d_bonus, kept = carry.phases.intra_backward(do, q, k, v, g, bonus, h, totals, carry.take(), carry.plan)
-        carry.keep(kept)
-        return None, dq, None, None, None, d_bonus, None, None
-
-
-class _Inter(torch.autograd.Function):
-    """Phase 3: adds the part of the entering states to the output of phase 2. The final state passes through, so that a
-    loss on it alone goes back through every phase."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        carry: _Carry,
-        o_intra: Tensor,
-        q: Tensor,
-        k: Tensor,
-        g: Tensor | None,
-        bonus: Tensor | None,
-        h: Tensor,
-        totals: Tensor | None,
-        S_in: Tensor | None,
-        S_final: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        ctx.save_for_backward(q, k, g, bonus, h, totals, S_in)
-        ctx.carry = carry
-        with carry.phase("inter", "forward", q):
-            o = carry.phases.inter_forward(o_intra, q, k, g, bonus, h, totals, S_in, carry.take(), carry.plan)
-        if o is o_intra:
-            ctx.mark_dirty(o_intra)
-        return o, S_final
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, do: Tensor, d_final: Tensor | None) -> Any:
-        carry, (q, k, g, bonus, h, totals, S_in) = ctx.carry, ctx.saved_tensors
-        with carry.phase("inter", "backward", q):
-            dh, dS_in, kept = carry.phases.inter_backward(do, q, k, g, bonus, h, totals, S_in, carry.plan)
-        carry.keep(kept)
-        return None, do, None, None, None, None, dh, None, dS_in, d_final

@@ -17,9 +17,9 @@ import hybrid_sp as hsp
 from hybrid_sp.comm import collectives
 from hybrid_sp.comm.collectives import Header, Pending
 from hybrid_sp.exchange import EXCHANGES, choose
+from hybrid_sp.kernels.reference.delta import DeltaPhases
+from hybrid_sp.kernels.reference.linear import LinearPhases
 from hybrid_sp.kernels.softmax import tiled as masked
-from hybrid_sp.ops import delta_rule as delta
-from hybrid_sp.ops import linear_attention as linear
 from hybrid_sp.ops import short_conv as halo
 from tests.support.ranks import run_ranks
 
@@ -68,14 +68,11 @@ class Gate:
         places: list[tuple[Any, str, Callable[..., Any]]] = [
             (collectives, "start_all_gather", self.launch(collectives.start_all_gather)),
             (collectives, "start_reduce_scatter", self.launch(collectives.start_reduce_scatter)),
-            (linear.kernel, "intra_forward", self.work(linear.kernel.intra_forward, "local forward", lambda *_: True)),
-            (
-                linear.kernel,
-                "intra_backward",
-                self.work(linear.kernel.intra_backward, "local backward", lambda *_: True),
+            *(
+                (phases, f"intra_{way}", self.work(getattr(phases, f"intra_{way}"), f"local {way}", lambda *_: True))
+                for phases in (LinearPhases, DeltaPhases)
+                for way in ("forward", "backward")
             ),
-            (delta.kernel, "intra_forward", self.work(delta.kernel.intra_forward, "local forward", lambda *_: True)),
-            (delta.kernel, "intra_backward", self.work(delta.kernel.intra_backward, "local backward", lambda *_: True)),
             (masked, "attend", self.work(masked.attend, "local forward", lambda *args: args[3])),
             (masked, "attend_backward", self.work(masked.attend_backward, "local backward", lambda *args: args[6])),
         ]
@@ -179,7 +176,11 @@ def test_gradient_of_the_initial_state_alone_leaves_nothing_in_flight(exchange: 
     assert run_ranks(initial_state_alone, 2, exchange) == [(calls, 0) for calls in launched]
 
 
-LOCAL_BACKWARD = ((linear, "intra_backward"), (delta, "intra_backward"), (halo, "local_backward"))
+LOCAL_BACKWARD = [
+    (LinearPhases, "intra_backward"),
+    (DeltaPhases, "intra_backward"),
+    (halo.kernel, "local_backward"),
+]
 
 
 def fail_backward_once(group: Any, kind: str) -> int:
@@ -192,16 +193,15 @@ def fail_backward_once(group: Any, kind: str) -> int:
     def broken(*_: Any) -> Any:
         raise ArithmeticError("on the way back")
 
-    places = [(module.kernel, name) for module, name in LOCAL_BACKWARD]
-    kernels = [getattr(module, name) for module, name in places]
+    kernels = [getattr(place, name) for place, name in LOCAL_BACKWARD]
     with counted() as made:
-        for module, name in places:
+        for module, name in LOCAL_BACKWARD:
             setattr(module, name, broken)
         try:
             with pytest.raises(ArithmeticError):
                 torch.autograd.grad(out.sum(), x, retain_graph=True)
         finally:
-            for (module, name), kernel in zip(places, kernels, strict=True):
+            for (module, name), kernel in zip(LOCAL_BACKWARD, kernels, strict=True):
                 setattr(module, name, kernel)
         got = torch.autograd.grad(out.square().sum(), x)
     for grad, expected in zip(got, want, strict=True):
@@ -221,7 +221,7 @@ def fail_between(group: Any, kind: str, exchange: str) -> int:
     def broken(*_: Any) -> Any:
         raise ArithmeticError("between start and finish")
 
-    places = [(linear.kernel, "intra_forward"), (delta.kernel, "intra_forward"), (masked, "attend")]
+    places = [(LinearPhases, "intra_forward"), (DeltaPhases, "intra_forward"), (masked, "attend")]
     places.append((halo.kernel, "local_forward"))
     kernels = [getattr(module, name) for module, name in places]
     for module, name in places:

@@ -8,6 +8,7 @@ from tests.mutants.kernels import KERNEL_MUTANTS
 from tests.mutants.models import MODEL_MUTANTS
 from tests.mutants.mutant import Mutant
 from tests.mutants.programs import PROGRAM_MUTANTS
+from tests.mutants.recurrence import RECURRENCE_MUTANTS
 
 PARITY = "tests/hybrid_sp/ops/test_parity.py::test_parity_fp64"
 OVERLAP = "tests/hybrid_sp/test_overlap.py"
@@ -148,21 +149,21 @@ MUTANTS = [
     ),
     Mutant(
         name="a state carried into the next document",
-        file="hybrid_sp/kernels/reference/chunks.py",
-        old="fresh += [n == 0 for n in range(len(here))]",
-        new="fresh += [n + piece == 0 for n in range(len(here))]",
+        file="hybrid_sp/kernels/pieces.py",
+        old="return self.begins_span or self.begins_document",
+        new="return self.begins_span",
         test=f"{PARITY}[1-contiguous-linear]",
     ),
     Mutant(
         name="an entering state read by later documents",
-        file="hybrid_sp/kernels/reference/chunks.py",
-        old="reached += [piece == 0 and a not in boundaries] * len(here)",
-        new="reached += [True] * len(here)",
+        file="hybrid_sp/kernels/pieces.py",
+        old="t in documents, t < first",
+        new="t in documents, True",
         test=f"{PARITY}[2-contiguous-linear]",
     ),
     Mutant(
         name="a state passed through a span in which a document begins",
-        file="hybrid_sp/ops/linear_attention.py",
+        file="hybrid_sp/kernels/pieces.py",
         old="x if whole else torch.full_like",
         new="x if True else torch.full_like",
         test=f"{PARITY}[4-zigzag-linear]",
@@ -177,8 +178,8 @@ MUTANTS = [
     Mutant(
         name="a bonus beside the decay of its own token",
         file="hybrid_sp/kernels/reference/linear.py",
-        old='block.load(g, heads), "before" if exclusive else "through"',
-        new='block.load(g, heads), "through"',
+        old='before = "before" if x.bonus is not None else "through"',
+        new='before = "through"',
         test=f"{PARITY}[1-contiguous-linear]",
     ),
     Mutant(
@@ -493,4 +494,5 @@ MUTANTS = [
     *KERNEL_MUTANTS,
     *MODEL_MUTANTS,
     *PROGRAM_MUTANTS,
+    *RECURRENCE_MUTANTS,
 ]

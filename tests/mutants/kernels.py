@@ -168,14 +168,14 @@ KERNEL_MUTANTS = [
     Mutant(
         name="segments: the begin of a document not flagged",
         file="hybrid_sp/kernels/gpu/segments.py",
-        old=" | NEW * (t in begins)",
+        old=" | NEW * p.begins_document",
         new="",
         test=f"{ALONE}[fixed]",
     ),
     Mutant(
         name="carried: an entering state not cut at a document",
         file="hybrid_sp/kernels/gpu/linear.py",
-        old="if segments.cut_off is not None:",
+        old="if self.segments.cut_off is not None:",
         new="if False:",
         test=f"{ALONE}[normalized]",
     ),
@@ -189,8 +189,8 @@ KERNEL_MUTANTS = [
     Mutant(
         name="carried: no entering state in the gradient of queries",
         file="hybrid_sp/kernels/gpu/linear.py",
-        old="S = (h if kept.S_in is None else h +",
-        new="S = (h if kept.S_in is None else h + 0 *",
+        old="S = (h if S_in is None else h +",
+        new="S = (h if S_in is None else h + 0 *",
         test=f"{ALONE}[none]",
     ),
     Mutant(
@@ -311,7 +311,7 @@ KERNEL_MUTANTS = [
     Mutant(
         name="fla: what comes back to the ends of spans dropped",
         file="hybrid_sp/kernels/gpu/fla_delta.py",
-        old="dht=runs.leaving_backward(d_leaving)",
+        old="dht=runs.leaving_backward(dS_out)",
         new="dht=None",
         test=TWO_SPANS,
     ),
@@ -332,8 +332,8 @@ KERNEL_MUTANTS = [
     Mutant(
         name="fla: a state that enters a document",
         file="hybrid_sp/kernels/gpu/fla_delta.py",
-        old="        if a not in boundaries:\n            entered",
-        new="        if True:\n            entered",
+        old="if piece.begins_span and piece.reached]",
+        new="if piece.begins_span]",
         test=f"{FLA}::test_runs_of_two_rows_with_documents_inside_and_at_the_edges_of_spans",
     ),
     Mutant(

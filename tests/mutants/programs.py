@@ -31,13 +31,12 @@ PROGRAM_MUTANTS = [
     ),
     Mutant(
         name="recomputation counted in the phase that asks for it",
-        file="hybrid_sp/ops/linear_attention.py",
-        old="""        carry, (q, k, g, bonus, h, totals, S_in) = ctx.carry, ctx.saved_tensors
-        with carry.phase("inter", "backward", q):
+        file="hybrid_sp/ops/recurrence.py",
+        old="""        x, S_in, saved = _saved(ctx)
+        with backward.call.phase("inter", "backward", do):
 """,
-        new="""        carry = ctx.carry
-        with carry.phase("inter", "backward", do):
-            q, k, g, bonus, h, totals, S_in = ctx.saved_tensors
+        new="""        with backward.call.phase("inter", "backward", do):
+            x, S_in, saved = _saved(ctx)
 """,
         test=f"{TIMELINE}::test_a_recomputed_block_is_no_part_of_the_phase_that_asks_for_it",
     ),

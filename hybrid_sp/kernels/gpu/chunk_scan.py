@@ -304,7 +304,7 @@ def pieces(width: int, dtype: torch.dtype, split: bool = False) -> list[slice]:
     return [slice(a, b) for a, b in itertools.pairwise(cuts)] + [slice(whole, width)] * (whole < width)
 
 
-class Gate:
+class DecayGradient:
     """What the scans for dq and dk share for the gradient of the decays. Each launch has its part of r, and of dg."""
 
     def __init__(self, S: Tensor, segments: Segments, v: Tensor, do: Tensor, by_channel: bool) -> None:
@@ -318,7 +318,7 @@ class Gate:
         self.r = [S.new_empty(count, B, v.shape[1], H) for count in tiles]
         self.dg: list[Tensor] = []
 
-    def decay_gradient(self) -> Tensor:
+    def total(self) -> Tensor:
         """dg [B,T,H], or the gradients of the chunks' log decays [N,B,H,W]."""
         return torch.cat(self.dg).sum(0)
 
@@ -360,13 +360,13 @@ def scan(
     write: float = 1.0,
     reverse: bool = False,
     add: Tensor | None = None,
-    gate: Gate | None = None,
+    gradient: DecayGradient | None = None,
     w: Tensor | None = None,
 ) -> Tensor:
     """Write out [B,T,H,W] by the scan over x, y [B,T,_,D] and z [B,T,_,W] (None: nothing is added to the states), which
     the states S [segments,B,H,D,W] enter. `dtype` is that of matrix products. `pairs` within chunks are "computed" from
-    x and y, "given" as scores [B,T,H,C], or "none". `add` [B,T,H,W] fp32 is added to out. With a gate the scan for dq
-    takes w = q and leaves what that for dk, with w = k, needs for the gradient of the decays."""
+    x and y, "given" as scores [B,T,H,C], or "none". `add` [B,T,H,W] fp32 is added to out. With `gradient` the scan for
+    dq, with w = q, keeps what that for dk, with w = k, needs for the gradient of the decays."""
     B, T, H = out.shape[:3]
     kind, log_decay = decay
     split_x, split_y = x.dtype != dtype, y is not None and y.dtype != dtype
@@ -374,9 +374,9 @@ def scan(
     nothing = segments.table  # stands where a pointer is not used
     by_chunk = log_decay if kind in ("rows", "columns") else None
     before = add
-    if gate is not None and reverse:
-        like = gate.r if by_chunk is None else [by_chunk.unsqueeze(0)] * len(rows)
-        gate.dg = [torch.empty_like(x) for x in like]
+    if gradient is not None and reverse:
+        like = gradient.r if by_chunk is None else [by_chunk.unsqueeze(0)] * len(rows)
+        gradient.dg = [torch.empty_like(x) for x in like]
     for i, (wide, tall) in enumerate(itertools.product(columns, rows)):
         first = tall == rows[0]
         here = "none" if z is None or (pairs == "given" and not first) else pairs
@@ -386,11 +386,11 @@ def scan(
         if tall != rows[-1]:
             out_ = before = torch.empty_like(out_, dtype=torch.float32)
         states = r = dg = None
-        if gate is not None:
-            states = gate.states[..., tall, wide]
-            r = gate.r[i] if by_chunk is None else None
+        if gradient is not None:
+            states = gradient.states[..., tall, wide]
+            r = gradient.r[i] if by_chunk is None else None
             if reverse:
-                dg = gate.dg[i] if by_chunk is None else gate.dg[i % len(rows)][..., wide]
+                dg = gradient.dg[i] if by_chunk is None else gradient.dg[i % len(rows)][..., wide]
         BD, BW, warps, stages = _tile(tall, wide, dtype, split_x or split_y)
         y_, z_, w_ = (None if array is None else array[..., d] for array, d in ((y, tall), (z, wide), (w, wide)))
         arrays = (x[..., tall], y_, z_, part, scores, S_, added, out_, w_, r, states, dg)
@@ -430,7 +430,7 @@ def scan(
             UPDATE=z is not None,
             REVERSE=reverse,
             ADD=added is not None,
-            GATE=gate is not None,
+            GATE=gradient is not None,
             SPLIT_X=split_x,
             SPLIT_Y=split_y,
             SPLIT_Z=z is not None and z.dtype != dtype,

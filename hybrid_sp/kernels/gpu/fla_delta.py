@@ -3,9 +3,10 @@ is in this file.
 
     S_t = (I - beta_t k_t k_t^T) diag(exp(g_t)) S_(t-1) + beta_t k_t v_t^T          o_t = scale * q_t S_t
 
-What of a span belongs to one document is a *run*, a sequence of its own to fla (`cu_seqlens`). Within a run everything
-is affine in the state S_in that enters it. So phase 1 walks through the chunks once, with states [h | D] of V + K
-columns, which begin as [0 | I] where S_in enters, as [0 | 0] elsewhere, and end as the summary [leaving | transition]:
+A *run* is the part of one span that belongs to one document. fla sees each run as a sequence (`cu_seqlens`). Within a
+run everything is affine in the state S_in that enters it. So phase 1 walks through the chunks once, with states [h | D]
+of V + K columns, which begin as [0 | I] where S_in enters, as [0 | 0] elsewhere, and end as the summary [leaving |
+transition]:
 
     states   WY form of the chunks (w, u, A); with u' = [u | 0], per chunk  r' = u' - w h',  h' <- exp(P_C) h' + k^T r'
     intra    [o_intra | e] = what queries read of r' and h'                                 (scale is in both)
@@ -29,7 +30,6 @@ from __future__ import annotations
 import functools
 import itertools
 import pkgutil
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
@@ -37,6 +37,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..phases import AffineState, Gradients, Inputs, Options
+from ..pieces import Piece, Pieces, Spans, cut
 
 CHUNK = 64  # tokens
 
@@ -84,19 +87,19 @@ def passes() -> SimpleNamespace:
 class Runs:
     """The runs of a rank, the same in every row of the batch, and how they are put to fla.
 
-    count    runs in a row
-    entered  of every span that a document does not begin with: its first run, start, stop (tokens) and the span
-    last     of every span its last run
     tokens   arguments of a pass that works on tokens; none if a row is one run
     chain    arguments of a pass that goes from chunk to chunk
     """
 
     batch: int
-    count: int
-    entered: tuple[tuple[int, int, int, int], ...]
-    last: tuple[int, ...]
+    pieces: Pieces
     tokens: dict[str, Tensor] = field(default_factory=dict)
     chain: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def entered(self) -> list[tuple[int, Piece]]:
+        """The runs that the state which enters their span enters, with their numbers."""
+        return [(run, piece) for run, piece in enumerate(self.pieces.all) if piece.begins_span and piece.reached]
 
     def flat(self, x: Tensor) -> Tensor:
         """x [B,T,...] as the passes take it."""
@@ -109,12 +112,12 @@ class Runs:
 
     def by_row(self, S: Tensor) -> Tensor:
         """States of all runs as [B,count,H,K,...]."""
-        return S.unflatten(0, (self.batch, self.count))
+        return S.unflatten(0, (self.batch, self.pieces.count))
 
     def identity(self, heads: int, key: int, width: int, device: torch.device) -> Tensor:
         """[0 | I] for runs that a state enters, [0 | 0] for the others."""
-        S = torch.zeros(self.batch * self.count, heads, key, width + key, dtype=torch.float32, device=device)
-        for run, *_ in self.entered:
+        S = torch.zeros(self.batch * self.pieces.count, heads, key, width + key, dtype=torch.float32, device=device)
+        for run, _ in self.entered:
             self.by_row(S)[:, run, :, :, width:] = torch.eye(key, device=device)
         return S
 
@@ -122,46 +125,37 @@ class Runs:
         """S_in [s,B,H,K,V], of the runs."""
         if S_in is None:
             return None
-        S = S_in.new_zeros(self.batch * self.count, *S_in.shape[2:])
-        for run, _, _, span in self.entered:
-            self.by_row(S)[:, run] = S_in[span]
+        S = S_in.new_zeros(self.batch * self.pieces.count, *S_in.shape[2:])
+        for run, piece in self.entered:
+            self.by_row(S)[:, run] = S_in[piece.span]
         return S
 
     def leaving(self, S: Tensor) -> Tensor:
         """What leaves the spans [s,B,H,K,...], of the states at the ends of all runs."""
-        return torch.stack([self.by_row(S)[:, run] for run in self.last])
+        return torch.stack([self.by_row(S)[:, end - 1] for end in self.pieces.bounds[1:]])
 
     def leaving_backward(self, d_leaving: Tensor | None) -> Tensor | None:
         """Its adjoint."""
         if d_leaving is None:
             return None
-        S = d_leaving.new_zeros(self.batch * self.count, *d_leaving.shape[2:])
-        for span, run in enumerate(self.last):
-            self.by_row(S)[:, run] = d_leaving[span]
+        S = d_leaving.new_zeros(self.batch * self.pieces.count, *d_leaving.shape[2:])
+        for span, end in enumerate(self.pieces.bounds[1:]):
+            self.by_row(S)[:, end - 1] = d_leaving[span]
         return S
 
 
-def cut(lengths: Sequence[int], batch: int, boundaries: Sequence[int], device: torch.device) -> Runs:
-    """Cut spans of these lengths (tokens) at `boundaries`, the tokens of the rank at which documents begin."""
-    return _cut(tuple(lengths), batch, tuple(boundaries), device, CHUNK)
+def runs_of(spans: Spans, batch: int, device: torch.device) -> Runs:
+    """The runs of a rank that holds these spans."""
+    return _runs(spans, batch, device, CHUNK)
 
 
 @functools.lru_cache(maxsize=64)
-def _cut(lengths: tuple[int, ...], batch: int, boundaries: tuple[int, ...], device: torch.device, chunk: int) -> Runs:
-    starts: list[int] = []
-    entered, last = [], []
-    bounds = [0, *itertools.accumulate(lengths)]
-    for span, (a, b) in enumerate(itertools.pairwise(bounds)):
-        inside = [t for t in boundaries if a < t < b]
-        if a not in boundaries:
-            entered.append((len(starts), a, [*inside, b][0], span))
-        starts += [a, *inside]
-        last.append(len(starts) - 1)
-    runs = Runs(batch, len(starts), tuple(entered), tuple(last))
-    if len(starts) == 1:
+def _runs(spans: Spans, batch: int, device: torch.device, chunk: int) -> Runs:
+    runs = Runs(batch, cut(spans))
+    if runs.pieces.count == 1:
         return runs
-    fla, length = passes(), bounds[-1]
-    edges = [row * length + t for row in range(batch) for t in starts] + [batch * length]
+    fla, length = passes(), sum(spans.lengths)
+    edges = [row * length + run.start for row in range(batch) for run in runs.pieces.all] + [batch * length]
     host = torch.tensor(edges)
     cu_seqlens = host.to(device)
     indices = fla.prepare_chunk_indices(cu_seqlens, chunk, cu_seqlens_cpu=host)
@@ -181,21 +175,29 @@ def decay_of(g: Tensor | None, key: int) -> Tensor | None:
     return g.unsqueeze(-1).expand(*g.shape, key)
 
 
-class States(NamedTuple):
-    """What the first phase gives."""
+class Work(NamedTuple):
+    """What the forward finds."""
 
-    h: Tensor  # [h | D] that enters the chunks
-    leaving: Tensor | None  # states that leave the spans, each beginning empty [s,B,H,K,V]
-    transitions: Tensor | None  # of the spans [s,B,H,K,K]
-    r: Tensor  # r' of the tokens
+    h: Tensor | None  # [h | D] that enters the chunks; phase 2 is the last to need it
+    r: Tensor | None  # r' of the tokens, likewise
     sums: Tensor | None  # of the decays, from the chunk's start
     A: Tensor  # the solved triangular system
     scores: Tensor | None  # scale * q k^T with decays [B,T,H,C], if these are vectors
+    e: Tensor | None = None  # what queries read of D [B,T,H,K], if a state may enter the spans
+
+
+class Reading(NamedTuple):
+    """What `inter_backward` hands on."""
+
+    do: Tensor
+    x: Inputs
+    saved: Work
+    S_in: Tensor | None
 
 
 class Local(NamedTuple):
-    """What `intra_backward` hands to `states_backward`, as the passes take it; queries and keys as the states see them:
-    decayed, if decays are vectors."""
+    """What `intra_backward` hands on, as the passes take it; queries and keys as the states see them: decayed, if
+    decays are vectors."""
 
     tokens: tuple[Tensor, ...]  # q, k, v, beta
     sums: Tensor | None
@@ -211,40 +213,47 @@ class Local(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Phases:
-    """The arithmetic of one call: q, k [B,T,G,K] and v [B,T,H,V] bf16 or fp16, beta [B,T,H] and g None | [B,T,H] |
-    [B,T,H,K] fp32. `entered`: a state may enter the spans, or somebody reads their summaries."""
+class DeltaPhases:
+    """The phases of one call, by fla. See `kernels/phases.py`. q, k, v are bf16 or fp16, beta and g fp32."""
 
     runs: Runs
-    scale: float
-    entered: bool
-    q_in_states: ClassVar = True
+    options: Options
+    PADDING: ClassVar[int] = 0
+    q_in_states: ClassVar[bool] = True
 
-    def states_forward(
-        self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None
-    ) -> tuple[States, tuple[Tensor, ...]]:
-        fla, runs = passes(), self.runs
-        key, width = k.shape[-1], v.shape[-1]
-        with torch.cuda.device_of(q):
+    @classmethod
+    def prepare(cls, x: Inputs, spans: Spans, options: Options) -> tuple[DeltaPhases, Inputs]:
+        """beta and decays in fp32, the decays as the passes can differentiate them."""
+        assert x.beta is not None
+        g = decay_of(None if x.g is None else x.g.float(), x.k.shape[-1])
+        runs = runs_of(spans, len(x.v), x.v.device)
+        return cls(runs, options), x._replace(beta=x.beta.float(), g=g)
+
+    def states_forward(self, x: Inputs) -> tuple[AffineState | None, Work]:
+        """The WY form, and the chain of states [h | D] through the chunks."""
+        fla, runs, scale = passes(), self.runs, self.options.scale
+        key, width = x.k.shape[-1], x.v.shape[-1]
+        assert x.beta is not None
+        with torch.cuda.device_of(x.q):
             sums = None
-            if g is not None:
-                sums = fla.chunk_local_cumsum(runs.flat(g), chunk_size=CHUNK, scale=fla.RCP_LN2, **runs.tokens)
-            q, k, v, beta = (runs.flat(x) for x in (q, k, v, beta))
+            if x.g is not None:
+                sums = fla.chunk_local_cumsum(runs.flat(x.g), chunk_size=CHUNK, scale=fla.RCP_LN2, **runs.tokens)
+            q, k, v, beta = (runs.flat(part) for part in (x.q, x.k, x.v, x.beta))
             system = {"k": k, "v": v, "beta": beta, "chunk_size": CHUNK, **runs.tokens}
             keys, scores = k, None
             if _vector(sums):
-                w, u, _, keys, scores, A = fla.chunk_kda_fwd_intra(q=q, gk=sums, scale=self.scale, **system)
+                w, u, _, keys, scores, A = fla.chunk_kda_fwd_intra(q=q, gk=sums, scale=scale, **system)
             else:
                 w, u, A = fla.chunk_gated_delta_rule_fwd_intra(g=sums, **system)
             initial = None
-            if self.entered:
+            if self.options.entered:
                 u = F.pad(u, (0, key))
                 initial = runs.identity(v.shape[2], key, width, k.device)
-            h, r, final = self._chain(keys, w, u, sums, initial, final=self.entered)
-        leaving = transitions = None
-        if self.entered:
-            leaving, transitions = runs.leaving(final[..., :width]), runs.leaving(final[..., width:])
-        return States(h, leaving, transitions, r, sums, A, scores), ()
+            h, r, final = self._chain(keys, w, u, sums, initial, final=self.options.entered)
+        summary = None
+        if self.options.entered:
+            summary = AffineState(runs.leaving(final[..., width:]), runs.leaving(final[..., :width]))
+        return summary, Work(h, r, sums, A, scores)
 
     def _chain(
         self, keys: Tensor, w: Tensor, u: Tensor, sums: Tensor | None, initial: Tensor | None, final: bool
@@ -261,53 +270,47 @@ class Phases:
             **self.runs.chain,
         )
 
-    def intra_forward(
-        self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, states: Sequence[Any]
-    ) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]]:
+    def intra_forward(self, x: Inputs, work: Work) -> tuple[Tensor, Work]:
         """o_intra [B,T,H,V] and e [B,T,H,K]."""
-        fla, runs, width = passes(), self.runs, v.shape[-1]
-        h, _, _, r, sums, A, scores = states
-        saved = (q, k, v, beta, sums, A, scores)
-        read = {"q": runs.flat(q), "v": r, "h": h, "g": sums, "scale": self.scale, "chunk_size": CHUNK, **runs.tokens}
-        with torch.cuda.device_of(q):
+        fla, runs, width, sums = passes(), self.runs, x.v.shape[-1], work.sums
+        read = {"q": runs.flat(x.q), "v": work.r, "h": work.h, "g": sums, "scale": self.options.scale}
+        read |= {"chunk_size": CHUNK, **runs.tokens}
+        with torch.cuda.device_of(x.q):
             if _vector(sums):
-                o = fla.chunk_gla_fwd_o_gk(A=scores, **read)
+                o = fla.chunk_gla_fwd_o_gk(A=work.scores, **read)
             else:
-                o = fla.chunk_fwd_o(k=runs.flat(k), **read)
-        o = runs.rows(o)
-        if not self.entered:
-            return o, None, saved
-        o, e = (x.clone(memory_format=torch.contiguous_format) for x in (o[..., :width], o[..., width:]))
-        return o, e, saved
+                o = fla.chunk_fwd_o(k=runs.flat(x.k), **read)
+        o, e = runs.rows(o), None
+        if self.options.entered:
+            o, e = (part.clone(memory_format=torch.contiguous_format) for part in (o[..., :width], o[..., width:]))
+        return o, work._replace(h=None, r=None, e=e)
 
-    def inter_forward(
-        self, o_intra: Tensor, e: Tensor | None, states: Sequence[Any], S_in: Tensor | None
-    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    def inter_forward(self, x: Inputs, work: Work, o_intra: Tensor, S_in: Tensor | None) -> tuple[Tensor, Work]:
         """o, in the place of o_intra."""
-        if e is not None and S_in is not None:
-            for row, (_, start, stop, span) in itertools.product(range(self.runs.batch), self.runs.entered):
-                o_, e_ = (x[row, start:stop].transpose(0, 1) for x in (o_intra, e))
-                o_.baddbmm_(e_, S_in[span, row].to(e.dtype))
-        return o_intra, (e, S_in)
+        if work.e is not None and S_in is not None:
+            for row, (_, run) in itertools.product(range(self.runs.batch), self.runs.entered):
+                o_, e_ = (part[row, run.start : run.stop].transpose(0, 1) for part in (o_intra, work.e))
+                o_.baddbmm_(e_, S_in[run.span, row].to(e_.dtype))
+        return o_intra, work
 
-    def inter_backward(self, do: Tensor, saved: Sequence[Any]) -> tuple[None, Tensor | None]:
-        """What other ranks wait for, dS_in."""
-        e, S_in = saved
-        if e is None or S_in is None:
-            return None, None
-        dS_in, do = torch.zeros_like(S_in), do.contiguous()
-        for row, (_, start, stop, span) in itertools.product(range(self.runs.batch), self.runs.entered):
-            e_, do_ = (x[row, start:stop].transpose(0, 1) for x in (e, do))
-            dS_in[span, row] = _wide_bmm(e_.mT, do_)
-        return None, dS_in
+    def inter_backward(self, do: Tensor, x: Inputs, saved: Work, S_in: Tensor | None) -> tuple[Tensor | None, Reading]:
+        """dS_in = e^T do."""
+        dS_in = None
+        if saved.e is not None and S_in is not None:
+            dS_in, do = torch.zeros_like(S_in), do.contiguous()
+            for row, (_, run) in itertools.product(range(self.runs.batch), self.runs.entered):
+                e_, do_ = (part[row, run.start : run.stop].transpose(0, 1) for part in (saved.e, do))
+                dS_in[run.span, row] = _wide_bmm(e_.mT, do_)
+        return dS_in, Reading(do, x, saved._replace(e=None), S_in)
 
-    def intra_backward(self, do: Tensor, saved: Sequence[Any], S_in: Tensor | None) -> tuple[None, Local]:
-        """All that needs no other rank's gradient: the states with S_in, and what the outputs alone give to r."""
+    def intra_backward(self, read: Reading) -> tuple[None, None, Local]:
+        """The states with S_in, and what the outputs alone give to r."""
         fla, runs = passes(), self.runs
-        *inputs, sums, A, scores = saved
-        q, k, v, beta, do = (runs.flat(x) for x in (*inputs, do))
+        do, x, (_, _, sums, A, scores, _), S_in = read
+        assert x.beta is not None
+        q, k, v, beta, do = (runs.flat(part) for part in (x.q, x.k, x.v, x.beta, do))
         system = {"k": k, "v": v, "beta": beta, "A": A, **runs.tokens}
-        output = {"q": q, "k": k, "do": do, "scale": self.scale, "chunk_size": CHUNK, **runs.tokens}
+        output = {"q": q, "k": k, "do": do, "scale": self.options.scale, "chunk_size": CHUNK, **runs.tokens}
         with torch.cuda.device_of(q):
             if _vector(sums):
                 w, u, queries, keys = fla.chunk_kda_recompute(q=q, gk=sums, **system)
@@ -320,17 +323,14 @@ class Phases:
                 d_scores, dr = fla.chunk_kda_bwd_dAv(v=r, A=scores, **output)
             else:
                 dr = fla.chunk_bwd_dv_local(g=sums, **output)
-        return None, Local((q, k, v, beta), sums, A, queries, keys, w, h, r, do, dr, d_scores)
+        return None, None, Local((q, k, v, beta), sums, A, queries, keys, w, h, r, do, dr, d_scores)
 
-    def states_backward(
-        self, dh: None, d_leaving: Tensor | None, saved: Sequence[Any], local: Local
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """Gradients of q, k, v, beta and g. d_leaving [s,B,H,K,V] holds those of the states that leave the spans in the
-        whole sequence; as the states here are those of the whole sequence too, a transition needs no gradient."""
+    def states_backward(self, local: Local, dS_out: Tensor | None) -> Gradients:
+        """All gradients. The states here are those of the whole sequence, so that a transition needs no gradient."""
         fla, runs = passes(), self.runs
         own, sums, do = local, local.sums, local.do
         q, k, v, beta = own.tokens
-        sizes = {"scale": self.scale, "chunk_size": CHUNK}
+        sizes = {"scale": self.options.scale, "chunk_size": CHUNK}
         with torch.cuda.device_of(q):
             dh, _, dr = fla.chunk_gated_delta_rule_bwd_dhu(
                 q=own.queries,
@@ -338,7 +338,7 @@ class Phases:
                 w=own.w,
                 do=do,
                 dv=own.dr,
-                dht=runs.leaving_backward(d_leaving),
+                dht=runs.leaving_backward(dS_out),
                 **sizes,
                 **_decays(sums),
                 **runs.chain,
@@ -373,7 +373,7 @@ class Phases:
             if dg is not None:
                 dg = fla.chunk_local_cumsum(dg, chunk_size=CHUNK, reverse=True, **runs.tokens)
         dq, dk, dv, dbeta = (runs.rows(x).to(of) for x, of in zip((dq, dk, dv, dbeta), own.tokens, strict=True))
-        return dq, dk, dv, dbeta, None if dg is None else runs.rows(dg)
+        return Gradients(dq, dk, dv, None if dg is None else runs.rows(dg), dbeta)
 
 
 def _vector(sums: Tensor | None) -> bool:

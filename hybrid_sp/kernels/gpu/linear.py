@@ -14,25 +14,19 @@ bonus comes with such decays only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, TypeGuard
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 
-from ..reference.linear import Plan
-from . import vector_decay as gates
-from .chunk_scan import Decay, Gate, scan, scan_chunk
+from ..phases import AffineState, Gradients, Inputs, Options
+from ..pieces import Spans, span_decays
+from . import vector_decay
+from .chunk_scan import Decay, DecayGradient, scan, scan_chunk
 from .launch import rows
 from .segments import Segments, segment
 from .state_passing import fold, summary
-
-PADDING = 8  # columns that v is widened by for a normaliser, of which one is used: rows stay aligned
-
-
-def partition(lengths: Sequence[int], boundaries: Sequence[int], v: Tensor) -> Segments:
-    """The segments of spans of these lengths (tokens), cut also where documents begin."""
-    return segment(tuple(lengths), v.shape[0] * v.shape[2], tuple(boundaries), scan_chunk(v.dtype), v.device)
 
 
 class Tokens(NamedTuple):
@@ -57,225 +51,247 @@ def _plain(q: Tensor, k: Tensor, g: Tensor | None) -> Tokens:
     return Tokens(q, k, None, ("none" if g is None else "scalar", g))
 
 
-def _gated(g: Tensor | None) -> TypeGuard[Tensor]:
+def _by_channel(g: Tensor | None) -> TypeGuard[Tensor]:
     """Whether these are decays per key channel."""
     return g is not None and g.ndim == 4
 
 
-def states_forward(
-    k: Tensor, v: Tensor, g: Tensor | None, plan: Plan
-) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
-    """States that enter each segment [segments,B,H,K,V] and leave each span [s,B,H,K,V], every span beginning empty;
-    the segments' log decays; and what `gates` made of the keys, kept."""
-    segments: Segments = plan.chunks
-    B, _, H, V = v.shape
-    kept = None
-    tokens = _plain(k, rows(k), g)
-    if _gated(g):
-        kept = gates.keys_forward(k, g, segments)
-        tokens = Tokens(k, kept[0], None, ("rows", kept[1]))
-    added = v.new_empty(segments.count, B, H, k.shape[3], V, dtype=torch.float32)
-    total = summary(tokens.k, rows(v), segments, k.dtype, out=added, decay=tokens.decay)
-    h, leaving = fold(added, total, None, segments)
-    return h, leaving, total, kept
+class Work(NamedTuple):
+    """What the forward finds: states h that enter the segments [segments,B,H,K,V], if every span begins empty, and the
+    segments' log decays; under decays per key channel what `vector_decay` made of keys; phase 2's q and k."""
+
+    h: Tensor
+    totals: Tensor | None
+    keys: tuple[Tensor, Tensor] | None = None
+    tokens: Tokens | None = None
 
 
-def intra_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    bonus: Tensor | None,
-    h: Tensor,
-    kept: tuple[Tensor, Tensor] | None,
-    plan: Plan,
-) -> tuple[Tensor, Tokens | None]:
-    """o [B,T,H,V] of this rank's tokens, fp32 if entering states are to be added."""
-    segments: Segments = plan.chunks
-    tokens = _plain(rows(q), rows(k), g)
-    if kept is not None and _gated(g):
-        q_since, scores = gates.queries_forward(q, k, g, bonus, segments)
-        tokens = Tokens(q_since, kept[0], scores, ("rows", kept[1]))
-    o = _empty(v, v.shape[3], torch.float32 if plan.entered else plan.dtype)
-    scan(
-        tokens.q,
-        tokens.k,
-        rows(v),
-        h,
-        segments,
-        k.dtype,
-        out=o,
-        decay=tokens.decay,
-        pairs=tokens.pairs,
-        scores=tokens.scores,
-        read=plan.scale,
-    )
-    return o, tokens if plan.entered else None
+class Saved(NamedTuple):
+    """What backward needs of the forward; the rest is made again."""
 
-
-def inter_forward(
-    o_intra: Tensor,
-    q: Tensor,
-    k: Tensor,
-    g: Tensor | None,
-    bonus: Tensor | None,
-    h: Tensor,
-    totals: Tensor | None,
-    S_in: Tensor | None,
-    kept: Tokens | None,
-    plan: Plan,
-) -> Tensor:
-    """o from o_intra: adds what the states that enter the spans contribute, S_in [s,B,H,K,V]."""
-    if S_in is None or kept is None:
-        return o_intra
-    segments: Segments = plan.chunks
-    S = _carried(totals, S_in, segments)
-    o = _empty(o_intra, o_intra.shape[3], plan.dtype)
-    return scan(
-        kept.q, None, None, S, segments, q.dtype, out=o, decay=kept.decay, pairs="none", read=plan.scale, add=o_intra
-    )
+    h: Tensor
+    totals: Tensor | None
 
 
 class Reading(NamedTuple):
-    """What `inter_backward` hands to `intra_backward`."""
+    """What `inter_backward` hands on."""
 
     do: Tensor  # in its own dtype: autograd hands it on in that of o_intra, fp32 where states enter
+    dh: Tensor
     tokens: Tokens
+    x: Inputs
+    saved: Saved
     S_in: Tensor | None
 
 
-def inter_backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    g: Tensor | None,
-    bonus: Tensor | None,
-    h: Tensor,
-    totals: Tensor | None,
-    S_in: Tensor | None,
-    plan: Plan,
-) -> tuple[Tensor, Tensor | None, Reading]:
-    """What other ranks wait for, dS_in; and of each segment alone, the gradient dh of the state that enters it."""
-    segments: Segments = plan.chunks
-    do, tokens = rows(do), _plain(rows(q), rows(k), g)
-    if _gated(g):
-        q_since, scores = gates.queries_forward(q, k, g, bonus, segments)
-        k_until, chunk_totals = gates.keys_forward(k, g, segments)
-        tokens = Tokens(q_since, k_until, scores, ("rows", chunk_totals))
-    dh = torch.empty_like(h)
-    summary(tokens.q, do, segments, q.dtype, out=dh, decay=tokens.decay, write=plan.scale, reverse=True)
-    dS_in = None if S_in is None else fold(dh, totals, None, segments, reverse=True)[1]
-    return dh, dS_in, Reading(do, tokens, S_in)
-
-
-class Kept(NamedTuple):
-    """What `intra_backward` hands to `states_backward`."""
+class Local(NamedTuple):
+    """What `intra_backward` hands on."""
 
     do: Tensor
+    dh: Tensor
     tokens: Tokens
-    gate: Gate | None
+    k: Tensor
+    v: Tensor
+    g: Tensor | None
+    totals: Tensor | None
+    gradient: DecayGradient | None
     dk: Tensor | None  # under decays per key channel: what pairs within a chunk give to k
     dg: Tensor | None  # and q and these pairs to g
 
 
-def intra_backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    bonus: Tensor | None,
-    h: Tensor,
-    totals: Tensor | None,
-    kept: Reading,
-    plan: Plan,
-) -> tuple[Tensor, Tensor | None, Kept]:
-    """dq and the gradient of the bonus, whole."""
-    segments: Segments = plan.chunks
-    do, tokens, v, q = kept.do, kept.tokens, rows(v), rows(q)
-    S = (h if kept.S_in is None else h + _carried(totals, kept.S_in, segments)).mT
-    gate = Gate(S, segments, v, do, _gated(g)) if plan.gated else None
-    dq = scan(
-        do,
-        v,
-        tokens.k,
-        S,
-        segments,
-        q.dtype,
-        out=_empty(v, q.shape[3], _precision(q, v, g)),
-        decay=tokens.across,
-        pairs="none" if _gated(g) else "computed",
-        read=plan.scale,
-        gate=gate,
-        w=q,
-    )
-    dk = dg = d_bonus = None
-    if _gated(g):
-        dq, dk, dg, d_bonus = gates.queries_backward(dq, do, q, k, v, g, bonus, plan.scale, segments)
-    return _of_groups(dq, q), d_bonus, Kept(do, tokens, gate, dk, dg)
+@dataclass(frozen=True)
+class LinearPhases:
+    """The phases of one call, in Triton. See `kernels/phases.py`.
 
+    gated    whether g needs a gradient
+    by_head  one log decay a head is sent, though the phases take one a key channel
+    """
 
-def states_backward(
-    dh: Tensor,
-    d_leaving: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    h: Tensor,
-    totals: Tensor | None,
-    kept: Kept,
-    plan: Plan,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """dk, dv, dg, from dh and what comes back to the ends of the spans, d_leaving [s,B,H,K,V]."""
-    segments: Segments = plan.chunks
-    (do, tokens, gate, dk_pairs, dg), v = kept, rows(v)
-    dS, _ = fold(dh, totals, d_leaving, segments, reverse=True)
-    dv = scan(
-        tokens.k,
-        tokens.q,
-        do,
-        dS,
-        segments,
-        k.dtype,
-        out=_empty(v, v.shape[3], v.dtype),
-        decay=tokens.decay,
-        pairs=tokens.pairs,
-        scores=tokens.scores,
-        write=plan.scale,
-        reverse=True,
-    )
-    dk = scan(
-        v,
-        do,
-        tokens.q,
-        dS.mT,
-        segments,
-        k.dtype,
-        out=_empty(v, k.shape[3], _precision(k, v, g)),
-        decay=tokens.across,
-        pairs="none" if _gated(g) else "computed",
-        write=plan.scale,
-        reverse=True,
-        gate=gate,
-        w=rows(k),
-    )
-    d_decay = None if gate is None else gate.decay_gradient()
-    if _gated(g) and tokens.decay[1] is not None and dk_pairs is not None and dg is not None:
-        d_totals = torch.zeros_like(tokens.decay[1]) if d_decay is None else d_decay
-        dk, d_decay = gates.keys_backward(dk, d_totals, dk_pairs, dg, k, g, segments)
-    return _of_groups(dk, k), dv, d_decay if plan.gated else None
+    segments: Segments
+    options: Options
+    gated: bool
+    by_head: bool
+    PADDING: ClassVar[int] = 8  # rows stay aligned
+    q_in_states: ClassVar[bool] = False
+
+    @classmethod
+    def prepare(cls, x: Inputs, spans: Spans, options: Options) -> tuple[LinearPhases, Inputs]:
+        """Decays and bonus in fp32. A bonus is supported only with decays per key channel, so others are broadcast."""
+        g, bonus = (None if part is None else part.float() for part in (x.g, x.bonus))
+        by_head = bonus is not None and g is not None and g.ndim == 3
+        if bonus is not None and (g is None or g.ndim == 3):
+            g = x.v.new_zeros(1, 1, 1, dtype=bonus.dtype) if g is None else g
+            g = g.unsqueeze(-1).expand(*x.v.shape[:3], x.k.shape[3])
+        segments = segment(spans, x.v.shape[0] * x.v.shape[2], scan_chunk(x.v.dtype), x.v.device)
+        return cls(segments, options, g is not None and g.requires_grad, by_head), x._replace(g=g, bonus=bonus)
+
+    def states_forward(self, x: Inputs) -> tuple[AffineState | None, Work]:
+        """h that enters the segments, what leaves the spans, and the segments' log decays."""
+        B, _, H, V = x.v.shape
+        keys = None
+        tokens = _plain(x.k, rows(x.k), x.g)
+        if _by_channel(x.g):
+            keys = vector_decay.keys_forward(x.k, x.g, self.segments)
+            tokens = Tokens(x.k, keys[0], None, ("rows", keys[1]))
+        added = x.v.new_empty(self.segments.count, B, H, x.k.shape[3], V, dtype=torch.float32)
+        totals = summary(tokens.k, rows(x.v), self.segments, x.k.dtype, out=added, decay=tokens.decay)
+        h, leaving = fold(added, totals, None, self.segments)
+        if not self.options.entered:
+            return None, Work(h, totals, keys)
+        decays = span_decays(totals, self.segments.pieces)
+        if self.by_head and decays is not None:
+            decays = decays[..., 0]
+        return AffineState(decays, leaving), Work(h, totals, keys)
+
+    def intra_forward(self, x: Inputs, work: Work) -> tuple[Tensor, Work]:
+        """o [B,T,H,V] of this rank's tokens, fp32 if entering states are to be added."""
+        tokens = _plain(rows(x.q), rows(x.k), x.g)
+        if work.keys is not None and _by_channel(x.g):
+            q_since, scores = vector_decay.queries_forward(x.q, x.k, x.g, x.bonus, self.segments)
+            tokens = Tokens(q_since, work.keys[0], scores, ("rows", work.keys[1]))
+        o = _empty(x.v, x.v.shape[3], torch.float32 if self.options.entered else self.options.dtype)
+        scan(
+            tokens.q,
+            tokens.k,
+            rows(x.v),
+            work.h,
+            self.segments,
+            x.k.dtype,
+            out=o,
+            decay=tokens.decay,
+            pairs=tokens.pairs,
+            scores=tokens.scores,
+            read=self.options.scale,
+        )
+        return o, work._replace(keys=None, tokens=tokens)
+
+    def inter_forward(self, x: Inputs, work: Work, o_intra: Tensor, S_in: Tensor | None) -> tuple[Tensor, Saved]:
+        """o from o_intra: adds what the states that enter the spans contribute."""
+        saved, tokens = Saved(work.h, work.totals), work.tokens
+        if S_in is None or tokens is None:
+            return o_intra, saved
+        o = scan(
+            tokens.q,
+            None,
+            None,
+            self._carried(work.totals, S_in),
+            self.segments,
+            x.q.dtype,
+            out=_empty(o_intra, o_intra.shape[3], self.options.dtype),
+            decay=tokens.decay,
+            pairs="none",
+            read=self.options.scale,
+            add=o_intra,
+        )
+        return o, saved
+
+    def inter_backward(self, do: Tensor, x: Inputs, saved: Saved, S_in: Tensor | None) -> tuple[Tensor | None, Reading]:
+        """dS_in; and of each segment alone, the gradient dh of the state that enters it."""
+        q, k, _, g, _, bonus = x
+        do, tokens = rows(do), _plain(rows(q), rows(k), g)
+        if _by_channel(g):
+            q_since, scores = vector_decay.queries_forward(q, k, g, bonus, self.segments)
+            k_until, chunk_totals = vector_decay.keys_forward(k, g, self.segments)
+            tokens = Tokens(q_since, k_until, scores, ("rows", chunk_totals))
+        dh, scale = torch.empty_like(saved.h), self.options.scale
+        summary(tokens.q, do, self.segments, q.dtype, out=dh, decay=tokens.decay, write=scale, reverse=True)
+        dS_in = None if S_in is None else fold(dh, saved.totals, None, self.segments, reverse=True)[1]
+        return dS_in, Reading(do, dh, tokens, x, saved, S_in)
+
+    def intra_backward(self, read: Reading) -> tuple[Tensor, Tensor | None, Local]:
+        """dq and the gradient of the bonus, whole."""
+        do, dh, tokens, (q, k, v, g, _, bonus), (h, totals), S_in = read
+        v, q, by_channel = rows(v), rows(q), _by_channel(g)
+        S = (h if S_in is None else h + self._carried(totals, S_in)).mT
+        gradient = DecayGradient(S, self.segments, v, do, by_channel) if self.gated else None
+        dq = scan(
+            do,
+            v,
+            tokens.k,
+            S,
+            self.segments,
+            q.dtype,
+            out=_empty(v, q.shape[3], _precision(q, v, g)),
+            decay=tokens.across,
+            pairs="none" if by_channel else "computed",
+            read=self.options.scale,
+            gradient=gradient,
+            w=q,
+        )
+        dk = dg = d_bonus = None
+        if _by_channel(g):
+            scale = self.options.scale
+            dq, dk, dg, d_bonus = vector_decay.queries_backward(dq, do, q, k, v, g, bonus, scale, self.segments)
+        return _of_groups(dq, q), d_bonus, Local(do, dh, tokens, k, v, g, totals, gradient, dk, dg)
+
+    def states_backward(self, local: Local, dS_out: Tensor | None) -> Gradients:
+        """dk, dv, dg, from dh and what comes back to the ends of the spans."""
+        do, dh, tokens, k, v, g, totals, gradient, dk_pairs, dg = local
+        v, by_channel = rows(v), _by_channel(g)
+        dS, _ = fold(dh, totals, dS_out, self.segments, reverse=True)
+        dv = scan(
+            tokens.k,
+            tokens.q,
+            do,
+            dS,
+            self.segments,
+            k.dtype,
+            out=_empty(v, v.shape[3], v.dtype),
+            decay=tokens.decay,
+            pairs=tokens.pairs,
+            scores=tokens.scores,
+            write=self.options.scale,
+            reverse=True,
+        )
+        dk = scan(
+            v,
+            do,
+            tokens.q,
+            dS.mT,
+            self.segments,
+            k.dtype,
+            out=_empty(v, k.shape[3], _precision(k, v, g)),
+            decay=tokens.across,
+            pairs="none" if by_channel else "computed",
+            write=self.options.scale,
+            reverse=True,
+            gradient=gradient,
+            w=rows(k),
+        )
+        d_decay = None if gradient is None else gradient.total()
+        if _by_channel(g) and tokens.decay[1] is not None and dk_pairs is not None and dg is not None:
+            d_totals = torch.zeros_like(tokens.decay[1]) if d_decay is None else d_decay
+            dk, d_decay = vector_decay.keys_backward(dk, d_totals, dk_pairs, dg, k, g, self.segments)
+        return Gradients(None, _of_groups(dk, k), dv, d_decay if self.gated else None)
+
+    def _carried(self, totals: Tensor | None, S_in: Tensor) -> Tensor:
+        """exp(D) S_in of each segment [segments,B,H,K,V]; 0 where a document has begun between."""
+        spans = []
+        for span in range(self.segments.pieces.spans):
+            here = self.segments.pieces.of_span(span)
+            S = S_in[span].expand(here.stop - here.start, *S_in.shape[1:])
+            if totals is not None:
+                since = torch.zeros_like(totals[here])
+                since[1:] = totals[here][:-1].cumsum(0)
+                factor = since.exp().unsqueeze(-1)
+                S = (factor if factor.ndim == 5 else factor.unsqueeze(-1)) * S
+            spans.append(S)
+        carried = torch.cat(spans)
+        if self.segments.cut_off is not None:
+            carried = carried.masked_fill(self.segments.cut_off.view(-1, 1, 1, 1, 1), 0.0)
+        return carried
 
 
 def _precision(key: Tensor, v: Tensor, g: Tensor | None) -> torch.dtype:
     """Of gradients of q and k: fp32 while there is something to be added."""
-    return torch.float32 if _gated(g) or key.shape[2] != v.shape[2] else key.dtype
+    return torch.float32 if _by_channel(g) or key.shape[2] != v.shape[2] else key.dtype
 
 
 def _empty(like_BTHV: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """[B,T,H,width], contiguous but for the normaliser's column, beside which rows stay aligned; not a view, which
     autograd would not let a later phase write into."""
     B, T, H, _ = like_BTHV.shape
-    padded = width - 1 + PADDING if width % 16 == 1 and width > 1 else width
+    padded = width - 1 + LinearPhases.PADDING if width % 16 == 1 and width > 1 else width
     return like_BTHV.new_empty_strided((B, T, H, width), (T * H * padded, H * padded, padded, 1), dtype=dtype)
 
 
@@ -283,21 +299,3 @@ def _of_groups(x: Tensor, like_BTGK: Tensor) -> Tensor:
     """Gradients of value heads [B,T,H,K] summed over those that share a key head."""
     G = like_BTGK.shape[2]
     return (x if x.shape[2] == G else x.unflatten(2, (G, -1)).sum(3)).to(like_BTGK.dtype)
-
-
-def _carried(totals: Tensor | None, S_in: Tensor, segments: Segments) -> Tensor:
-    """exp(D) S_in of each segment [segments,B,H,K,V]; 0 where a document has begun between."""
-    spans = []
-    for span in range(segments.spans):
-        here = segments.of_span(span)
-        S = S_in[span].expand(here.stop - here.start, *S_in.shape[1:])
-        if totals is not None:
-            since = torch.zeros_like(totals[here])
-            since[1:] = totals[here][:-1].cumsum(0)
-            factor = since.exp().unsqueeze(-1)
-            S = (factor if factor.ndim == 5 else factor.unsqueeze(-1)) * S
-        spans.append(S)
-    carried = torch.cat(spans)
-    if segments.cut_off is not None:
-        carried = carried.masked_fill(segments.cut_off.view(-1, 1, 1, 1, 1), 0.0)
-    return carried

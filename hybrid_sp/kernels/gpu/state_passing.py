@@ -226,7 +226,7 @@ def fold(
     come back to the ends of segments and to the starts of spans, from those that come back to the ends of spans."""
     _, B, H, K, V = added.shape
     added, given = added.contiguous(), None if given is None else given.contiguous()
-    S, left = torch.empty_like(added), added.new_empty(segments.spans, B, H, K, V)
+    S, left = torch.empty_like(added), added.new_empty(segments.pieces.spans, B, H, K, V)
     kind = "none" if total is None else "scalar" if total.ndim == 3 else "rows"
     block = 1024
     launch(

@@ -1,7 +1,7 @@
 """How a kernel walks over the tokens of a rank: spans, cut into chunks, taken a few chunks at a time.
 
-A span is a run of consecutive tokens; a chunk is at most CHUNK tokens of one document in one span, padded with zeros,
-which neither add to a state nor decay it. So a document begins only where a chunk does: within chunks there is nothing
+A chunk is a piece (`kernels/pieces.py`) of at most CHUNK tokens, padded with zeros, which neither add to a state nor
+decay it. So a document begins only where a chunk does: within chunks there is nothing
 to mask, and between them the chain of states is cut. Chunks are processed in blocks, so that temporaries stay in the
 cache however long the sequence is.
 """
@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
+
+from ..pieces import Piece, Pieces, Spans, cut
 
 CHUNK = 64  # tokens; a power of two
 BLOCK_ROWS = 8192  # rows (batch x heads x tokens) that one block of chunks may hold
@@ -78,19 +80,10 @@ class Block:
 
 @dataclass(frozen=True, eq=False)
 class Chunks:
-    """The chunks of a rank's spans, and where the chain of states from chunk to chunk is cut.
+    """The chunks of a rank's spans, and blocks of them to work on at a time."""
 
-    bounds  first chunk of each span, and the number of chunks (N)
-    fresh   per chunk: a span or a document begins with it; no state of the same span enters it
-    reached per chunk: the state that enters its span reaches it, as no document has begun since
-    open    per span: no document begins in it, so that the state which enters it reaches its end
-    """
-
+    pieces: Pieces
     blocks: tuple[Block, ...]
-    bounds: tuple[int, ...]
-    fresh: tuple[bool, ...]
-    reached: tuple[bool, ...]
-    open: tuple[bool, ...]
 
     def __iter__(self) -> Iterator[Block]:
         return iter(self.blocks)
@@ -100,56 +93,45 @@ class Chunks:
 
     @property
     def count(self) -> int:
-        return self.bounds[-1]
+        return self.pieces.count
 
-    @property
-    def spans(self) -> int:
-        return len(self.open)
-
-    def of_span(self, span: int) -> slice:
-        """Indices of the chunks of one span."""
-        return slice(self.bounds[span], self.bounds[span + 1])
+    def ends_span(self, block: Block) -> bool:
+        """Whether the block's last chunk is the last one of its span."""
+        return block.first + block.count == self.pieces.bounds[block.span + 1]
 
     def after(self, n: int, span: int, h: Tensor, leaving: Tensor) -> Tensor | None:
         """Where the state after chunk n is kept: as the next chunk's entering state, as the one that leaves the span,
         or nowhere, because a document ends."""
-        if n + 1 == self.bounds[span + 1]:
+        if n + 1 == self.pieces.bounds[span + 1]:
             return leaving[span]
-        return None if self.fresh[n + 1] else h[n + 1]
+        return None if self.pieces.fresh[n + 1] else h[n + 1]
 
 
-def cut(lengths: Sequence[int], rows_per_token: int, boundaries: Sequence[int] = ()) -> Chunks:
-    """Cut spans of these lengths (tokens) into chunks, and at `boundaries`, the tokens of the rank at which documents
-    begin. `rows_per_token` is batch x heads."""
-    ends = list(itertools.accumulate(lengths))
-    starts = [end - length for end, length in zip(ends, lengths, strict=True)]
-    edges = [[a, *(t for t in boundaries if a < t < b), b] for a, b in zip(starts, ends, strict=True)]
-    longest = max(b - a for span in edges for a, b in itertools.pairwise(span))
-    size = min(CHUNK, 1 << (longest - 1).bit_length())
-    per_block = max(1, BLOCK_ROWS // (rows_per_token * size))
-    blocks: list[Block] = []
-    bounds, fresh, reached = [0], [], []
-    for span, pieces in enumerate(edges):
-        chunks = []
-        for piece, (a, b) in enumerate(itertools.pairwise(pieces)):
-            here = [(t, min(t + size, b)) for t in range(a, b, size)]
-            fresh += [n == 0 for n in range(len(here))]
-            reached += [piece == 0 and a not in boundaries] * len(here)
-            chunks += here
-        for n in range(0, len(chunks), per_block):
-            blocks.append(_block(span, size, bounds[-1] + n, chunks[n : n + per_block]))
-        bounds.append(bounds[-1] + len(chunks))
-    whole = [not any(a <= t < b for t in boundaries) for a, b in zip(starts, ends, strict=True)]
-    return Chunks(tuple(blocks), tuple(bounds), tuple(fresh), tuple(reached), tuple(whole))
+def chunks_of(spans: Spans, rows_per_token: int) -> Chunks:
+    """Cut spans into chunks, and these into blocks; `rows_per_token` is batch x heads."""
+    return _chunks(spans, rows_per_token, CHUNK, BLOCK_ROWS)
 
 
-def _block(span: int, size: int, first: int, chunks: list[tuple[int, int]]) -> Block:
-    start, stop = chunks[0][0], chunks[-1][1]
+@functools.lru_cache(maxsize=64)
+def _chunks(spans: Spans, rows_per_token: int, chunk: int, block_rows: int) -> Chunks:
+    longest = max(piece.stop - piece.start for piece in cut(spans).all)
+    size = min(chunk, 1 << (longest - 1).bit_length())
+    pieces, per_block = cut(spans, size), max(1, block_rows // (rows_per_token * size))
+    blocks = [
+        _block(span, size, first, pieces.all[first : min(first + per_block, end)])
+        for span, (start, end) in enumerate(itertools.pairwise(pieces.bounds))
+        for first in range(start, end, per_block)
+    ]
+    return Chunks(pieces, tuple(blocks))
+
+
+def _block(span: int, size: int, first: int, chunks: Sequence[Piece]) -> Block:
+    start, stop = chunks[0].start, chunks[-1].stop
     rows = places = None
-    if any(b - a < size for a, b in chunks[:-1]):
+    if any(chunk.stop - chunk.start < size for chunk in chunks[:-1]):
         rows = torch.full((len(chunks), size), stop - start)
-        for n, (a, b) in enumerate(chunks):
-            rows[n, : b - a] = torch.arange(a - start, b - start)
+        for n, chunk in enumerate(chunks):
+            rows[n, : chunk.stop - chunk.start] = torch.arange(chunk.start - start, chunk.stop - start)
         rows = rows.flatten()
         places = (rows < stop - start).nonzero().squeeze(1)
     return Block(span, start, stop, size, first, len(chunks), rows, places)

@@ -22,7 +22,7 @@ from hybrid_sp.comm import ledger as timeline
 from hybrid_sp.comm.collectives import Header, Pending
 from hybrid_sp.comm.ledger import Ledger, Part, Phase, Row, Wait
 from hybrid_sp.comm.trace import rank_events, write_trace
-from hybrid_sp.ops import linear_attention as linear
+from hybrid_sp.kernels.reference.linear import LinearPhases
 from tests.support.ranks import run_ranks
 
 # The phases that every operator notes, in the order in which it computes them.
@@ -113,7 +113,7 @@ def over_a_slow_link(group: Any) -> dict[str, dict[Part, timeline.Times]]:
                 clock.now = max(clock.now, self.comes)
 
         for name in ("intra_forward", "intra_backward"):
-            patch.setattr(linear.kernel, name, slowly(getattr(linear.kernel, name)))
+            patch.setattr(LinearPhases, name, slowly(getattr(LinearPhases, name)))
         patch.setattr(collectives, "_slowed", Slow)
         for overlap in (True, False, ("linear",), ("conv", "softmax")):
             shard = hsp.SequenceParallel(group, overlap=overlap).shard(40)

@@ -24,7 +24,7 @@ from hybrid_sp.exchange import EXCHANGES, auto, choose
 from hybrid_sp.exchange.affine import AffineState
 from hybrid_sp.exchange.chain import Chain
 from hybrid_sp.exchange.scan import Scan, Scanned
-from hybrid_sp.ops import linear_attention as linear
+from hybrid_sp.kernels.reference.linear import LinearPhases
 from hybrid_sp.shard import spans_of
 from tests.hybrid_sp.cases import Case, delta_cases, linear_cases, measured, truth
 from tests.hybrid_sp.comm.test_collectives import linear_counts
@@ -235,7 +235,7 @@ def schedule(group: Any, exchange: str, sends: int) -> list[str]:
         return work
 
     start_aside, start_send = collectives.start_aside, collectives.start_send
-    kernel = linear.kernel
+    kernel = LinearPhases
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(collectives, "start_aside", aside)
         patch.setattr(collectives, "start_send", send)

@@ -10,7 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import hybrid_sp as hsp
-from hybrid_sp.kernels.reference import chunks, delta
+from hybrid_sp.kernels.phases import Inputs, Options
+from hybrid_sp.kernels.pieces import Spans
+from hybrid_sp.kernels.reference import chunks
+from hybrid_sp.kernels.reference.delta import DeltaPhases
 from tests.support.oracle import assert_close, delta_rule_loop, relative
 
 KINDS = ("none", "scalar", "vector")
@@ -162,7 +165,9 @@ def test_what_a_span_does_is_the_product_of_its_tokens(kind: str) -> None:
     lengths, documents = (70, 30), (80, 85)
     x = inputs(kind, sum(lengths), batch=1, groups=1)
     k, v, beta, g = x["k"].repeat_interleave(2, 2), x["v"], x["beta"], x.get("log_decay")
-    states = delta.states_forward(x["k"], v, beta, g, True, chunks.cut(lengths, 2, documents))
+    options = Options(1.0, True, torch.float64)
+    phases, given = DeltaPhases.prepare(Inputs(x["q"], x["k"], v, g, beta), Spans(lengths, documents), options)
+    summary, _ = phases.states_forward(given)
     token = 0
     for span, length in enumerate(lengths):
         A, S = torch.eye(8, dtype=torch.float64).repeat(1, 2, 1, 1), v.new_zeros(1, 2, 8, 7)
@@ -175,9 +180,9 @@ def test_what_a_span_does_is_the_product_of_its_tokens(kind: str) -> None:
             A = step @ A
             S = step @ S + beta[:, t, :, None, None] * k[:, t, :, :, None] * v[:, t, :, None]
         token += length
-        assert states.transitions is not None
-        assert_close(f"transition of span {span}", states.transitions[span], A, 1e-12)
-        assert_close(f"state that leaves span {span}", states.leaving[span], S, 1e-12)
+        assert summary is not None and summary.transition is not None
+        assert_close(f"transition of span {span}", summary.transition[span], A, 1e-12)
+        assert_close(f"state that leaves span {span}", summary.state[span], S, 1e-12)
 
 
 X = {name: value.float() for name, value in inputs("vector", 6, batch=2, heads=4).items()}

@@ -17,6 +17,7 @@ import torch
 
 import hybrid_sp as hsp
 from hybrid_sp.kernels.gpu import fla_delta as adapter
+from hybrid_sp.kernels.pieces import Spans
 from hybrid_sp.ops import delta_rule as delta
 from tests.external.program import Errors, errors_of
 from tests.support.packages import needs
@@ -214,8 +215,8 @@ def test_runs_of_two_rows_with_documents_inside_and_at_the_edges_of_spans(monkey
 
     there = SimpleNamespace(prepare_chunk_indices=indices, prepare_chunk_offsets=indices)
     monkeypatch.setattr(adapter, "passes", lambda: there)
-    runs = adapter._cut.__wrapped__((5, 4, 3), 2, (2, 5, 7), torch.device("cpu"), 64)  # not from the cache
+    runs = adapter._runs.__wrapped__(Spans((5, 4, 3), (2, 5, 7)), 2, torch.device("cpu"), 64)  # not from the cache
     assert runs.tokens["cu_seqlens"].tolist() == [0, 2, 5, 7, 9, 12, 14, 17, 19, 21, 24]
-    assert runs.count == 5
-    assert runs.entered == ((0, 0, 2, 0), (4, 9, 12, 2))  # run, start, stop, span: a document begins the second span
-    assert runs.last == (1, 3, 4)
+    assert runs.pieces.bounds == (0, 2, 4, 5)
+    entered = [(run, piece.start, piece.stop, piece.span) for run, piece in runs.entered]
+    assert entered == [(0, 0, 2, 0), (4, 9, 12, 2)]  # a document begins the second span

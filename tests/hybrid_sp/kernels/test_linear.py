@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import hybrid_sp as hsp
+from hybrid_sp.kernels.pieces import Spans
 from hybrid_sp.kernels.reference import chunks
 from tests.support.oracle import assert_close, linear_attention_loop
 
@@ -89,7 +90,7 @@ def test_each_input_alone_has_its_gradient_from_the_state_alone(kind: str) -> No
 
 def test_cut_covers_every_token_once_and_never_crosses_a_document() -> None:
     for lengths, boundaries in (((1,), ()), ((64, 65), (3, 64, 70, 128)), ((130, 7, 64), (5, 6, 130)), ((1, 1), (1,))):
-        cut = chunks.cut(lengths, 4, boundaries)
+        cut = chunks.chunks_of(Spans(lengths, boundaries), 4)
         length = sum(lengths)
         seen, chunk_of = torch.zeros(1, length, 1, 1), torch.full((1, length, 1), -1)
         for block in cut:
@@ -100,13 +101,15 @@ def test_cut_covers_every_token_once_and_never_crosses_a_document() -> None:
             for n, tokens in zip(range(block.first, block.first + block.count), rows.tolist(), strict=True):
                 real = [t - 1 for t in tokens if t]
                 assert real == list(range(real[0], real[0] + len(real)))
-                assert cut.fresh[n] == (real[0] in (*boundaries, *(sum(lengths[:i]) for i in range(len(lengths)))))
+                assert cut.pieces.fresh[n] == (
+                    real[0] in (*boundaries, *(sum(lengths[:i]) for i in range(len(lengths))))
+                )
                 assert not set(real[1:]) & set(boundaries)
                 span_start = sum(lengths[: block.span])
-                assert cut.reached[n] == (not any(span_start <= t <= real[0] for t in boundaries))
+                assert cut.pieces.reached[n] == (not any(span_start <= t <= real[0] for t in boundaries))
         assert (seen == 1).all()
         assert chunk_of.unique().tolist() == list(range(cut.count))
         ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
-        assert cut.open == tuple(
+        assert cut.pieces.open == tuple(
             not any(e - n <= t < e for t in boundaries) for e, n in zip(ends, lengths, strict=True)
         )

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybrid_sp.kernels.reference import linear, scores
-from hybrid_sp.kernels.reference.chunks import cut
+from hybrid_sp.kernels.phases import Inputs, Options
+from hybrid_sp.kernels.pieces import Spans
+from hybrid_sp.kernels.reference import scores
+from hybrid_sp.kernels.reference.linear import LinearPhases
 from tests.support.interpreter import mend
 from tests.support.oracle import assert_close
 from tests.support.tiers import tiered
@@ -152,18 +154,18 @@ WIDTHS = [
 
 @pytest.mark.parametrize(("width", "chunk", "length", "dtype", "bonus"), tiered(WIDTHS[:-2], WIDTHS[-2:]), ids=str)
 def test_all_widths_and_dtypes(width: int, chunk: int, length: int, dtype: torch.dtype, bonus: bool) -> None:
-    Case(width, segment((length,), 1, (), chunk, CPU), dtype, heads=1, bonus=bonus).check(BOUNDS[dtype])
+    Case(width, segment(Spans((length,)), 1, chunk, CPU), dtype, heads=1, bonus=bonus).check(BOUNDS[dtype])
 
 
 @pytest.mark.parametrize("bonus", [False, True], ids=["plain", "bonus"])
 @pytest.mark.parametrize("decays", ["none", "small", "spikes"])
 def test_strong_decays_cost_the_others_nothing(decays: str, bonus: bool) -> None:
-    Case(8, segment((33,), 1, (), 32, CPU), heads=1, decays=decays, bonus=bonus).check(BOUNDS[torch.float32])
+    Case(8, segment(Spans((33,)), 1, 32, CPU), heads=1, decays=decays, bonus=bonus).check(BOUNDS[torch.float32])
 
 
 @pytest.mark.parametrize(("batch", "heads", "bonus"), tiered([(1, 4, True)], [(2, 2, False)]))
 def test_spans_documents_heads_and_strides(batch: int, heads: int, bonus: bool) -> None:
-    segments = segment((7, 1, 21), 4, (0, 3, 13), 16, CPU)
+    segments = segment(Spans((7, 1, 21), (0, 3, 13)), 4, 16, CPU)
     assert segments.count == 5
     case = Case(12, segments, heads=heads, shared=2, batch=batch, bonus=bonus, strided=True)
     assert not case.q.is_contiguous() and not case.g.is_contiguous()
@@ -171,7 +173,7 @@ def test_spans_documents_heads_and_strides(batch: int, heads: int, bonus: bool) 
 
 
 def test_large_gradients_fit_into_fp16() -> None:
-    segments = segment((16,), 1, (), 16, CPU)
+    segments = segment(Spans((16,)), 1, 16, CPU)
     case = Case(16, segments, torch.float16, heads=1, decays="small", size=1e4)
     case.v = case.v * 100  # dA is far above 65504, dq is not what must fit
     case.check(BOUNDS[torch.float16])
@@ -181,27 +183,30 @@ def test_large_gradients_fit_into_fp16() -> None:
 def test_the_same_as_the_torch_kernels(bonus: bool) -> None:
     """With these variables and a state from chunk to chunk, o and all gradients of `kernels/reference/linear.py`."""
     lengths, documents = (80, 20), (70,)
-    case = Case(12, segment(lengths, 2, documents, 64, CPU), shared=2, bonus=bonus)
-    chunks = cut(lengths, 2, documents)
+    case = Case(12, segment(Spans(lengths, documents), 2, 64, CPU), shared=2, bonus=bonus)
     q, k, v, g, do = (x.double() for x in (case.q, case.k, case.v, case.g, case.do))
     u = None if case.u is None else case.u.double()
-    plan = linear.Plan(chunks, SCALE, False, True, torch.float64)
-    h, _, totals, _ = linear.states_forward(k, v, g, plan)
-    o, _ = linear.intra_forward(q, k, v, g, u, h, None, plan)
-    linear.inter_forward(o, q, k, g, u, h, totals, None, None, plan)
-    dh, _, _ = linear.inter_backward(do, q, k, g, u, h, totals, None, plan)
-    dq, du, kept = linear.intra_backward(do, q, k, v, g, u, h, totals, None, plan)
-    dk, _, dg = linear.states_backward(dh, None, k, v, g, h, totals, kept, plan)
+    phases, x = LinearPhases.prepare(
+        Inputs(q, k, v, g, None, u), Spans(lengths, documents), Options(SCALE, False, torch.float64)
+    )
+    _, work = phases.states_forward(x)
+    o, work = phases.intra_forward(x, work)
+    o, saved = phases.inter_forward(x, work, o, None)
+    _, read = phases.inter_backward(do, x, saved, None)
+    dq, du, local = phases.intra_backward(read)
+    _, dk, _, dg, _ = phases.states_backward(local, None)
+    assert dg is not None
 
     got = {name: x.double() for name, x in case.forward().items()}
     where = case.chunks()
-    assert len(where) == chunks.count
-    o_got, d_since, d_until, S = torch.zeros_like(o), torch.zeros_like(g), torch.zeros_like(g), torch.zeros_like(h)
+    pieces = phases.chunks.pieces
+    assert len(where) == pieces.count
+    o_got, d_since, d_until, S = torch.zeros_like(o), torch.zeros_like(g), torch.zeros_like(g), torch.zeros_like(work.h)
     for n, (a, b) in enumerate(where):
         o_got[:, a:b] = SCALE * torch.einsum("bths,bshv->bthv", got["A"][:, a:b, :, : b - a], v[:, a:b])
         o_got[:, a:b] += SCALE * torch.einsum("bthk,bhkv->bthv", got["since"][:, a:b], S[n])
         d_since[:, a:b] = SCALE * torch.einsum("bthv,bhkv->bthk", do[:, a:b], S[n])
-        if n + 1 < len(where) and not chunks.fresh[n + 1]:
+        if n + 1 < len(where) and not pieces.fresh[n + 1]:
             added = torch.einsum("bthk,bthv->bhkv", got["until"][:, a:b], v[:, a:b])
             S[n + 1] = got["totals"][n].exp().unsqueeze(-1) * S[n] + added
     dS = torch.zeros_like(S[0])  # of the state that leaves chunk n
@@ -210,7 +215,7 @@ def test_the_same_as_the_torch_kernels(bonus: bool) -> None:
         case.d_totals[n] = (got["totals"][n].exp().unsqueeze(-1) * S[n] * dS).sum(-1)
         dS = got["totals"][n].exp().unsqueeze(-1) * dS
         dS += SCALE * torch.einsum("bthk,bthv->bhkv", got["since"][:, a:b], do[:, a:b])
-        if chunks.fresh[n]:
+        if pieces.fresh[n]:
             dS = torch.zeros_like(dS)
     case.d_since, case.d_until = d_since.float(), d_until.float()
     got = case.read()
@@ -224,6 +229,6 @@ def test_the_same_as_the_torch_kernels(bonus: bool) -> None:
 
 
 def test_scores_of_one_chunk_are_those_of_the_reference() -> None:
-    case = Case(8, segment((32,), 1, (), 32, CPU), heads=1, decays="spikes")
+    case = Case(8, segment(Spans((32,)), 1, 32, CPU), heads=1, decays="spikes")
     q, k, g = (x[0].transpose(0, 1).double() for x in (case.q, case.k, case.g))
     assert_close("A", case.forward()["A"][0].transpose(0, 1), scores.scores(g).weights(q, k), 1e-6)

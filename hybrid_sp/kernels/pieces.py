@@ -1,0 +1,97 @@
+"""The one cutter of a rank's spans at documents: pieces of one document in one span, at most `size` tokens long.
+
+The torch reference cuts spans into chunks, our Triton kernels into segments of many chunks, fla's passes into whole
+runs of a document. Each is a view of these pieces.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Spans(NamedTuple):
+    """The tokens that a rank holds: the lengths of its spans, and the tokens of the rank at which documents begin."""
+
+    lengths: tuple[int, ...]
+    boundaries: tuple[int, ...] = ()
+
+
+class Piece(NamedTuple):
+    """Tokens [start, stop) of the rank, of one span and one document. `reached`: no document has begun in the span up
+    to here, so that the state which enters the span reaches the piece."""
+
+    start: int
+    stop: int
+    span: int
+    begins_span: bool
+    ends_span: bool
+    begins_document: bool
+    reached: bool
+
+    @property
+    def fresh(self) -> bool:
+        """Whether no state of the same span enters the piece."""
+        return self.begins_span or self.begins_document
+
+
+@dataclass(frozen=True, eq=False)
+class Pieces:
+    """The pieces of a rank, in order.
+
+    bounds  first piece of each span, and the number of pieces
+    fresh   per piece: no state of the same span enters it
+    reached per piece: the state that enters its span reaches it
+    open    per span: no document begins in it, so that the state which enters it reaches its end
+    """
+
+    all: tuple[Piece, ...]
+    bounds: tuple[int, ...]
+    fresh: tuple[bool, ...]
+    reached: tuple[bool, ...]
+    open: tuple[bool, ...]
+
+    @property
+    def count(self) -> int:
+        return len(self.all)
+
+    @property
+    def spans(self) -> int:
+        return len(self.open)
+
+    def of_span(self, span: int) -> slice:
+        """Indices of the pieces of one span."""
+        return slice(self.bounds[span], self.bounds[span + 1])
+
+
+@functools.lru_cache(maxsize=64)
+def cut(spans: Spans, size: int | None = None) -> Pieces:
+    """Cut spans where documents begin, and into pieces of at most `size` tokens."""
+    pieces: list[Piece] = []
+    bounds, open_spans = [0], []
+    for span, (a, b) in enumerate(itertools.pairwise(itertools.accumulate(spans.lengths, initial=0))):
+        documents = {t for t in spans.boundaries if a <= t < b}
+        first = min(documents, default=b)
+        for start, stop in itertools.pairwise(sorted({a, *documents, b})):
+            for t in range(start, stop, size or stop - start):
+                end = min(t + size, stop) if size else stop
+                pieces.append(Piece(t, end, span, t == a, end == b, t in documents, t < first))
+        bounds.append(len(pieces))
+        open_spans.append(not documents)
+    fresh, reached = (tuple(p.fresh for p in pieces), tuple(p.reached for p in pieces))
+    return Pieces(tuple(pieces), tuple(bounds), fresh, reached, tuple(open_spans))
+
+
+def span_decays(totals: Tensor | None, pieces: Pieces) -> Tensor | None:
+    """Log decay of each span, [s,B,H] or [s,B,H,K], from that of its pieces; -inf if a document begins in the span."""
+    if totals is None:
+        return None
+    spans = [totals[pieces.of_span(i)].sum(0) for i in range(pieces.spans)]
+    return torch.stack(
+        [x if whole else torch.full_like(x, float("-inf")) for x, whole in zip(spans, pieces.open, strict=True)]
+    )

@@ -1,0 +1,164 @@
+"""The one LASP-2 schedule of every recurrence on states (arXiv 2502.07563, algorithms 2 and 4).
+
+    forward     states | launch | intra | wait, fold | inter
+    backward    inter | launch | intra | wait, fold | states
+
+The forward is written below. Autograd makes the backward of it: nodes that are made later run earlier, and `start` and
+`finish` launch where the other waits (`overlap.py`). The arithmetic is behind the contract `kernels/phases.py`.
+
+Backward starts with the last phase, so that phase saves all that backward needs. From there each phase hands on to the
+next what that one needs, through `_Backward`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..exchange import make_exchange
+from ..kernels.phases import Inputs, Options, Phases, Recurrence
+from ..kernels.pieces import Spans
+from ..overlap import Call, finish, start
+from ..shard import Shard
+
+
+def run_recurrence(
+    recurrence: type[Recurrence],
+    x: Inputs,
+    shard: Shard,
+    options: Options,
+    *,
+    initial: Tensor | None,
+    final: bool,
+    known_decays: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Return o [B,T,H,V] in the precision of the implementation, and if `final` the state after the sequence.
+
+    initial       the state before the sequence [B,H,K,V], or None
+    known_decays  log decays [n,1,H] or [n,1,1] of all spans, if every rank knows them: they are not sent
+    """
+    phases, x = recurrence.prepare(x, Spans(shard.span_lengths, shard.local_boundaries), options)
+    q_first, q_second = (x.q, x.q.detach()) if phases.q_in_states else (x.q.detach(), x.q)
+    S_in = S_final = None
+    with Call(shard, "linear") as call:
+        backward = _Backward(call, phases)
+        # 1. What each of this rank's spans does to a state.
+        edge, state, transition, work = _States.apply(backward, x, q_first, x.k, x.v, x.g, x.beta)
+        # 2. Send it to the other ranks, unless nobody reads it.
+        if options.entered:
+            exchange = make_exchange(
+                shard, state, transition, known=known_decays, entered=initial is not None, final=final
+            )
+            token = start(call, exchange, state, transition, initial)
+        # 3. Meanwhile, the output that needs no other rank.
+        o, work = _Intra.apply(backward, x, work, edge, q_second, x.bonus)
+        # 4. Wait, and fold what the spans before do into the states that enter this rank's.
+        if options.entered:
+            S_in, S_final = finish(call, exchange, token)
+        # 5. Add what the entering states contribute.
+        o, S_final = _Inter.apply(backward, x, work, o, S_in, S_final)
+    return o, S_final if final else None
+
+
+class _Backward:
+    """What one backward pass hands from phase to phase: `read` from inter to intra, `local` from intra to states."""
+
+    def __init__(self, call: Call, phases: Phases[Any, Any, Any, Any]) -> None:
+        self.call, self.phases = call, phases
+        self._handed: Any = None
+
+    def hand(self, value: Any, reached: bool) -> None:
+        """Keep a value for the next phase, if the pass reaches it."""
+        self._handed = value if reached else None
+
+    def take(self) -> Any:
+        """The value of the phase before, once."""
+        value, self._handed = self._handed, None
+        return value
+
+
+class _States(torch.autograd.Function):
+    """Phase 1. `edge` is empty: it leads autograd from phase 2 to phase 1, so that their backwards keep this order."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, backward: _Backward, x: Inputs, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Any]:
+        with backward.call.phase("states", "forward", k):
+            summary, work = backward.phases.states_forward(x)
+        transition, state = summary or (None, None)
+        if transition is not None:
+            ctx.mark_non_differentiable(transition)
+        ctx.set_materialize_grads(False)
+        ctx.backward_pass = backward
+        return k.new_empty(0), state, transition, work
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_edge: Tensor, dS_out: Tensor | None, *_: None) -> Any:
+        backward = ctx.backward_pass
+        with backward.call.phase("states", "backward", d_edge):
+            dq, dk, dv, dg, dbeta = backward.phases.states_backward(backward.take(), dS_out)
+        return None, None, dq, dk, dv, dg, dbeta
+
+
+class _Intra(torch.autograd.Function):
+    """Phase 2, independent of every other rank."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, backward: _Backward, x: Inputs, work: Any, edge: Tensor, q: Tensor, bonus: Tensor | None
+    ) -> tuple[Tensor, Any]:
+        ctx.backward_pass = backward
+        with backward.call.phase("intra", "forward", q):
+            return backward.phases.intra_forward(x, work)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor, _: None) -> Any:
+        backward = ctx.backward_pass
+        with backward.call.phase("intra", "backward", do):
+            dq, d_bonus, local = backward.phases.intra_backward(backward.take())
+        backward.hand(local, reached=ctx.needs_input_grad[3])
+        return None, None, None, do.new_empty(0), dq, d_bonus
+
+
+class _Inter(torch.autograd.Function):
+    """Phase 3. The final state passes through, so that a loss on it alone goes back through every phase."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        backward: _Backward,
+        x: Inputs,
+        work: Any,
+        o_intra: Tensor,
+        S_in: Tensor | None,
+        S_final: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        with backward.call.phase("inter", "forward", o_intra):
+            o, saved = backward.phases.inter_forward(x, work, o_intra, S_in)
+        if o is o_intra:
+            ctx.mark_dirty(o_intra)
+        ctx.save_for_backward(*x, S_in, *saved)
+        ctx.backward_pass, ctx.kind = backward, type(saved)
+        return o, S_final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor, d_final: Tensor | None) -> Any:
+        backward = ctx.backward_pass
+        x, S_in, saved = _saved(ctx)
+        with backward.call.phase("inter", "backward", do):
+            dS_in, read = backward.phases.inter_backward(do, x, saved, S_in)
+        backward.hand(read, reached=ctx.needs_input_grad[3])
+        return None, None, None, do, dS_in, d_final
+
+
+def _saved(ctx: Any) -> tuple[Inputs, Tensor | None, Any]:
+    """What the last phase has saved. In a checkpointed block, this is where the forward is computed again."""
+    count, tensors = len(Inputs._fields), ctx.saved_tensors
+    return Inputs(*tensors[:count]), tensors[count], ctx.kind(*tensors[count + 1 :])
