@@ -52,7 +52,7 @@ gpu-test: ## every backend on a CUDA device, by PYTHON itself with pytest: minut
 		$(shell $(PYTHON) -c 'import xdist' 2> /dev/null && echo --numprocesses=8) --durations 10 $(ARGS)
 
 clean: ## remove the virtual environment and all caches; run folders stay
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache hybrid_sp.egg-info
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache hybrid_sp.egg-info build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml constraints.txt

@@ -21,6 +21,8 @@ from .ops.softmax_attention import softmax_attention
 from .overlap import checkpoint_contexts
 from .shard import SequenceParallel, Shard
 
+__version__ = "0.1.0"  # of the package too: pyproject.toml reads it here
+
 __all__ = [
     "SequenceParallel",
     "Shard",

@@ -1,0 +1,94 @@
+"""The import graph of the engine, read from its source: which wing or top file imports which.
+
+A wing is a folder of `hybrid_sp`. A top file stands beside the wings, `__init__` among them.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+ENGINE = Path(__file__).parents[2] / "hybrid_sp"
+LEVELS: tuple[frozenset[str], ...] = tuple(  # the lowest first: a wing imports its own level or one before it
+    frozenset(names.split())
+    for names in (
+        "comm kernels backends",
+        "shard mesh gradients",
+        "overlap recompute checks",
+        "exchange",
+        "baselines",
+        "ops",
+        "__init__",
+    )
+)
+
+Arrow = tuple[str, str]  # importer, imported
+
+
+def wings(package: Path = ENGINE) -> set[str]:
+    """The names of wings and top files that the package has."""
+    return {_wing(file, package) for file in package.rglob("*.py")}
+
+
+def arrows(package: Path = ENGINE) -> set[Arrow]:
+    """Every (importer, imported) pair of different wings, from imports anywhere in their files."""
+    known = wings(package)
+    found = set()
+    for file in package.rglob("*.py"):
+        above = [package.name, *file.parent.relative_to(package).parts]
+        for name in _modules(ast.parse(file.read_text()), above):
+            first, *rest = name.split(".")
+            if first == package.name and rest:
+                found.add((_wing(file, package), rest[0] if rest[0] in known else "__init__"))
+    return {(importer, imported) for importer, imported in found if importer != imported}
+
+
+def upward(found: Iterable[Arrow]) -> list[Arrow]:
+    """The arrows that lead to a higher level than they come from."""
+    return sorted(arrow for arrow in found if level(arrow[1]) > level(arrow[0]))
+
+
+def level(wing: str) -> int:
+    """The place of the wing's level, 0 for the lowest; raises ValueError if no level has it."""
+    for place, names in enumerate(LEVELS):
+        if wing in names:
+            return place
+    raise ValueError(
+        f"no level has {wing!r}: put it into LEVELS of analysis/drawings/graph.py and of tests/test_house.py"
+    )
+
+
+def downward(names: Iterable[str], found: Iterable[Arrow]) -> list[str]:
+    """All wings from the highest to the lowest, so that every arrow leads to a later one.
+
+    Levels come one after the other. Within a level importers come first, else the order is that of the alphabet. Raises
+    ValueError if an arrow leads upward, or if wings of one level import each other.
+    """
+    found, left = set(found), sorted(names, key=lambda name: (-level(name), name))
+    if wrong := upward(found):
+        raise ValueError(f"imports lead upward: {', '.join(' -> '.join(arrow) for arrow in wrong)}")
+    order: list[str] = []
+    while left:
+        free = [name for name in left if not any((other, name) in found for other in left)]
+        free = [name for name in free if level(name) == level(left[0])]
+        if not free:
+            raise ValueError(f"wings of one level import each other: {', '.join(left)}")
+        order.append(free[0])
+        left.remove(free[0])
+    return order
+
+
+def _wing(file: Path, package: Path) -> str:
+    return file.relative_to(package).parts[0].removesuffix(".py")
+
+
+def _modules(tree: ast.AST, above: list[str]) -> Iterator[str]:
+    """Dotted names that a file imports; `above` is the package that it stands in."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = above[: len(above) + 1 - node.level] if node.level else []
+            module = [*base, *([node.module] if node.module else [])]
+            yield from (".".join([*module, alias.name]) for alias in node.names)
