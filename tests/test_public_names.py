@@ -61,7 +61,7 @@ Shard.require_batch(self, operator: str, x: Tensor) -> None
 Shard.require_tokens(self, operator: str, **lengths: int) -> None
 Shard.sequence -> str
 Shard.span_count -> int
-Shard.span_lengths -> list[int]
+Shard.span_lengths -> tuple[int, ...]
 Shard.spans -> list[tuple[int, int]]
 Shard.spans_at(self, rank: int) -> list[tuple[int, int]]
 Shard.split(self, x: Tensor, dim: int) -> Tensor
