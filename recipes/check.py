@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 
 from recipes import config, data
+from recipes.load import dump, load_recipe
+from recipes.validate import processes, validate
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -17,13 +19,13 @@ def main(arguments: Sequence[str]) -> int:
         print("usage: python -m recipes.check RECIPE.yaml [key=value ...]")
         return 2
     try:
-        recipe = config.load(arguments[0], arguments[1:])
-        config.validate(recipe, config.processes())
+        recipe = load_recipe(arguments[0], arguments[1:])
+        validate(recipe, processes())
         data.read_corpus(recipe.data)
     except config.RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(config.dump(recipe), end="")
+    print(dump(recipe), end="")
     return 0
 
 

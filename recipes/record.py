@@ -32,6 +32,7 @@ from hybrid_sp.shard import KINDS
 from recipes import config, lock
 from recipes.config import Recipe, RecipeError
 from recipes.data import nats_to_bits
+from recipes.load import dump, load_resolved
 from recipes.tracker import Tracker
 
 PACKAGES = ("einops", "omegaconf", "wandb", "matplotlib", "numpy", "triton", "fla-core", "flash-attn")
@@ -100,7 +101,7 @@ def read_recipe(folder: Path) -> Recipe:
     try:
         if path.stat().st_size == 0:
             raise ValueError("it is empty")
-        return config.load_resolved(path)
+        return load_resolved(path)
     except (OSError, ValueError) as error:
         raise _unreadable(path, error, ANEW) from error
 
@@ -164,7 +165,7 @@ class Record:
             **facts,
         }
         _replace(folder / "diff.patch", diff or "")
-        _replace(folder / "recipe.yaml", config.dump(recipe))
+        _replace(folder / "recipe.yaml", dump(recipe))
         _replace(path, json.dumps(provenance, indent=1) + "\n")
 
     def begin(self, step: int) -> None:

@@ -27,7 +27,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from layers.spec import block_specs, expand_pattern
 from recipes import config, lock, record
-from recipes.settings import Written, key_and_text, override, read, refuse_text, typed
+from recipes.load import dump, file_name, load_recipe
+from recipes.typed_yaml import Written, key_and_text, override, read, refuse_text, typed
+from recipes.validate import validate
 
 PLAN = "sweep.json"
 LOG = "train.log"
@@ -195,7 +197,7 @@ def _name(place: Mapping[str, str]) -> str:
         "".join(c if c.isalnum() else "-" for c in f"{key}-{value}")
         for key, value in zip(keys, place.values(), strict=True)
     ]
-    return config.file_name("_".join(parts)) or "all"
+    return file_name("_".join(parts)) or "all"
 
 
 def _overrides(sweep: Sweep, place: Mapping[str, str], name: str) -> tuple[str, ...]:
@@ -206,8 +208,8 @@ def _overrides(sweep: Sweep, place: Mapping[str, str], name: str) -> tuple[str, 
 def _resolve(base: Path, sweep: Sweep, place: Mapping[str, str]) -> config.Recipe:
     name = _name(place)
     try:
-        recipe = config.load(base, list(_overrides(sweep, place, name)))
-        config.validate(recipe, sweep.nproc)
+        recipe = load_recipe(base, list(_overrides(sweep, place, name)))
+        validate(recipe, sweep.nproc)
     except ValueError as error:
         raise ValueError(f"cell {name} of sweep {sweep.name}: {error}") from None
     return recipe
@@ -240,7 +242,7 @@ def is_finished(cell: Cell) -> bool:
     if not recipe_file.is_file():
         return False
     changed = []
-    if recipe_file.read_text() != config.dump(cell.recipe):
+    if recipe_file.read_text() != dump(cell.recipe):
         old, new = _recipe_values(record.read_recipe(cell.folder)), _recipe_values(cell.recipe)
         changed = [f"{key} was {old.get(key)}, now {new.get(key)}" for key in new if old.get(key) != new.get(key)]
     if changed:

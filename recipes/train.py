@@ -28,8 +28,10 @@ from layers.spec import expand_pattern, pattern_letters
 from recipes import checkpoint, config, data, generate, optim, record, tracker
 from recipes.allocator import keep_freed_memory
 from recipes.config import Recipe, RecipeError
+from recipes.load import load_recipe
 from recipes.record import TrainingStopped
 from recipes.strategy import Strategy, strategy, with_link
+from recipes.validate import mesh_shape, processes, validate
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 TRACED = 3  # the step that `train.trace` shows, counted from the start of the program: the first ones warm it up
@@ -44,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
         record.say(usage, sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2
     try:
-        train(config.load(arguments[0], arguments[1:]))
+        train(load_recipe(arguments[0], arguments[1:]))
         collectives.leave(None)  # every rank has come to the end of `train`
     except RecipeError as error:
         if not record.first_process():
@@ -62,8 +64,8 @@ def train(recipe: Recipe) -> dict[str, Any]:
     Raises RecipeError before any process group exists if the recipe cannot be run, and TrainingStopped on every rank if
     the loss or the gradient is not finite, if the ranks' parameters differ or if the run cannot be saved.
     """
-    world = config.processes()
-    config.validate(recipe, world)
+    world = processes()
+    validate(recipe, world)
     device = _device(recipe)
     if record.first_process():
         tracker.check(recipe)
@@ -76,7 +78,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
         keep_freed_memory()
     if recipe.train.threads is not None:
         torch.set_num_threads(recipe.train.threads)
-    dp, ranks = config.mesh_shape(recipe, world)
+    dp, ranks = mesh_shape(recipe, world)
     mesh = hsp.init_mesh(dp=dp, sp=ranks, device=device, timeout=timedelta(seconds=recipe.parallel.timeout))
     group = whole_group(mesh)
     if len(set(collectives.gather_objects(corpus.fingerprint, group))) > 1:
@@ -315,11 +317,11 @@ def _digest(parameter: torch.Tensor) -> str:
 
 def _device(recipe: Recipe) -> str:
     """The device that ``train.device`` stands for on this machine."""
-    chosen, processes = recipe.train.device, config.processes("LOCAL_WORLD_SIZE")
-    enough = torch.cuda.is_available() and torch.cuda.device_count() >= processes
+    chosen, here = recipe.train.device, processes("LOCAL_WORLD_SIZE")
+    enough = torch.cuda.is_available() and torch.cuda.device_count() >= here
     if chosen == "cuda" and not enough:
         raise RecipeError(
-            f"train.device=cuda needs one GPU for each of the {processes} processes of this machine, but torch sees "
+            f"train.device=cuda needs one GPU for each of the {here} processes of this machine, but torch sees "
             f"{torch.cuda.device_count()}; set train.device=cpu or start fewer processes"
         )
     return "cuda" if enough and chosen != "cpu" else "cpu"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from recipes import check, config
+from recipes import check
+from recipes.load import dump, load_recipe
 
 QUICKSTART = "recipes/quickstart.yaml"
 
@@ -30,4 +31,4 @@ def test_a_mistake_is_one_line(
 
 def test_a_sound_recipe_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert check.main([QUICKSTART, "model.ratio=1/8"]) == 0
-    assert capsys.readouterr().out == config.dump(config.load(QUICKSTART, ["model.ratio=1/8"]))
+    assert capsys.readouterr().out == dump(load_recipe(QUICKSTART, ["model.ratio=1/8"]))

@@ -18,6 +18,7 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from recipes import checkpoint, config
+from recipes.load import load_resolved
 from recipes.record import read_metrics
 from tests.recipes.conftest import Train
 from tests.recipes.program import run_program
@@ -199,7 +200,7 @@ def test_no_checkpoint_to_generate_from(tmp_path: Path) -> None:
 def test_weights_of_a_run_load_in_one_process(uninterrupted: Path) -> None:
     from layers.model import HybridLM
 
-    model = HybridLM(config.load_resolved(uninterrupted / "recipe.yaml").model)
+    model = HybridLM(load_resolved(uninterrupted / "recipe.yaml").model)
     weights = {name: p.detach() for name, p in model.named_parameters()}
     assert checkpoint.load_weights(uninterrupted / "checkpoints", weights).name == "step-00000008"
     saved = saved_tensors(uninterrupted)

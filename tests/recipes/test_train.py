@@ -20,6 +20,7 @@ from PIL import Image
 
 from layers.model import HybridLM
 from recipes import config, data, generate, lock, record
+from recipes.load import load_resolved
 from recipes.record import read_metrics
 from recipes.train import _stop_signals
 from tests.recipes.conftest import Train, write_texts
@@ -79,7 +80,7 @@ def test_every_mesh_and_accumulation_gives_the_same_run(
 
 def test_the_loss_is_the_mean_over_all_predicted_bytes(alone: Path) -> None:
     """The first loss by hand: untrained weights, the first step's windows, all bytes predicted but a window's first."""
-    recipe = config.load_resolved(alone / "recipe.yaml")
+    recipe = load_resolved(alone / "recipe.yaml")
     model = HybridLM(recipe.model)
     model.init_weights(recipe.train.seed)
     tokens = data.training_windows(data.read_corpus(recipe.data), 32, recipe.train.seed, 1, range(4)).tokens
@@ -93,7 +94,7 @@ def test_packed_files_are_read_as_if_alone(train: Train, tmp_path: Path, ranks: 
     """The first loss of a packed run by hand: every document by itself, its first byte not predicted."""
     packed = ("data.pack=true", "data.length=1000", "train.batch=2", "train.steps=1", "train.sample=0", "train.seed=1")
     assert train(*EXACT, *packed, ranks=ranks).ok
-    recipe = config.load_resolved(tmp_path / "run" / "recipe.yaml")
+    recipe = load_resolved(tmp_path / "run" / "recipe.yaml")
     model = HybridLM(recipe.model)
     model.init_weights(recipe.train.seed)
     windows = data.training_windows(data.read_corpus(recipe.data), 1000, recipe.train.seed, 1, range(2))
@@ -108,7 +109,7 @@ def test_packed_files_are_read_as_if_alone(train: Train, tmp_path: Path, ranks: 
 
 
 def test_validation_by_hand(alone: Path) -> None:
-    recipe = config.load_resolved(alone / "recipe.yaml")
+    recipe = load_resolved(alone / "recipe.yaml")
     tokens = data.validation_windows(data.read_corpus(recipe.data), 32, 4, range(4)).tokens
     with torch.no_grad():
         logits = generate.load_model(alone)(tokens)[:, :-1]
@@ -117,7 +118,7 @@ def test_validation_by_hand(alone: Path) -> None:
 
 
 def test_the_run_folder(alone: Path) -> None:
-    recipe = config.load_resolved(alone / "recipe.yaml")
+    recipe = load_resolved(alone / "recipe.yaml")
     lines, summary = read_metrics(alone / "metrics.jsonl"), summary_of(alone)
     train, validation = ([line for line in lines if line["kind"] == kind] for kind in ("train", "validation"))
     assert [line["tokens"] for line in train] == [128 * step for step in range(1, 9)]
