@@ -11,16 +11,12 @@ from __future__ import annotations
 import errno
 import json
 import os
-import platform
 import resource
-import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,7 +25,7 @@ import torch
 from hybrid_sp.comm.ledger import Ledger
 from hybrid_sp.comm.trace import Event, write_trace
 from hybrid_sp.shard import KINDS
-from recipes import config, lock
+from recipes import config, lock, provenance
 from recipes.config import Recipe, RecipeError
 from recipes.data import nats_to_bits
 from recipes.load import dump, load_resolved
@@ -148,25 +144,20 @@ class Record:
         (folder / "summary.json").unlink(missing_ok=True)
         path = folder / "provenance.json"
         before = _read_json(path, ("started",), ANEW) if path.exists() else {}
-        commit, diff = _git("rev-parse", "HEAD"), _git("diff", "HEAD")
-        provenance = {
-            "command": _command(),
-            "commit": commit.strip() if commit else None,
-            "untracked": (_git("ls-files", "--others", "--exclude-standard") or "").splitlines(),
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,  # which says the build too
-                **{name: _version(name) for name in PACKAGES},
-            },
-            "machine": {"system": platform.platform(), "cpus": os.cpu_count()},
+        origin = {
+            "command": provenance.command(),
+            "commit": provenance.commit(),
+            "untracked": provenance.untracked(),
+            "versions": provenance.versions(PACKAGES),
+            "machine": provenance.machine(),
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "earlier_starts": [*before.get("earlier_starts", []), *([before["started"]] if before else [])],
             "wandb_id": before.get("wandb_id") or os.urandom(4).hex(),
             **facts,
         }
-        _replace(folder / "diff.patch", diff or "")
+        _replace(folder / "diff.patch", provenance.diff())
         _replace(folder / "recipe.yaml", dump(recipe))
-        _replace(path, json.dumps(provenance, indent=1) + "\n")
+        _replace(path, json.dumps(origin, indent=1) + "\n")
 
     def begin(self, step: int) -> None:
         """Goes on after ``step``: metrics of later steps, which a run wrote before it died, are cut off."""
@@ -174,8 +165,8 @@ class Record:
         with _writing(self.folder):
             _replace(self._metrics, "".join(json.dumps(line) + "\n" for line in lines))
         if self.recipe.wandb.mode != "disabled":
-            provenance = _read_json(self.folder / "provenance.json", ("wandb_id",), ANEW)
-            self._tracker = Tracker(self.folder, self.recipe, provenance["wandb_id"])
+            origin = _read_json(self.folder / "provenance.json", ("wandb_id",), ANEW)
+            self._tracker = Tracker(self.folder, self.recipe, origin["wandb_id"])
         self._line_due = self._began = time.monotonic()
         self._first = step
 
@@ -404,32 +395,6 @@ def _memory_mb() -> float:
         return torch.cuda.max_memory_allocated() / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, KiB elsewhere
-
-
-def _command() -> str:
-    """What was typed to start this, up to the order of torchrun's own options."""
-    words = sys.orig_argv[1:]
-    module = words[words.index("-m") :] if "-m" in words else words
-    processes = os.environ.get("LOCAL_WORLD_SIZE")
-    return shlex.join((["torchrun", "--nproc-per-node", processes] if processes else ["python"]) + module)
-
-
-def _git(*arguments: str) -> str | None:
-    """What git says about the checkout of this file, or None without git or a checkout."""
-    try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=30, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _read_json(path: Path, keys: Sequence[str], advice: str) -> dict[str, Any]:

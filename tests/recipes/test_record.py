@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from recipes import config, lock, record
+from recipes import config, lock, provenance, record
 from recipes.record import Record, TrainingStopped, read_metrics
 from tests.recipes.conftest import Train
 
@@ -28,7 +28,7 @@ LINE = {"step": 1, "loss": 1.0, "tokens": 8}
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No questions to git, and no pictures."""
-    monkeypatch.setattr(record, "_git", lambda *_: None)
+    monkeypatch.setattr(provenance, "git", lambda *_: None)
     monkeypatch.setattr(record, "draw_loss", lambda *_: None)
 
 
