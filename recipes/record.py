@@ -51,7 +51,7 @@ class TrainingStopped(RuntimeError):
     """Training cannot go on: said by the first process, and raised on every rank."""
 
 
-def refuse_other_run(folder: Path, recipe: Recipe, fingerprint: str) -> None:
+def check_same_run(folder: Path, recipe: Recipe, fingerprint: str) -> None:
     """Raises RecipeError if ``folder`` holds a run of another recipe or corpus, or files that cannot be read; needs no
     process group."""
     if recipe.checkpoint.resume == "never" or not (folder / "provenance.json").exists():
@@ -75,12 +75,12 @@ def finished(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
         return None
     if not (latest := folder / "checkpoints" / "latest").exists():
         raise RecipeError(f"{folder} is finished, but {latest} is missing, and its weights with it; {ANEW}")
-    if first_process():
+    if is_main_process():
         say(f"{folder} is finished already; name=ANOTHER_NAME starts a new run\n{_closing(folder, summary)}")
     return summary
 
 
-def first_process() -> bool:
+def is_main_process() -> bool:
     """Whether this process speaks and writes for all: it alone, or torchrun's rank 0."""
     return os.environ.get("RANK", "0") == "0"
 
@@ -122,7 +122,7 @@ class Record:
     """
 
     def __init__(self, folder: Path, recipe: Recipe) -> None:
-        self.folder, self.recipe, self.active = folder, recipe, first_process()
+        self.folder, self.recipe, self.active = folder, recipe, is_main_process()
         self._metrics = folder / "metrics.jsonl"
         self._unwritten: list[str] = []  # lines of metrics for which there was no room
         self._tracker: Tracker | None = None
@@ -139,7 +139,7 @@ class Record:
         folder, recipe = self.folder, self.recipe
         take = lock.set_aside if recipe.checkpoint.resume == "never" else lock.hold
         self._lock = take(folder)  # until this process ends
-        refuse_other_run(folder, recipe, facts["corpus"]["fingerprint"])  # again: another may have been here
+        check_same_run(folder, recipe, facts["corpus"]["fingerprint"])  # again: another may have been here
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "summary.json").unlink(missing_ok=True)
         path = folder / "provenance.json"

@@ -49,7 +49,7 @@ def main(arguments: Sequence[str]) -> int:
         train(load_recipe(arguments[0], arguments[1:]))
         collectives.leave(None)  # every rank has come to the end of `train`
     except RecipeError as error:
-        if not record.first_process():
+        if not record.is_main_process():
             time.sleep(PATIENCE)  # torchrun ends this process as soon as the first rank has given its exit code
         record.say(f"error: {error}", sys.stderr)
         return 2
@@ -67,11 +67,11 @@ def train(recipe: Recipe) -> dict[str, Any]:
     world = processes()
     validate(recipe, world)
     device = _device(recipe)
-    if record.first_process():
+    if record.is_main_process():
         tracker.check(recipe)
     corpus = data.read_corpus(recipe.data)
     folder = config.run_folder(recipe)
-    record.refuse_other_run(folder, recipe, corpus.fingerprint)
+    record.check_same_run(folder, recipe, corpus.fingerprint)
     if (summary := record.finished(folder, recipe)) is not None:
         return summary
     if device == "cpu" and recipe.train.keep_memory:
@@ -90,7 +90,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     exchange = strategy(recipe, sp)
     checkpoint.on_first_rank(lambda: records.prepare({**facts, "exchange": exchange.facts(), "corpus": about}), group)
     run = Run(recipe, corpus, records, mesh, group, sp, device)
-    run.say_what_runs(exchange)
+    run.log_header(exchange)
     try:
         stopped = run.loop()
     except Exception as error:
@@ -141,7 +141,7 @@ class Run:
         """Optimiser steps done."""
         return int(self.progress["step"])
 
-    def say_what_runs(self, exchange: Strategy) -> None:
+    def log_header(self, exchange: Strategy) -> None:
         recipe, train, corpus = self.recipe, self.recipe.train, self.corpus
         world, sp = collectives.size(self.group), self.sequence_parallel
         self.record.say(

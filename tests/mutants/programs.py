@@ -120,7 +120,7 @@ PROGRAM_MUTANTS = [
     Mutant(
         name="the folder not looked at again under the lock",
         file="recipes/record.py",
-        old='        refuse_other_run(folder, recipe, facts["corpus"]["fingerprint"])',
+        old='        check_same_run(folder, recipe, facts["corpus"]["fingerprint"])',
         new="        pass",
         test=f"{RECORD}::test_what_came_into_the_folder_before_the_lock_was_taken_is_seen",
     ),
