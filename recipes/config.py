@@ -10,11 +10,21 @@ import hybrid_sp as hsp
 from hybrid_sp.comm.collectives import Group, Link
 from layers.spec import ModelConfig, expand_pattern, pattern_letters
 
+FORMAT = 1  # of recipe.yaml and of checkpoints; a change that older code would misread raises it
 NAME_BYTES = 240  # what a file name may have (255), less what is appended when a folder is moved aside
 
 
 class RecipeError(ValueError):
     """A recipe that cannot be run as it stands; the message names the key and what to change."""
+
+
+def check_format(found: Any, path: Path) -> None:
+    """Raises RecipeError if the ``format`` of a file is not `FORMAT`. Callers pass `FORMAT` where a file names none."""
+    if str(found) != str(FORMAT):
+        raise RecipeError(
+            f"{path} is of format {str(found)!r}, and this version reads format {FORMAT}; "
+            "read it with the version of the code that wrote it"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

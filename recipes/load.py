@@ -17,7 +17,17 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from recipes.config import FREE_KEYS, NAME_BYTES, STRATEGY_KEYS, TEXT_KEYS, Recipe, RecipeError, leaves
+from recipes.config import (
+    FORMAT,
+    FREE_KEYS,
+    NAME_BYTES,
+    STRATEGY_KEYS,
+    TEXT_KEYS,
+    Recipe,
+    RecipeError,
+    check_format,
+    leaves,
+)
 from recipes.typed_yaml import key_and_text, override, read, refuse_text, typed
 
 
@@ -47,22 +57,29 @@ def file_name(name: str) -> str:
 
 def load_resolved(path: str | Path) -> Recipe:
     """Reads the ``recipe.yaml`` of a run folder back; raises RecipeError as `load_recipe` does."""
-    return _recipe([(str(path), typed(read(Path(path)), Recipe))])
+    return _recipe([(str(path), _values(Path(path)))])
 
 
 def dump(recipe: Recipe) -> str:
-    """The resolved recipe as YAML; `load_resolved` reads it back."""
-    return OmegaConf.to_yaml(OmegaConf.create(asdict(recipe)))
+    """The resolved recipe as YAML, after its format; `load_resolved` reads it back."""
+    return f"format: {FORMAT}\n" + OmegaConf.to_yaml(OmegaConf.create(asdict(recipe)))
 
 
 def _layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
     """The file's own values and those of its bases, outermost base first."""
     if path.resolve() in above:
         raise RecipeError(f"{path}: base: names a file that leads back to itself; remove one `base:`")
-    values = typed(read(path), Recipe)
+    values = _values(path)
     base = values.pop("base", None)
     below = _layers(path.parent / str(base), (*above, path.resolve())) if base else []
     return [*below, (str(path), values)]
+
+
+def _values(path: Path) -> dict[str, Any]:
+    """The values of one file, after its format is checked."""
+    values = typed(read(path), Recipe)
+    check_format(values.pop("format", FORMAT), path)
+    return values
 
 
 def _recipe(layers: Sequence[tuple[str, dict[str, Any]]]) -> Recipe:

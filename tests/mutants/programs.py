@@ -253,6 +253,20 @@ PROGRAM_MUTANTS = [
         test=f"{LOAD}::test_secrets_of_the_environment_stay_there",
     ),
     Mutant(
+        name="a file of another format is read",
+        file="recipes/config.py",
+        old="    if str(found) != str(FORMAT):",
+        new="    if not found:",
+        test=f"{LOAD}::test_another_format_is_refused_in_one_line[2]",
+    ),
+    Mutant(
+        name="a newer checkpoint is called corrupt",
+        file="recipes/checkpoint.py",
+        old="    except RecipeError:\n        raise\n",
+        new="",
+        test="tests/recipes/test_checkpoint.py::test_another_format_is_refused_and_stays_where_it_is",
+    ),
+    Mutant(
         name="long names cut to the same beginning",
         file="recipes/load.py",
         old="-{hashlib.sha256(whole).hexdigest()[:8]}",

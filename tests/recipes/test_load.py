@@ -254,6 +254,31 @@ def test_files_that_cannot_be_read(recipe_file: Path, text: str, words: list[str
     assert "\n" not in str(caught.value)
 
 
+def test_a_written_recipe_begins_with_its_format(recipe_file: Path) -> None:
+    """A missing number is read as 1: the first runs name none."""
+    recipe = load_recipe(recipe_file)
+    text = dump(recipe)
+    assert text.startswith("format: 1\nname: ")
+    for written in (text, text.removeprefix("format: 1\n")):
+        recipe_file.write_text(written)
+        assert load_resolved(recipe_file) == load_recipe(recipe_file) == recipe
+
+
+@pytest.mark.parametrize("found", ["2", "0", "10", "1.0", "", "null", "[1]", "a: 1", "'1\n\n2'", "${out}"])
+def test_another_format_is_refused_in_one_line(recipe_file: Path, found: str) -> None:
+    """In a user's recipe, in its base and in a run folder."""
+    above = recipe_file.with_name("above.yaml")
+    above.write_text("format: 1\nbase: mine.yaml\n")
+    assert load_recipe(above).model.depth == 4
+    recipe_file.write_text(f"format: {found}\nmodel: {{a_new_key: 4}}\n".replace("a: 1", "{a: 1}"))
+    for read, path in ((load_recipe, recipe_file), (load_recipe, above), (load_resolved, recipe_file)):
+        with pytest.raises(RecipeError) as caught:
+            read(path)
+        said = str(caught.value)
+        assert said.startswith(f"{recipe_file} is of format ") and "this version reads format 1;" in said
+        assert "\n" not in said and (found != "2" or "is of format '2', and" in said)
+
+
 def test_a_link_needs_latency_and_bandwidth(recipe_file: Path) -> None:
     with pytest.raises(RecipeError, match="parallel.link.bandwidth is missing"):
         load_recipe(recipe_file, ["parallel.link.latency=5"])

@@ -228,6 +228,20 @@ def test_a_folder_with_another_run_is_refused_or_moved_aside(train: Train, tmp_p
     assert summary_of(tmp_path / "run")["pattern"] == "LNLN" and summary_of(tmp_path / "run.old-1")["pattern"] == "LN"
 
 
+def test_a_run_of_another_format_is_neither_resumed_nor_read(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train("train.steps=1", "train.sample=0").ok
+    path = tmp_path / "run" / "recipe.yaml"
+    assert path.read_text().startswith("format: 1\n")
+    path.write_text(path.read_text().replace("format: 1\n", "format: 2\n"))
+    again = train("train.steps=1", "train.sample=0")
+    assert again.codes == [2] and generate.main([str(tmp_path / "run")]) == 2
+    for said in (again.texts[0], capsys.readouterr().err):
+        assert f"{path} is of format '2', and this version reads format 1;" in said
+        assert said.startswith("error: ") and said.count("\n") == 1
+
+
 def test_a_training_that_lives_is_neither_moved_nor_cleaned(train: Train, tmp_path: Path) -> None:
     """Its half-written checkpoint stays, and is cleaned away when it has ended."""
     saving = tmp_path / "run" / "checkpoints" / ".saving-step-00000002"
