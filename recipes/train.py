@@ -1,4 +1,4 @@
-"""Training: ``python -m recipes.train RECIPE [key=value ...]``, plain or under torchrun.
+"""Training: ``python -m recipes.train RECIPE [key=value ...]``, plain or under torchrun; ``--dry-run`` only looks.
 
 One loop for every recipe. Rank (d, s) of the mesh dp x sp takes the sequences of replica d, and of each the tokens of
 shard s. It sums its token losses; gradients and token counts are summed over all ranks and accumulation before the one
@@ -7,6 +7,7 @@ division (hybrid_sp.sum_gradients).
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import math
 import signal
@@ -24,11 +25,11 @@ from hybrid_sp.comm import collectives
 from hybrid_sp.comm.trace import rank_events
 from hybrid_sp.mesh import DeviceMesh, whole_group
 from layers.model import HybridLM
-from layers.spec import expand_pattern, pattern_letters
+from layers.spec import expand_pattern, model_facts, pattern_letters
 from recipes import checkpoint, config, data, generate, optim, record, tracker
 from recipes.allocator import keep_freed_memory
 from recipes.config import Recipe, RecipeError
-from recipes.load import load_recipe
+from recipes.load import dump, load_recipe
 from recipes.record import TrainingStopped
 from recipes.strategy import Strategy, strategy, with_link
 from recipes.validate import mesh_shape, processes, validate
@@ -41,12 +42,23 @@ PATIENCE = 30.0  # seconds that other ranks leave to the first one to say what i
 
 def main(arguments: Sequence[str]) -> int:
     """The command; returns its exit code: 0 finished or stopped by a signal, 1 failed, 2 not a recipe to be run."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        usage = "usage: python -m recipes.train RECIPE.yaml [key=value ...]   (or torchrun ... -m recipes.train ...)"
-        record.say(usage, sys.stdout if arguments else sys.stderr)
-        return 0 if arguments else 2
+    parser = argparse.ArgumentParser(
+        prog="python -m recipes.train",
+        usage=argparse.SUPPRESS,  # so that an error is one line
+        description="Trains RECIPE: python -m recipes.train RECIPE [key=value ...], alone or behind torchrun.",
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="a recipe file, such as recipes/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as train.steps=20")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved recipe, in one process; train nothing"
+    )
+    chosen = parser.parse_intermixed_args(arguments)
     try:
-        train(load_recipe(arguments[0], arguments[1:]))
+        recipe = load_recipe(chosen.recipe, chosen.overrides)
+        if chosen.dry_run:
+            record.say(dry_run(recipe))
+            return 0
+        train(recipe)
         collectives.leave(None)  # every rank has come to the end of `train`
     except RecipeError as error:
         if not record.is_main_process():
@@ -56,6 +68,34 @@ def main(arguments: Sequence[str]) -> int:
     except TrainingStopped:
         return 1
     return 0
+
+
+def dry_run(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, with what it comes to in comments; needs no process group.
+
+    Raises RecipeError if the recipe cannot be run on WORLD_SIZE (1) processes.
+    """
+    validate(recipe, processes())
+    facts, length, dtype = model_facts(recipe.model), recipe.data.length, DTYPES[recipe.train.dtype]
+    cost = (
+        f"cost       {facts.flops_per_token(length) / 1e6:,.2f} million FLOPs per token forward; "
+        f"{facts.state_bytes(1, length, dtype):,} bytes of decoding cache after {length} tokens"
+    )
+    lines = [*describe(recipe, data.read_corpus(recipe.data)), cost]
+    return dump(recipe) + "\n".join(f"# {line}" for line in lines)
+
+
+def describe(recipe: Recipe, corpus: data.Corpus) -> tuple[str, str, str]:
+    """Three lines about a run: its model, its data and its training."""
+    train, names = recipe.train, expand_pattern(recipe.model)
+    return (
+        f"model      {pattern_letters(names)} ({', '.join(names)}), "
+        f"{model_facts(recipe.model).parameters:,} parameters, {train.dtype}",
+        f"data       {len(corpus.train):,} bytes to train on and {len(corpus.validation):,} held out, of "
+        f"{corpus.files} files ({corpus.rule}); byte-unigram entropy {corpus.unigram_bits:.3f} bits/byte",
+        f"training   {train.steps} steps of {train.batch} x {recipe.data.length} = "
+        f"{train.batch * recipe.data.length:,} tokens{', files packed as documents' * recipe.data.pack}",
+    )
 
 
 def train(recipe: Recipe) -> dict[str, Any]:
@@ -142,35 +182,29 @@ class Run:
         return int(self.progress["step"])
 
     def log_header(self, exchange: Strategy) -> None:
-        recipe, train, corpus = self.recipe, self.recipe.train, self.corpus
+        """Says what runs, where, and after which step."""
         world, sp = collectives.size(self.group), self.sequence_parallel
+        model, corpus, training = describe(self.recipe, self.corpus)
         self.record.say(
-            f"run        {config.run_folder(recipe)}\n"
-            f"model      {pattern_letters(expand_pattern(recipe.model))} ({', '.join(expand_pattern(recipe.model))}), "
-            f"{self.parameters:,} parameters, {train.dtype}\n"
+            f"run        {config.run_folder(self.recipe)}\n"
+            f"{model}\n"
             f"mesh       {world} process{'es' * (world > 1)} on {self.device}: dp {self.replicas} x sp {sp.size}, "
             f"{sp.layout} layout, {torch.get_num_threads()} CPU threads each\n"
             f"exchange   {exchange}\n"
-            f"data       {len(corpus.train):,} bytes to train on and {len(corpus.validation):,} held out, of "
-            f"{corpus.files} files ({corpus.rule}); byte-unigram entropy {corpus.unigram_bits:.3f} bits/byte\n"
-            f"training   {train.steps} steps of {train.batch} x {recipe.data.length} = "
-            f"{train.batch * recipe.data.length:,} tokens{', files packed as documents' * recipe.data.pack}"
+            f"{corpus}\n"
+            f"{training}"
         )
         for complaint in self.found.complaints:
             self.record.say(f"WARNING    {complaint}")
         if self.step:
             self.record.say(f"resuming   after step {self.step}, from {self.found.path}")
 
-    @property
-    def parameters(self) -> int:
-        return sum(p.numel() for p in self.model.parameters())
-
     def facts(self) -> dict[str, Any]:
         """What the summary says besides what can be read in the metrics."""
         return {
             "steps": self.step,
             "seconds": round(float(self.progress["seconds"]), 2),
-            "parameters": self.parameters,
+            "parameters": model_facts(self.recipe.model).parameters,
             "pattern": pattern_letters(expand_pattern(self.recipe.model)),
         }
 

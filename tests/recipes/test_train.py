@@ -130,6 +130,7 @@ def test_the_run_folder(alone: Path) -> None:
     assert validation[0]["bits_per_byte"] == pytest.approx(validation[0]["loss"] / math.log(2))
     assert summary["status"] == "finished" and summary["steps"] == 8 and summary["tokens"] == 8 * 128
     assert summary["train_loss"] == pytest.approx(sum(line["loss"] for line in train) / 8)
+    assert summary["parameters"] == sum(p.numel() for p in generate.load_model(alone).parameters())
     assert summary["pattern"] == "LN" and summary["validation_loss"] == validation[-1]["loss"]
     assert summary["below_unigram"] == pytest.approx(1 - summary["bits_per_byte"] / summary["unigram_bits_per_byte"])
     provenance = json.loads((alone / "provenance.json").read_text())
