@@ -18,7 +18,7 @@ import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -264,21 +264,18 @@ def _step(path: Path) -> int:
 
 
 def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return _digest(iter(lambda: file.read(1 << 20), b""))
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _seal(content: dict[str, Any]) -> str:
     """The SHA-256 of a manifest without this hash itself; of its files alone if it is too old to name a format."""
     rest = {key: value for key, value in content.items() if key != "sha256"}
-    return _digest([json.dumps(rest if "format" in rest else rest["files"], sort_keys=True).encode()])
-
-
-def _digest(blocks: Iterable[bytes]) -> str:
-    digest = hashlib.sha256()
-    for block in blocks:
-        digest.update(block)
-    return digest.hexdigest()
+    text = json.dumps(rest if "format" in rest else rest["files"], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _write_synced(path: Path, text: str) -> None:

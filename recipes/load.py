@@ -10,7 +10,6 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,8 @@ from recipes.config import (
     leaves,
 )
 from recipes.typed_yaml import key_and_text, override, read, refuse_text, typed
+
+SCHEMA = OmegaConf.structured(Recipe)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -90,9 +91,9 @@ def _recipe(layers: Sequence[tuple[str, dict[str, Any]]]) -> Recipe:
     for source, layer in layers:
         refuse_text(layer, source)
     try:
-        merged = OmegaConf.merge(_schema(), *(layer for _, layer in layers))
+        merged = OmegaConf.merge(SCHEMA, *(layer for _, layer in layers))
     except (OmegaConfBaseException, TypeError):  # the latter for a mapping where a list belongs
-        merged = _schema()
+        merged = SCHEMA
         for source, layer in layers:
             for key, value in leaves(layer):
                 merged = _with_key(merged, key, value, source)
@@ -103,11 +104,6 @@ def _recipe(layers: Sequence[tuple[str, dict[str, Any]]]) -> Recipe:
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise RecipeError(f"{source}: {str(error).splitlines()[0]}") from error
-
-
-@cache
-def _schema() -> Any:
-    return OmegaConf.structured(Recipe)
 
 
 def _with_key(merged: Any, key: str, value: Any, source: str) -> Any:
@@ -129,7 +125,7 @@ def _nearest(key: str) -> str:
         parts = (name.rpartition(".")[2], key.rpartition(".")[2]), (name, key)
         return sum(difflib.SequenceMatcher(None, a, b).ratio() for a, b in parts)
 
-    return max((name for name, _ in leaves(OmegaConf.to_container(_schema()))), key=likeness)
+    return max((name for name, _ in leaves(OmegaConf.to_container(SCHEMA))), key=likeness)
 
 
 def _changes(values: dict[str, str]) -> list[str]:

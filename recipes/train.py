@@ -34,7 +34,6 @@ from recipes.record import TrainingStopped
 from recipes.strategy import Strategy, strategy, with_link
 from recipes.validate import mesh_shape, processes, validate
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 TRACED = 3  # the step that `train.trace` shows, counted from the start of the program: the first ones warm it up
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # the last two: a terminal, Slurm
 PATIENCE = 30.0  # seconds that other ranks leave to the first one to say what is wrong with the recipe
@@ -76,7 +75,7 @@ def dry_run(recipe: Recipe) -> str:
     Raises RecipeError if the recipe cannot be run on WORLD_SIZE (1) processes.
     """
     validate(recipe, processes())
-    facts, length, dtype = model_facts(recipe.model), recipe.data.length, DTYPES[recipe.train.dtype]
+    facts, length, dtype = model_facts(recipe.model), recipe.data.length, getattr(torch, recipe.train.dtype)
     cost = (
         f"cost       {facts.flops_per_token(length) / 1e6:,.2f} million FLOPs per token forward; "
         f"{facts.state_bytes(1, length, dtype):,} bytes of decoding cache after {length} tokens"
@@ -162,7 +161,7 @@ class Run:
         self.sequence_parallel = sequence_parallel
         self.model = HybridLM(recipe.model, config.recomputed_blocks(recipe.model, recipe.train))
         self.model.init_weights(recipe.train.seed)
-        self.model.to(device=device, dtype=DTYPES[recipe.train.dtype])
+        self.model.to(device=device, dtype=getattr(torch, recipe.train.dtype))
         torch.manual_seed(recipe.train.seed * 1_000_003 + self.rank)  # each rank draws its own numbers, if any
         self.optimizer = optim.Optimizer(self.model, recipe.optim)
         self.progress = {"step": torch.tensor(0), "seconds": torch.tensor(0.0, dtype=torch.float64)}

@@ -95,16 +95,15 @@ def validate(recipe: Recipe, world: int) -> None:
 
 
 def _validate_numbers(recipe: Recipe) -> None:
-    train, optim = recipe.train, recipe.optim
+    train, optim, heads = recipe.train, recipe.optim, recipe.parallel.kv_heads_per_gather
     positive = {
         "train.steps": train.steps, "train.batch": train.batch, "train.accumulation": train.accumulation,
         "train.validate_every": train.validate_every, "train.validation_sequences": train.validation_sequences,
         "train.threads": 1 if train.threads is None else train.threads, "checkpoint.every": recipe.checkpoint.every,
         "checkpoint.keep": recipe.checkpoint.keep, "optim.lr": optim.lr, "parallel.timeout": recipe.parallel.timeout,
         "optim.clip": 1.0 if optim.clip is None else optim.clip,
+        "parallel.kv_heads_per_gather": 1 if heads is None else heads,
     }  # fmt: skip
-    if (heads := recipe.parallel.kv_heads_per_gather) is not None:
-        positive["parallel.kv_heads_per_gather"] = heads
     if (link := recipe.parallel.link) is not None:
         positive["parallel.link.bandwidth"] = link.bandwidth
         _require(
