@@ -16,7 +16,7 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 train: $(READY) ## train RECIPE (recipes/quickstart.yaml) on NPROC (2) processes, with ARGS="model.ratio=1/8 train.steps=20"
-	@WORLD_SIZE=$(NPROC) $(BIN)/python -m recipes.check $(RECIPE) $(ARGS) > /dev/null
+	@WORLD_SIZE=$(NPROC) $(BIN)/python -m recipes.train $(RECIPE) --dry-run $(ARGS) > /dev/null
 	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node $(NPROC) \
 		-m recipes.train $(RECIPE) $(ARGS)
 

@@ -1,1 +1,1 @@
-"""The programs: train, sweep, generate and bench, and the recipe files that they read."""
+"""The programs, which are train, sweep and generate, and the recipe files that they read."""

@@ -1,8 +1,9 @@
 """Checkpoints that are whole or not there, written by torch.distributed.checkpoint.
 
-A save goes: shards into a temporary folder, a manifest with the SHA-256 of every file, rename to ``step-00000100``,
-the pointer ``latest``, removal of the oldest. A process may die between any two of these; what a reader takes is the
-newest folder whose manifest holds. (torch.distributed.checkpoint alone loads a flipped bit without a word.)
+A save goes: shards into a temporary folder, a manifest with the format and the SHA-256 of every file, rename to
+``step-00000100``, the pointer ``latest``, removal of the oldest. A process may die between any two of these; what a
+reader takes is the newest folder whose manifest holds. (torch.distributed.checkpoint alone loads a flipped bit without
+a word.)
 
 Reading a checkpoint runs no code of whoever made it, manifest included: it holds tensors alone, which torch reads with
 ``weights_only``, and its ``.metadata``, a pickle, may name no more than the types that describe tensors.
@@ -17,7 +18,7 @@ import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -29,7 +30,7 @@ from torch.distributed.checkpoint import metadata as described
 from torch.distributed.checkpoint.api import CheckpointException
 
 from hybrid_sp.comm import collectives
-from recipes.config import RecipeError
+from recipes.config import FORMAT, RecipeError, check_format
 
 MANIFEST = "manifest.json"
 METADATA = ".metadata"
@@ -206,8 +207,8 @@ def _complete(temporary: Path, final: Path, keep: int) -> None:
 
 def _write_manifest(folder: Path) -> None:
     files = {path.name: {"bytes": path.stat().st_size, "sha256": _hash(path)} for path in sorted(folder.iterdir())}
-    content = {"files": files, "sha256": _hash_of(files)}
-    _write_synced(folder / MANIFEST, json.dumps(content, indent=1))
+    content = {"format": FORMAT, "files": files}
+    _write_synced(folder / MANIFEST, json.dumps({**content, "sha256": _seal(content)}, indent=1))
     _sync(folder)
 
 
@@ -235,17 +236,20 @@ def _find(folder: Path) -> Found:
 
 
 def _fault(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+    """Says what is wrong with a checkpoint, or None; raises RecipeError if it is sound and of another format."""
     try:
         content = json.loads((path / MANIFEST).read_text())
-        files = content["files"]
-        if content["sha256"] != _hash_of(files):
+        if content["sha256"] != _seal(content):
             return f"{MANIFEST} was changed"
+        check_format(content.get("format", FORMAT), path / MANIFEST)
+        files = content["files"]
         if missing := files.keys() - {file.name for file in path.iterdir()}:
             return f"missing files: {', '.join(sorted(missing))}"
         for name, facts in files.items():
             if _hash(path / name) != facts["sha256"]:
                 return f"{name} does not have the SHA-256 of its manifest"
+    except RecipeError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read: {error!r}"
     return None
@@ -260,19 +264,18 @@ def _step(path: Path) -> int:
 
 
 def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return _digest(iter(lambda: file.read(1 << 20), b""))
-
-
-def _hash_of(files: dict[str, Any]) -> str:
-    return _digest([json.dumps(files, sort_keys=True).encode()])
-
-
-def _digest(blocks: Iterable[bytes]) -> str:
     digest = hashlib.sha256()
-    for block in blocks:
-        digest.update(block)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
+
+
+def _seal(content: dict[str, Any]) -> str:
+    """The SHA-256 of a manifest without this hash itself; of its files alone if it is too old to name a format."""
+    rest = {key: value for key, value in content.items() if key != "sha256"}
+    text = json.dumps(rest if "format" in rest else rest["files"], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _write_synced(path: Path, text: str) -> None:

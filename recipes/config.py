@@ -1,33 +1,30 @@
-"""Recipes: what a run is, read from YAML and the command line into frozen dataclasses that hold the only defaults.
-
-Later wins: dataclass < base YAML (a file names its own with ``base:``) < recipe < ``key=value``.
-"""
+"""What a run is: frozen dataclasses that hold the only defaults, and what their keys stand for."""
 
 from __future__ import annotations
 
-import difflib
-import hashlib
-import os
-import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import cache
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from omegaconf import OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
-
 import hybrid_sp as hsp
-from hybrid_sp.backends import BACKENDS
-from hybrid_sp.baselines.head_parallel import FORMS
 from hybrid_sp.comm.collectives import Group, Link
-from hybrid_sp.shard import CHECKS, KINDS
-from layers.spec import ModelConfig, block_specs, expand_pattern, model_facts, pattern_letters
-from recipes.settings import RecipeError, key_and_text, override, read, refuse_text, typed
+from layers.spec import ModelConfig, expand_pattern, pattern_letters
 
+FORMAT = 1  # of recipe.yaml and of checkpoints; a change that older code would misread raises it
 NAME_BYTES = 240  # what a file name may have (255), less what is appended when a folder is moved aside
-SEEDS = 10**13  # the largest one: torch takes 64 bits, and each rank makes its own of it
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run as it stands; the message names the key and what to change."""
+
+
+def check_format(found: Any, path: Path) -> None:
+    """Raises RecipeError if the ``format`` of a file is not `FORMAT`. Callers pass `FORMAT` where a file names none."""
+    if str(found) != str(FORMAT):
+        raise RecipeError(
+            f"{path} is of format {str(found)!r}, and this version reads format {FORMAT}; "
+            "read it with the version of the code that wrote it"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,40 +122,6 @@ STRATEGY_KEYS = (
 )  # fmt: skip
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads a recipe file, its bases and ``key=value`` overrides into a Recipe.
-
-    A name that nobody gives is the file's own, followed by what the command line changed in the sections model, data,
-    train and optim and in the strategies of parallel, so that different runs do not share a folder. Raises RecipeError,
-    naming the key and the nearest valid one, for an unknown key, a wrong type or a file that cannot be read.
-    """
-    path = Path(path)
-    changes = [(f"argument {argument!r}", override(argument, Recipe)) for argument in overrides]
-    recipe = _recipe([(str(path), {"name": path.stem}), *_layers(path), *changes])
-    values = dict(map(key_and_text, overrides))
-    if "name" in values:
-        return recipe
-    return replace(recipe, name=file_name("-".join([recipe.name, *_changes(values)])))
-
-
-def file_name(name: str) -> str:
-    """``name``, or of one that is too long for a file as much as fits and a hash of it all."""
-    whole = name.encode(errors="replace")
-    if len(whole) <= NAME_BYTES:
-        return name
-    return f"{whole[: NAME_BYTES - 9].decode(errors='ignore')}-{hashlib.sha256(whole).hexdigest()[:8]}"
-
-
-def load_resolved(path: str | Path) -> Recipe:
-    """Reads the ``recipe.yaml`` of a run folder back; raises RecipeError as `load` does."""
-    return _recipe([(str(path), typed(read(Path(path)), Recipe))])
-
-
-def dump(recipe: Recipe) -> str:
-    """The resolved recipe as YAML; `load_resolved` reads it back."""
-    return OmegaConf.to_yaml(OmegaConf.create(asdict(recipe)))
-
-
 def run_folder(recipe: Recipe) -> Path:
     """The folder of a run: ``out/name``."""
     return Path(recipe.out) / recipe.name
@@ -166,7 +129,7 @@ def run_folder(recipe: Recipe) -> Path:
 
 def flat(recipe: Recipe) -> dict[str, Any]:
     """Every leaf of a recipe by its dotted key."""
-    return dict(_leaves(asdict(recipe)))
+    return dict(leaves(asdict(recipe)))
 
 
 def difference(old: Recipe, new: Recipe) -> list[str]:
@@ -176,35 +139,13 @@ def difference(old: Recipe, new: Recipe) -> list[str]:
     return [f"{key} ({before.get(key)} -> {after.get(key)})" for key in keys if before.get(key) != after.get(key)]
 
 
-def processes(variable: str = "WORLD_SIZE") -> int:
-    """The number of processes that torchrun says it started, in all or on this machine; 1 without torchrun."""
-    text = os.environ.get(variable, "1")
-    _require(
-        re.fullmatch(r"[1-9]\d{0,8}", text) is not None,
-        f"the environment has {variable}={text!r}, which",
-        "must be a number of processes; torchrun sets it, else unset it",
-    )
-    return int(text)
-
-
-def mesh_shape(recipe: Recipe, world: int) -> tuple[int, int]:
-    """The sizes (dp, sp) of the mesh over ``world`` processes; raises RecipeError if they do not fit."""
-    dp, sp = recipe.parallel.dp, recipe.parallel.sp
-    _require(dp >= 1 and (sp is None or sp >= 1), f"parallel.dp={dp}, parallel.sp={sp}", "each must be at least 1")
-    if sp is None:
-        _require(
-            world % dp == 0,
-            f"parallel.dp={dp}",
-            f"does not divide the {world} processes; set parallel.dp to a divisor or start another number of processes",
-        )
-        sp = world // dp
-    _require(
-        dp * sp == world,
-        f"parallel.dp={dp}, parallel.sp={sp}",
-        f"make {dp * sp} processes, but {world} were started; "
-        f"use torchrun --nproc-per-node {dp * sp} (make: NPROC={dp * sp}), or set parallel.sp=null",
-    )
-    return dp, sp
+def leaves(sections: Any) -> list[tuple[str, Any]]:
+    """Keys with their section, such as train.steps, and their values; options of mixers stay one value."""
+    leaves: list[tuple[str, Any]] = []
+    for section, values in sections.items():
+        inside = isinstance(values, dict) and values
+        leaves += [(f"{section}.{key}", value) for key, value in values.items()] if inside else [(section, values)]
+    return leaves
 
 
 def layout(recipe: Recipe) -> str:
@@ -237,240 +178,3 @@ def recomputed_blocks(model: ModelConfig, train: TrainConfig) -> tuple[int, ...]
         letters = pattern_letters(expand_pattern(model))
         return tuple(i for i in range(depth) if (letters[i] == chosen if isinstance(chosen, str) else i in chosen))
     return {"none": (), "full": tuple(range(depth)), "selective": tuple(range(1, depth, 2))}[train.recompute]
-
-
-def validate(recipe: Recipe, world: int) -> None:
-    """Raises RecipeError for values that cannot work together; needs no process group.
-
-    ``world`` is the number of processes. The message names the key, the value and what to change.
-    """
-    _require(
-        re.fullmatch(r"[\w.=-]+(/[\w.=-]+)*", recipe.name) is not None and ".." not in recipe.name,
-        f"name={recipe.name!r}",
-        "must be a relative path of letters, digits and . _ - =, for it becomes the run's folder under `out`",
-    )
-    for key, path in (("name", recipe.name), ("out", recipe.out)):
-        _require(
-            all(len(part.encode()) <= NAME_BYTES for part in path.split("/")),
-            f"{key}={path[:20]}...",
-            f"has a part of {max(len(part.encode()) for part in path.split('/'))} bytes; a folder's name may have "
-            f"{NAME_BYTES}",
-        )
-    _require(
-        0 < len(recipe.wandb.project) <= 128 and not set(recipe.wandb.project) & set("/\\#?%:"),
-        f"wandb.project={recipe.wandb.project!r}",
-        "must have 1 to 128 letters, none of / \\ # ? % : among them, for wandb takes no other",
-    )
-    _validate_numbers(recipe)
-    _validate_choices(recipe)
-    _validate_model(recipe)
-    dp, sp = mesh_shape(recipe, world)
-    _validate_strategies(recipe, sp)
-    train, length = recipe.train, recipe.data.length
-    spans = sp * (2 if layout(recipe) == "zigzag" else 1)
-    _require(
-        length >= max(spans, 2),
-        f"data.length={length}",
-        f"is shorter than the {spans} spans of {sp} ranks ({layout(recipe)}); raise it, or lower parallel.sp",
-    )
-    parts = dp * train.accumulation
-    _require(
-        train.batch % parts == 0,
-        f"train.batch={train.batch}",
-        f"is not a multiple of parallel.dp * train.accumulation = {dp} * {train.accumulation} = {parts}; "
-        f"the nearest are {train.batch // parts * parts or parts} and {(train.batch // parts + 1) * parts}",
-    )
-    _require(
-        train.validation_sequences % dp == 0,
-        f"train.validation_sequences={train.validation_sequences}",
-        f"is not a multiple of parallel.dp={dp}",
-    )
-
-
-def _validate_numbers(recipe: Recipe) -> None:
-    train, optim = recipe.train, recipe.optim
-    positive = {
-        "train.steps": train.steps, "train.batch": train.batch, "train.accumulation": train.accumulation,
-        "train.validate_every": train.validate_every, "train.validation_sequences": train.validation_sequences,
-        "train.threads": 1 if train.threads is None else train.threads, "checkpoint.every": recipe.checkpoint.every,
-        "checkpoint.keep": recipe.checkpoint.keep, "optim.lr": optim.lr, "parallel.timeout": recipe.parallel.timeout,
-        "optim.clip": 1.0 if optim.clip is None else optim.clip,
-    }  # fmt: skip
-    if (heads := recipe.parallel.kv_heads_per_gather) is not None:
-        positive["parallel.kv_heads_per_gather"] = heads
-    if (link := recipe.parallel.link) is not None:
-        positive["parallel.link.bandwidth"] = link.bandwidth
-        _require(
-            0 <= link.latency < float("inf"), f"parallel.link.latency={link.latency}", "must be seconds, at least 0"
-        )
-    for key, value in positive.items():
-        _require(0 < value < float("inf"), f"{key}={value}", "must be a finite number above 0")
-    _require(0 <= train.seed <= SEEDS, f"train.seed={train.seed}", f"must lie between 0 and {SEEDS:,}")
-    rest = {"optim.weight_decay": optim.weight_decay, "optim.warmup": optim.warmup, "train.sample": train.sample}
-    for key, value in rest.items():
-        _require(0 <= value < float("inf"), f"{key}={value}", "must be a finite number, at least 0")
-    _require(
-        0 <= optim.min_lr <= optim.lr, f"optim.min_lr={optim.min_lr}", f"must lie between 0 and optim.lr={optim.lr}"
-    )
-    _require(all(0 <= beta < 1 for beta in optim.betas), f"optim.betas={optim.betas}", "must lie in [0, 1)")
-
-
-def _validate_choices(recipe: Recipe) -> None:
-    """Keys that take values of more than one type."""
-    overlap, blocks, depth = recipe.parallel.overlap, recipe.train.recompute_blocks, recipe.model.depth
-    _require(
-        recipe.parallel.check in CHECKS,
-        f"parallel.check={recipe.parallel.check}",
-        "must be sequence (compare what ranks were given, once per sequence), calls (also before each collective) or "
-        "false",
-    )
-    _require(
-        isinstance(overlap, bool) or (isinstance(overlap, list | tuple) and set(overlap) <= set(KINDS)),
-        f"parallel.overlap={overlap}",
-        f"must be true, false or a list of kinds of layer such as [linear, softmax]; kinds: {', '.join(KINDS)}",
-    )
-    _require(
-        blocks is None or recipe.train.recompute == "selective",
-        f"train.recompute_blocks={blocks}",
-        f"needs train.recompute=selective, not {recipe.train.recompute}",
-    )
-    numbers = isinstance(blocks, Sequence) and all(type(i) is int and 0 <= i < depth for i in blocks)
-    _require(
-        blocks is None or blocks in ("L", "N") or (numbers and not isinstance(blocks, str)),
-        f"train.recompute_blocks={blocks}",
-        f"must be L, N or a list of block numbers from 0 to {depth - 1}, or null for every second block",
-    )
-
-
-def _validate_strategies(recipe: Recipe, sp: int) -> None:
-    """What a strategy asks of the blocks: that their (key) heads can be cut, or that their decays are of one kind."""
-    chosen = {"linear": recipe.parallel.linear, "softmax": recipe.parallel.softmax}
-    for name, (spec, place) in zip(expand_pattern(recipe.model), block_specs(recipe.model), strict=True):
-        facts = spec.cost(place)
-        heads = {  # the fewest, those of keys: they divide those of values and queries
-            "linear": [one.groups or one.heads for one in facts.summaries],
-            "softmax": [one.kv_heads for one in facts.attention],
-        }
-        for kind, strategy in chosen.items():
-            for count in heads[kind] if strategy in FORMS else ():
-                _require(
-                    count % sp == 0,
-                    f"parallel.{kind}={strategy}",
-                    f"cuts the {count} (key) heads of {name} into {sp} parts; set parallel.sp to a divisor of {count}, "
-                    f"change the heads of the model, or set parallel.{kind}=all_gather",
-                )
-        for summary in facts.summaries if chosen["linear"] == "ring_attention" else ():
-            _require(
-                summary.transition in ("none", "fixed", "scalar"),
-                "parallel.linear=ring_attention",
-                f"takes no {name}: it multiplies q and k, and so takes one decay per head at most, and no delta rule; "
-                "set parallel.linear=all_gather or another mixer",
-            )
-
-
-def _validate_model(recipe: Recipe) -> None:
-    model = recipe.model
-    _require(model.vocab == 256, f"model.vocab={model.vocab}", "must be 256: the data are bytes")
-    try:
-        model_facts(model)
-    except ValueError as error:
-        raise RecipeError(f"model: {error}") from error
-    operators = _operators(model)
-    _require(
-        model.backend in ("auto", *(name for operator in operators for name in BACKENDS[operator])),
-        f"model.backend={model.backend}",
-        f"is none of a block of this model, whose operators are {', '.join(operators)}; set model.backend=auto",
-    )
-    try:
-        sequence_parallel(recipe, None)
-    except (ValueError, NotImplementedError) as error:
-        raise RecipeError(f"parallel: {error}") from error
-
-
-def _operators(model: ModelConfig) -> list[str]:
-    """The engine's operators with a choice of backends that the model's blocks call."""
-    facts = [spec.cost(place) for spec, place in block_specs(model)]
-    summaries = [one.transition for fact in facts for one in fact.summaries]
-    linear = ["delta_rule" if transition == "matrix" else "linear_attention" for transition in summaries]
-    return sorted({*linear, *("softmax_attention" for fact in facts if fact.attention)})
-
-
-def _require(true: bool, what: str, why: str) -> None:
-    if not true:
-        raise RecipeError(f"{what} {why}")
-
-
-def _layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
-    """The file's own values and those of its bases, outermost base first."""
-    if path.resolve() in above:
-        raise RecipeError(f"{path}: base: names a file that leads back to itself; remove one `base:`")
-    values = typed(read(path), Recipe)
-    base = values.pop("base", None)
-    below = _layers(path.parent / str(base), (*above, path.resolve())) if base else []
-    return [*below, (str(path), values)]
-
-
-def _recipe(layers: Sequence[tuple[str, dict[str, Any]]]) -> Recipe:
-    """The recipe of layers, each with its source, the later over the earlier.
-
-    They are merged at once, which is fast, or else key by key, so that every error can say which key it is about.
-    """
-    for source, layer in layers:
-        refuse_text(layer, source)
-    try:
-        merged = OmegaConf.merge(_schema(), *(layer for _, layer in layers))
-    except (OmegaConfBaseException, TypeError):  # the latter for a mapping where a list belongs
-        merged = _schema()
-        for source, layer in layers:
-            for key, value in _leaves(layer):
-                merged = _with_key(merged, key, value, source)
-    source = layers[0][0]
-    try:
-        if missing := OmegaConf.missing_keys(merged):
-            raise RecipeError(f"{source}: {', '.join(sorted(missing))} is missing")
-        return OmegaConf.to_object(merged)  # type: ignore[return-value]
-    except OmegaConfBaseException as error:
-        raise RecipeError(f"{source}: {str(error).splitlines()[0]}") from error
-
-
-@cache
-def _schema() -> Any:
-    return OmegaConf.structured(Recipe)
-
-
-def _with_key(merged: Any, key: str, value: Any, source: str) -> Any:
-    section, _, leaf = key.partition(".")
-    try:
-        return OmegaConf.merge(merged, {section: {leaf: value} if leaf else value})
-    except ConfigKeyError as error:
-        if _nearest(key) == key:  # the fault is in the value, which has keys of its own
-            raise RecipeError(f"{source}: {key}={value!r}: {str(error).splitlines()[0]}") from error
-        raise RecipeError(f"{source}: unknown key {key!r}; the nearest is {_nearest(key)!r}") from error
-    except (OmegaConfBaseException, TypeError) as error:
-        raise RecipeError(f"{source}: {key}={value!r}: {str(error).splitlines()[0]}") from error
-
-
-def _leaves(sections: Any) -> list[tuple[str, Any]]:
-    """Keys with their section, such as train.steps, and their values; options of mixers stay one value."""
-    leaves: list[tuple[str, Any]] = []
-    for section, values in sections.items():
-        inside = isinstance(values, dict) and values
-        leaves += [(f"{section}.{key}", value) for key, value in values.items()] if inside else [(section, values)]
-    return leaves
-
-
-def _nearest(key: str) -> str:
-    """The valid key whose last part, and then whole, is most like ``key``."""
-
-    def likeness(name: str) -> float:
-        parts = (name.rpartition(".")[2], key.rpartition(".")[2]), (name, key)
-        return sum(difflib.SequenceMatcher(None, a, b).ratio() for a, b in parts)
-
-    return max((name for name, _ in _leaves(OmegaConf.to_container(_schema()))), key=likeness)
-
-
-def _changes(values: dict[str, str]) -> list[str]:
-    """What overrides change in a run, for its name: model.ratio=1/8 is ratio-1-8."""
-    said = (*STRATEGY_KEYS, *TEXT_KEYS)
-    named = {key: value for key, value in values.items() if key.startswith(said) or not key.startswith(FREE_KEYS)}
-    return [re.sub(r"[^\w.]+", "-", f"{key.rpartition('.')[2]}-{value}").strip("-") for key, value in named.items()]

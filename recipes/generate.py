@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from layers.model import HybridLM
-from recipes import checkpoint, config
+from recipes import checkpoint
 from recipes.config import RecipeError
+from recipes.load import load_resolved
 
 PROMPT = "def "
 
@@ -71,7 +72,7 @@ def main(arguments: Sequence[str]) -> int:
 def load_model(folder: Path) -> HybridLM:
     """The model of a run folder as it was trained: the weights of its newest sound checkpoint, in the run's dtype, on
     the CPU."""
-    recipe = config.load_resolved(folder / "recipe.yaml")
+    recipe = load_resolved(folder / "recipe.yaml")
     dtype = getattr(torch, recipe.train.dtype)
     masters = torch.promote_types(dtype, torch.float32)  # a checkpoint holds these, of which training rounds weights
     model = HybridLM(replace(recipe.model, backend="auto")).to(masters)

@@ -11,16 +11,12 @@ from __future__ import annotations
 import errno
 import json
 import os
-import platform
 import resource
-import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,9 +25,10 @@ import torch
 from hybrid_sp.comm.ledger import Ledger
 from hybrid_sp.comm.trace import Event, write_trace
 from hybrid_sp.shard import KINDS
-from recipes import config, lock
+from recipes import config, lock, provenance
 from recipes.config import Recipe, RecipeError
 from recipes.data import nats_to_bits
+from recipes.load import dump, load_resolved
 from recipes.tracker import Tracker
 
 PACKAGES = ("einops", "omegaconf", "wandb", "matplotlib", "numpy", "triton", "fla-core", "flash-attn")
@@ -54,7 +51,7 @@ class TrainingStopped(RuntimeError):
     """Training cannot go on: said by the first process, and raised on every rank."""
 
 
-def refuse_other_run(folder: Path, recipe: Recipe, fingerprint: str) -> None:
+def check_same_run(folder: Path, recipe: Recipe, fingerprint: str) -> None:
     """Raises RecipeError if ``folder`` holds a run of another recipe or corpus, or files that cannot be read; needs no
     process group."""
     if recipe.checkpoint.resume == "never" or not (folder / "provenance.json").exists():
@@ -78,12 +75,12 @@ def finished(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
         return None
     if not (latest := folder / "checkpoints" / "latest").exists():
         raise RecipeError(f"{folder} is finished, but {latest} is missing, and its weights with it; {ANEW}")
-    if first_process():
+    if is_main_process():
         say(f"{folder} is finished already; name=ANOTHER_NAME starts a new run\n{_closing(folder, summary)}")
     return summary
 
 
-def first_process() -> bool:
+def is_main_process() -> bool:
     """Whether this process speaks and writes for all: it alone, or torchrun's rank 0."""
     return os.environ.get("RANK", "0") == "0"
 
@@ -100,7 +97,7 @@ def read_recipe(folder: Path) -> Recipe:
     try:
         if path.stat().st_size == 0:
             raise ValueError("it is empty")
-        return config.load_resolved(path)
+        return load_resolved(path)
     except (OSError, ValueError) as error:
         raise _unreadable(path, error, ANEW) from error
 
@@ -125,7 +122,7 @@ class Record:
     """
 
     def __init__(self, folder: Path, recipe: Recipe) -> None:
-        self.folder, self.recipe, self.active = folder, recipe, first_process()
+        self.folder, self.recipe, self.active = folder, recipe, is_main_process()
         self._metrics = folder / "metrics.jsonl"
         self._unwritten: list[str] = []  # lines of metrics for which there was no room
         self._tracker: Tracker | None = None
@@ -142,30 +139,25 @@ class Record:
         folder, recipe = self.folder, self.recipe
         take = lock.set_aside if recipe.checkpoint.resume == "never" else lock.hold
         self._lock = take(folder)  # until this process ends
-        refuse_other_run(folder, recipe, facts["corpus"]["fingerprint"])  # again: another may have been here
+        check_same_run(folder, recipe, facts["corpus"]["fingerprint"])  # again: another may have been here
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "summary.json").unlink(missing_ok=True)
         path = folder / "provenance.json"
         before = _read_json(path, ("started",), ANEW) if path.exists() else {}
-        commit, diff = _git("rev-parse", "HEAD"), _git("diff", "HEAD")
-        provenance = {
-            "command": _command(),
-            "commit": commit.strip() if commit else None,
-            "untracked": (_git("ls-files", "--others", "--exclude-standard") or "").splitlines(),
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,  # which says the build too
-                **{name: _version(name) for name in PACKAGES},
-            },
-            "machine": {"system": platform.platform(), "cpus": os.cpu_count()},
+        origin = {
+            "command": provenance.command(),
+            "commit": provenance.commit(),
+            "untracked": provenance.untracked(),
+            "versions": provenance.versions(PACKAGES),
+            "machine": provenance.machine(),
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "earlier_starts": [*before.get("earlier_starts", []), *([before["started"]] if before else [])],
             "wandb_id": before.get("wandb_id") or os.urandom(4).hex(),
             **facts,
         }
-        _replace(folder / "diff.patch", diff or "")
-        _replace(folder / "recipe.yaml", config.dump(recipe))
-        _replace(path, json.dumps(provenance, indent=1) + "\n")
+        _replace(folder / "diff.patch", provenance.diff())
+        _replace(folder / "recipe.yaml", dump(recipe))
+        _replace(path, json.dumps(origin, indent=1) + "\n")
 
     def begin(self, step: int) -> None:
         """Goes on after ``step``: metrics of later steps, which a run wrote before it died, are cut off."""
@@ -173,8 +165,8 @@ class Record:
         with _writing(self.folder):
             _replace(self._metrics, "".join(json.dumps(line) + "\n" for line in lines))
         if self.recipe.wandb.mode != "disabled":
-            provenance = _read_json(self.folder / "provenance.json", ("wandb_id",), ANEW)
-            self._tracker = Tracker(self.folder, self.recipe, provenance["wandb_id"])
+            origin = _read_json(self.folder / "provenance.json", ("wandb_id",), ANEW)
+            self._tracker = Tracker(self.folder, self.recipe, origin["wandb_id"])
         self._line_due = self._began = time.monotonic()
         self._first = step
 
@@ -403,32 +395,6 @@ def _memory_mb() -> float:
         return torch.cuda.max_memory_allocated() / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, KiB elsewhere
-
-
-def _command() -> str:
-    """What was typed to start this, up to the order of torchrun's own options."""
-    words = sys.orig_argv[1:]
-    module = words[words.index("-m") :] if "-m" in words else words
-    processes = os.environ.get("LOCAL_WORLD_SIZE")
-    return shlex.join((["torchrun", "--nproc-per-node", processes] if processes else ["python"]) + module)
-
-
-def _git(*arguments: str) -> str | None:
-    """What git says about the checkout of this file, or None without git or a checkout."""
-    try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=30, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _read_json(path: Path, keys: Sequence[str], advice: str) -> dict[str, Any]:

@@ -16,8 +16,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import IO, Any
@@ -27,7 +27,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from layers.spec import block_specs, expand_pattern
 from recipes import config, lock, record
-from recipes.settings import Written, key_and_text, override, read, refuse_text, typed
+from recipes.load import file_name, load_recipe
+from recipes.typed_yaml import Written, key_and_text, override, read, refuse_text, typed
+from recipes.validate import validate
 
 PLAN = "sweep.json"
 LOG = "train.log"
@@ -124,8 +126,7 @@ def _check(sweep: Sweep, path: Path) -> None:
         raise ValueError(
             f"sweep file {path}: axes must hold at least one key with at least one value, got {sweep.axes}"
         )
-    both = sorted(set(sweep.axes) & set(sweep.set))
-    if both:
+    if both := sorted(set(sweep.axes) & set(sweep.set)):
         raise ValueError(
             f"sweep file {path}: {', '.join(both)} is an axis and also set for every run; keep one of them"
         )
@@ -144,15 +145,13 @@ def plan(sweep: Sweep, path: str | Path) -> list[Cell]:
     base = base_recipe(sweep, path)
     product = [dict(zip(sweep.axes, values, strict=True)) for values in itertools.product(*sweep.axes.values())]
     places = product + [place | {SEED: str(seed)} for seed in sweep.seeds.values for place in [_seeded(sweep, product)]]
-    groups: dict[str, list[dict[str, str]]] = {}
-    recipes: dict[str, config.Recipe] = {}
+    groups: dict[str, tuple[config.Recipe, list[dict[str, str]]]] = {}
     for place in places:
         recipe = _resolve(base, sweep, place)
-        groups.setdefault(_experiment(recipe), []).append(place)
-        recipes.setdefault(_experiment(recipe), recipe)
-    names = [_name(_shared(members)) for members in groups.values()]
+        groups.setdefault(_experiment(recipe), (recipe, []))[1].append(place)
+    names = [_name(_shared(members)) for _, members in groups.values()]
     if len(set(names)) < len(names):
-        names = [_name(members[0]) for members in groups.values()]
+        names = [_name(members[0]) for _, members in groups.values()]
     if len(set(names)) < len(names):
         raise ValueError(
             f"two cells would share a folder name: {sorted(names)}; give axis values that differ in letters or digits"
@@ -164,7 +163,7 @@ def plan(sweep: Sweep, path: str | Path) -> list[Cell]:
             covers=tuple(members),
             recipe=replace(recipe, name=f"{sweep.name}/{name}"),
         )
-        for name, members, recipe in zip(names, groups.values(), recipes.values(), strict=True)
+        for name, (recipe, members) in zip(names, groups.values(), strict=True)
     ]
 
 
@@ -195,7 +194,7 @@ def _name(place: Mapping[str, str]) -> str:
         "".join(c if c.isalnum() else "-" for c in f"{key}-{value}")
         for key, value in zip(keys, place.values(), strict=True)
     ]
-    return config.file_name("_".join(parts)) or "all"
+    return file_name("_".join(parts)) or "all"
 
 
 def _overrides(sweep: Sweep, place: Mapping[str, str], name: str) -> tuple[str, ...]:
@@ -206,8 +205,8 @@ def _overrides(sweep: Sweep, place: Mapping[str, str], name: str) -> tuple[str, 
 def _resolve(base: Path, sweep: Sweep, place: Mapping[str, str]) -> config.Recipe:
     name = _name(place)
     try:
-        recipe = config.load(base, list(_overrides(sweep, place, name)))
-        config.validate(recipe, sweep.nproc)
+        recipe = load_recipe(base, list(_overrides(sweep, place, name)))
+        validate(recipe, sweep.nproc)
     except ValueError as error:
         raise ValueError(f"cell {name} of sweep {sweep.name}: {error}") from None
     return recipe
@@ -239,11 +238,8 @@ def is_finished(cell: Cell) -> bool:
     recipe_file, summary = cell.folder / "recipe.yaml", cell.folder / "summary.json"
     if not recipe_file.is_file():
         return False
-    changed = []
-    if recipe_file.read_text() != config.dump(cell.recipe):
-        old, new = _recipe_values(record.read_recipe(cell.folder)), _recipe_values(cell.recipe)
-        changed = [f"{key} was {old.get(key)}, now {new.get(key)}" for key in new if old.get(key) != new.get(key)]
-    if changed:
+    old, new = _recipe_values(record.read_recipe(cell.folder)), _recipe_values(cell.recipe)
+    if changed := [f"{key} was {old.get(key)}, now {new.get(key)}" for key in new if old.get(key) != new.get(key)]:
         raise ValueError(
             f"{cell.folder} holds a run of another recipe ({'; '.join(changed)}); "
             "delete that folder to run it again, or give the sweep a new name with name=..."
@@ -298,13 +294,11 @@ def run(
     return [outcomes[cell.name] for cell in cells]
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[IO[str]]:
+def locked(folder: Path) -> IO[str]:
     """Hold the folder's lock. Runs inherit it, so a run that outlives a killed sweep keeps the next sweep out."""
     busy = f"another sweep works in {folder}, or a run that it left behind"
     advice = "wait for it to end, or give this sweep a new name with name=..."
-    with lock.take(folder / "sweep.lock", busy, advice) as held:
-        yield held
+    return lock.take(folder / "sweep.lock", busy, advice)
 
 
 def _write_plan(folder: Path, sweep: Sweep, path: str | Path, cells: Sequence[Cell], shown: str) -> None:
@@ -335,13 +329,10 @@ def start(argv: list[str], cell: Cell, held: IO[str]) -> subprocess.Popen[bytes]
 
 
 def _ended(cell: Cell, code: int, seconds: float) -> Outcome:
-    if code != 0:
-        return Outcome(cell=cell, state="failed", seconds=seconds, note=f"exit code {code}")
-    if not is_finished(cell):
-        return Outcome(
-            cell=cell, state="failed", seconds=seconds, note="exit code 0, but summary.json does not say finished"
-        )
-    return Outcome(cell=cell, state="finished", seconds=seconds, note=_result(cell))
+    if code == 0 and is_finished(cell):
+        return Outcome(cell=cell, state="finished", seconds=seconds, note=_result(cell))
+    but = ", but summary.json does not say finished" * (code == 0)
+    return Outcome(cell=cell, state="failed", seconds=seconds, note=f"exit code {code}{but}")
 
 
 def _result(cell: Cell) -> str:
@@ -400,10 +391,6 @@ def _tail(log: Path) -> list[str]:
     return said[-TAIL:]
 
 
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code: 0 all finished, 1 some failed, 2 not started, 130 interrupted."""
     parser = argparse.ArgumentParser(prog="python -m recipes.sweep", description="Train every cell of a sweep file.")
@@ -412,7 +399,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print the plan and run nothing")
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = parser.parse_intermixed_args(words)
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # KeyboardInterrupt, as for Ctrl-C
     started = time.monotonic()
     try:
         sweep = load(arguments.file, arguments.overrides)

@@ -1,4 +1,4 @@
-"""Training: ``python -m recipes.train RECIPE [key=value ...]``, plain or under torchrun.
+"""Training: ``python -m recipes.train RECIPE [key=value ...]``, plain or under torchrun; ``--dry-run`` only looks.
 
 One loop for every recipe. Rank (d, s) of the mesh dp x sp takes the sequences of replica d, and of each the tokens of
 shard s. It sums its token losses; gradients and token counts are summed over all ranks and accumulation before the one
@@ -7,6 +7,7 @@ division (hybrid_sp.sum_gradients).
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import math
 import signal
@@ -24,14 +25,15 @@ from hybrid_sp.comm import collectives
 from hybrid_sp.comm.trace import rank_events
 from hybrid_sp.mesh import DeviceMesh, whole_group
 from layers.model import HybridLM
-from layers.spec import expand_pattern, pattern_letters
+from layers.spec import expand_pattern, model_facts, pattern_letters
 from recipes import checkpoint, config, data, generate, optim, record, tracker
 from recipes.allocator import keep_freed_memory
 from recipes.config import Recipe, RecipeError
+from recipes.load import dump, load_recipe
 from recipes.record import TrainingStopped
 from recipes.strategy import Strategy, strategy, with_link
+from recipes.validate import mesh_shape, processes, validate
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 TRACED = 3  # the step that `train.trace` shows, counted from the start of the program: the first ones warm it up
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # the last two: a terminal, Slurm
 PATIENCE = 30.0  # seconds that other ranks leave to the first one to say what is wrong with the recipe
@@ -39,15 +41,26 @@ PATIENCE = 30.0  # seconds that other ranks leave to the first one to say what i
 
 def main(arguments: Sequence[str]) -> int:
     """The command; returns its exit code: 0 finished or stopped by a signal, 1 failed, 2 not a recipe to be run."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        usage = "usage: python -m recipes.train RECIPE.yaml [key=value ...]   (or torchrun ... -m recipes.train ...)"
-        record.say(usage, sys.stdout if arguments else sys.stderr)
-        return 0 if arguments else 2
+    parser = argparse.ArgumentParser(
+        prog="python -m recipes.train",
+        usage=argparse.SUPPRESS,  # so that an error is one line
+        description="Trains RECIPE: python -m recipes.train RECIPE [key=value ...], alone or behind torchrun.",
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="a recipe file, such as recipes/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as train.steps=20")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved recipe, in one process; train nothing"
+    )
+    chosen = parser.parse_intermixed_args(arguments)
     try:
-        train(config.load(arguments[0], arguments[1:]))
+        recipe = load_recipe(chosen.recipe, chosen.overrides)
+        if chosen.dry_run:
+            record.say(dry_run(recipe))
+            return 0
+        train(recipe)
         collectives.leave(None)  # every rank has come to the end of `train`
     except RecipeError as error:
-        if not record.first_process():
+        if not record.is_main_process():
             time.sleep(PATIENCE)  # torchrun ends this process as soon as the first rank has given its exit code
         record.say(f"error: {error}", sys.stderr)
         return 2
@@ -56,27 +69,55 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
+def dry_run(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, with what it comes to in comments; needs no process group.
+
+    Raises RecipeError if the recipe cannot be run on WORLD_SIZE (1) processes.
+    """
+    validate(recipe, processes())
+    facts, length, dtype = model_facts(recipe.model), recipe.data.length, getattr(torch, recipe.train.dtype)
+    cost = (
+        f"cost       {facts.flops_per_token(length) / 1e6:,.2f} million FLOPs per token forward; "
+        f"{facts.state_bytes(1, length, dtype):,} bytes of decoding cache after {length} tokens"
+    )
+    lines = [*describe(recipe, data.read_corpus(recipe.data)), cost]
+    return dump(recipe) + "\n".join(f"# {line}" for line in lines)
+
+
+def describe(recipe: Recipe, corpus: data.Corpus) -> tuple[str, str, str]:
+    """Three lines about a run: its model, its data and its training."""
+    train, names = recipe.train, expand_pattern(recipe.model)
+    return (
+        f"model      {pattern_letters(names)} ({', '.join(names)}), "
+        f"{model_facts(recipe.model).parameters:,} parameters, {train.dtype}",
+        f"data       {len(corpus.train):,} bytes to train on and {len(corpus.validation):,} held out, of "
+        f"{corpus.files} files ({corpus.rule}); byte-unigram entropy {corpus.unigram_bits:.3f} bits/byte",
+        f"training   {train.steps} steps of {train.batch} x {recipe.data.length} = "
+        f"{train.batch * recipe.data.length:,} tokens{', files packed as documents' * recipe.data.pack}",
+    )
+
+
 def train(recipe: Recipe) -> dict[str, Any]:
     """Trains a recipe on this process, or on all that torchrun started, and returns what ``summary.json`` holds.
 
     Raises RecipeError before any process group exists if the recipe cannot be run, and TrainingStopped on every rank if
     the loss or the gradient is not finite, if the ranks' parameters differ or if the run cannot be saved.
     """
-    world = config.processes()
-    config.validate(recipe, world)
+    world = processes()
+    validate(recipe, world)
     device = _device(recipe)
-    if record.first_process():
+    if record.is_main_process():
         tracker.check(recipe)
     corpus = data.read_corpus(recipe.data)
     folder = config.run_folder(recipe)
-    record.refuse_other_run(folder, recipe, corpus.fingerprint)
+    record.check_same_run(folder, recipe, corpus.fingerprint)
     if (summary := record.finished(folder, recipe)) is not None:
         return summary
     if device == "cpu" and recipe.train.keep_memory:
         keep_freed_memory()
     if recipe.train.threads is not None:
         torch.set_num_threads(recipe.train.threads)
-    dp, ranks = config.mesh_shape(recipe, world)
+    dp, ranks = mesh_shape(recipe, world)
     mesh = hsp.init_mesh(dp=dp, sp=ranks, device=device, timeout=timedelta(seconds=recipe.parallel.timeout))
     group = whole_group(mesh)
     if len(set(collectives.gather_objects(corpus.fingerprint, group))) > 1:
@@ -88,7 +129,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     exchange = strategy(recipe, sp)
     checkpoint.on_first_rank(lambda: records.prepare({**facts, "exchange": exchange.facts(), "corpus": about}), group)
     run = Run(recipe, corpus, records, mesh, group, sp, device)
-    run.say_what_runs(exchange)
+    run.log_header(exchange)
     try:
         stopped = run.loop()
     except Exception as error:
@@ -120,7 +161,7 @@ class Run:
         self.sequence_parallel = sequence_parallel
         self.model = HybridLM(recipe.model, config.recomputed_blocks(recipe.model, recipe.train))
         self.model.init_weights(recipe.train.seed)
-        self.model.to(device=device, dtype=DTYPES[recipe.train.dtype])
+        self.model.to(device=device, dtype=getattr(torch, recipe.train.dtype))
         torch.manual_seed(recipe.train.seed * 1_000_003 + self.rank)  # each rank draws its own numbers, if any
         self.optimizer = optim.Optimizer(self.model, recipe.optim)
         self.progress = {"step": torch.tensor(0), "seconds": torch.tensor(0.0, dtype=torch.float64)}
@@ -139,36 +180,30 @@ class Run:
         """Optimiser steps done."""
         return int(self.progress["step"])
 
-    def say_what_runs(self, exchange: Strategy) -> None:
-        recipe, train, corpus = self.recipe, self.recipe.train, self.corpus
+    def log_header(self, exchange: Strategy) -> None:
+        """Says what runs, where, and after which step."""
         world, sp = collectives.size(self.group), self.sequence_parallel
+        model, corpus, training = describe(self.recipe, self.corpus)
         self.record.say(
-            f"run        {config.run_folder(recipe)}\n"
-            f"model      {pattern_letters(expand_pattern(recipe.model))} ({', '.join(expand_pattern(recipe.model))}), "
-            f"{self.parameters:,} parameters, {train.dtype}\n"
+            f"run        {config.run_folder(self.recipe)}\n"
+            f"{model}\n"
             f"mesh       {world} process{'es' * (world > 1)} on {self.device}: dp {self.replicas} x sp {sp.size}, "
             f"{sp.layout} layout, {torch.get_num_threads()} CPU threads each\n"
             f"exchange   {exchange}\n"
-            f"data       {len(corpus.train):,} bytes to train on and {len(corpus.validation):,} held out, of "
-            f"{corpus.files} files ({corpus.rule}); byte-unigram entropy {corpus.unigram_bits:.3f} bits/byte\n"
-            f"training   {train.steps} steps of {train.batch} x {recipe.data.length} = "
-            f"{train.batch * recipe.data.length:,} tokens{', files packed as documents' * recipe.data.pack}"
+            f"{corpus}\n"
+            f"{training}"
         )
         for complaint in self.found.complaints:
             self.record.say(f"WARNING    {complaint}")
         if self.step:
             self.record.say(f"resuming   after step {self.step}, from {self.found.path}")
 
-    @property
-    def parameters(self) -> int:
-        return sum(p.numel() for p in self.model.parameters())
-
     def facts(self) -> dict[str, Any]:
         """What the summary says besides what can be read in the metrics."""
         return {
             "steps": self.step,
             "seconds": round(float(self.progress["seconds"]), 2),
-            "parameters": self.parameters,
+            "parameters": model_facts(self.recipe.model).parameters,
             "pattern": pattern_letters(expand_pattern(self.recipe.model)),
         }
 
@@ -315,11 +350,11 @@ def _digest(parameter: torch.Tensor) -> str:
 
 def _device(recipe: Recipe) -> str:
     """The device that ``train.device`` stands for on this machine."""
-    chosen, processes = recipe.train.device, config.processes("LOCAL_WORLD_SIZE")
-    enough = torch.cuda.is_available() and torch.cuda.device_count() >= processes
+    chosen, here = recipe.train.device, processes("LOCAL_WORLD_SIZE")
+    enough = torch.cuda.is_available() and torch.cuda.device_count() >= here
     if chosen == "cuda" and not enough:
         raise RecipeError(
-            f"train.device=cuda needs one GPU for each of the {processes} processes of this machine, but torch sees "
+            f"train.device=cuda needs one GPU for each of the {here} processes of this machine, but torch sees "
             f"{torch.cuda.device_count()}; set train.device=cpu or start fewer processes"
         )
     return "cuda" if enough and chosen != "cpu" else "cpu"

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +16,10 @@ import torch
 from torch import Tensor
 
 from analysis.bench.device import device_facts
+from recipes import provenance as origin
 
 THREADS = 2
+PACKAGES = ("triton", "fla-core", "flash-attn", "transformers")  # of the kernels and of their peers
 ROOT = Path(__file__).parents[2]
 
 
@@ -188,33 +187,13 @@ def provenance(commit: str | None = None) -> dict[str, Any]:
     """Command, commit (as told, where the tree is a copy without git), versions, machine and time."""
     return {
         "command": " ".join(["python -m analysis.bench", *sys.argv[1:]]),
-        "commit": commit or _git("rev-parse", "HEAD") or None,
-        "uncommitted_changes": bool(_git("status", "--porcelain")),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, **_installed()},
-        "machine": {"system": platform.platform(), "cpus": os.cpu_count(), "load_before": os.getloadavg()[0]},
+        "commit": commit or origin.commit(),
+        "uncommitted_changes": origin.is_modified(),
+        "versions": {name: found for name, found in origin.versions(PACKAGES).items() if found is not None},
+        "machine": {**origin.machine(), "load_before": os.getloadavg()[0]},
         "device": device_facts(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-
-
-def _git(*arguments: str) -> str:
-    """What git says of this tree; nothing where there is no git, or where this is no checkout."""
-    try:
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
-    except OSError:
-        return ""
-    return done.stdout.strip()
-
-
-def _installed() -> dict[str, str]:
-    """Versions of the kernels' packages and of the peers that are installed."""
-    versions = {}
-    for package in ("triton", "fla-core", "flash-attn", "transformers"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions
 
 
 def write(result: Result, facts: dict[str, Any], folder: Path) -> str:

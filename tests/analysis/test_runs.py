@@ -70,6 +70,14 @@ def test_a_step_that_was_repeated_after_a_resume_counts_once(tmp_path: Path) -> 
     assert run.train[4].loss == 9.0
 
 
+def test_the_format_of_a_recipe_is_no_key_of_it(tmp_path: Path) -> None:
+    """Runs that name theirs lie beside runs that are too old to name one."""
+    folder = write_run(tmp_path / "one")
+    older = read_run(folder)
+    (folder / "recipe.yaml").write_text("format: 1\n" + (folder / "recipe.yaml").read_text())
+    assert read_run(folder).recipe == older.recipe
+
+
 def remove(name: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).unlink()
 
@@ -102,6 +110,7 @@ FAULTS: list[tuple[Callable[[Path], None], str]] = [
     (write("metrics.jsonl", "[1]\n"), "half-written: line 1 of metrics.jsonl"),
     (write("metrics.jsonl", '{"step": "x"}\n'), "half-written: line 1 of metrics.jsonl"),
     (write("recipe.yaml", "a: [1\nb: {"), "half-written: recipe.yaml cannot be read"),
+    (write("recipe.yaml", "format: 2\nname: a"), "recipe.yaml is of format '2', and this version reads format 1; read"),
     (cut_recipe, "half-written: recipe.yaml lacks optim, parallel, checkpoint, wandb"),
     (lambda folder: edit(folder / "summary.json", pattern=""), "recipe.yaml or summary.json cannot be used"),
     (lambda folder: edit(folder / "summary.json", steps="many"), "recipe.yaml or summary.json cannot be used"),

@@ -11,7 +11,7 @@ STRATEGY = "tests/recipes/test_strategy.py"
 RECORD = "tests/recipes/test_record.py"
 SWEEP = "tests/recipes/test_sweep.py"
 TRACKER = "tests/recipes/test_tracker.py"
-CONFIG = "tests/recipes/test_config.py"
+LOAD = "tests/recipes/test_load.py"
 SPLIT = "tests/recipes/test_split.py"
 
 PROGRAM_MUTANTS = [
@@ -119,7 +119,7 @@ PROGRAM_MUTANTS = [
     Mutant(
         name="the folder not looked at again under the lock",
         file="recipes/record.py",
-        old='        refuse_other_run(folder, recipe, facts["corpus"]["fingerprint"])',
+        old='        check_same_run(folder, recipe, facts["corpus"]["fingerprint"])',
         new="        pass",
         test=f"{RECORD}::test_what_came_into_the_folder_before_the_lock_was_taken_is_seen",
     ),
@@ -225,38 +225,52 @@ PROGRAM_MUTANTS = [
     ),
     Mutant(
         name="text read as YAML before its type is known",
-        file="recipes/settings.py",
+        file="recipes/typed_yaml.py",
         old="        return node.value\n    meaning",
         new="        pass\n    meaning",
-        test=f"{CONFIG}::test_text_is_what_was_typed[12e4567]",
+        test=f"{LOAD}::test_text_is_what_was_typed[12e4567]",
     ),
     Mutant(
         name="a leading zero makes an octal number",
-        file="recipes/settings.py",
+        file="recipes/typed_yaml.py",
         old='("int", r"[-+]?(0|[1-9][0-9]{0,99})"',
         new='("int", r"[-+]?[0-9]{1,99}"',
-        test=f"{CONFIG}::test_a_key_of_any_type_gets_what_yaml_means[010-010]",
+        test=f"{LOAD}::test_a_key_of_any_type_gets_what_yaml_means[010-010]",
     ),
     Mutant(
         name="options of mixers without their mixer's types",
         file="layers/spec.py",
         old='metadata={"kind": lambda name: MIXERS.get(name, Any)}',
         new="metadata={}",
-        test=f"{CONFIG}::test_options_of_mixers_have_the_types_of_their_mixer",
+        test=f"{LOAD}::test_options_of_mixers_have_the_types_of_their_mixer",
     ),
     Mutant(
         name="secrets of the environment in the run folder",
-        file="recipes/settings.py",
+        file="recipes/typed_yaml.py",
         old='if "${" in values:',
         new='if "${" in values[:0]:',
-        test=f"{CONFIG}::test_secrets_of_the_environment_stay_there",
+        test=f"{LOAD}::test_secrets_of_the_environment_stay_there",
+    ),
+    Mutant(
+        name="a file of another format is read",
+        file="recipes/config.py",
+        old="    if str(found) != str(FORMAT):",
+        new="    if not found:",
+        test=f"{LOAD}::test_another_format_is_refused_in_one_line[2]",
+    ),
+    Mutant(
+        name="a newer checkpoint is called corrupt",
+        file="recipes/checkpoint.py",
+        old="    except RecipeError:\n        raise\n",
+        new="",
+        test="tests/recipes/test_checkpoint.py::test_another_format_is_refused_and_stays_where_it_is",
     ),
     Mutant(
         name="long names cut to the same beginning",
-        file="recipes/config.py",
+        file="recipes/load.py",
         old="-{hashlib.sha256(whole).hexdigest()[:8]}",
         new="",
-        test=f"{CONFIG}::test_names_fit_into_a_file_system",
+        test=f"{LOAD}::test_names_fit_into_a_file_system",
     ),
     Mutant(
         name="a deadline that begins before the ranks",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import re
@@ -18,6 +19,7 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from recipes import checkpoint, config
+from recipes.load import load_resolved
 from recipes.record import read_metrics
 from tests.recipes.conftest import Train
 from tests.recipes.program import run_program
@@ -199,11 +201,43 @@ def test_no_checkpoint_to_generate_from(tmp_path: Path) -> None:
 def test_weights_of_a_run_load_in_one_process(uninterrupted: Path) -> None:
     from layers.model import HybridLM
 
-    model = HybridLM(config.load_resolved(uninterrupted / "recipe.yaml").model)
+    model = HybridLM(load_resolved(uninterrupted / "recipe.yaml").model)
     weights = {name: p.detach() for name, p in model.named_parameters()}
     assert checkpoint.load_weights(uninterrupted / "checkpoints", weights).name == "step-00000008"
     saved = saved_tensors(uninterrupted)
     assert all(torch.equal(p, saved[f"model.{name}"]) for name, p in model.named_parameters())
+
+
+# Formats
+
+
+def test_another_format_is_refused_and_stays_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, weights = one_matrix(tmp_path)
+    (path / "manifest.json").unlink()
+    with monkeypatch.context() as newer:
+        newer.setattr(checkpoint, "FORMAT", 2)
+        checkpoint._write_manifest(path)
+    for read in (lambda: checkpoint.load_weights(tmp_path, weights), lambda: checkpoint.find(tmp_path, None)):
+        with pytest.raises(config.RecipeError, match=r"^.*manifest\.json is of format '2', and .* reads format 1; .*$"):
+            read()
+    assert path.exists() and not weights["weight"].any()
+
+
+def test_a_manifest_of_the_first_runs_names_no_format(tmp_path: Path) -> None:
+    """It seals its files alone, as it was written then."""
+    path, weights = one_matrix(tmp_path)
+    files = json.loads((path / "manifest.json").read_text())["files"]
+    digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    (path / "manifest.json").write_text(json.dumps({"files": files, "sha256": digest}, indent=1))
+    assert checkpoint.load_weights(tmp_path, weights) == path and weights["weight"].all()
+
+
+def test_a_flipped_format_is_a_fault_like_any_other(tmp_path: Path) -> None:
+    path, _ = one_matrix(tmp_path)
+    text = (path / "manifest.json").read_text()
+    assert '"format": 1,' in text
+    (path / "manifest.json").write_text(text.replace('"format": 1,', '"format": 3,'))
+    assert checkpoint._fault(path) == "manifest.json was changed"
 
 
 # What a stranger may hand over: the manifest is of the stranger's making too.

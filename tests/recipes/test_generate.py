@@ -9,8 +9,9 @@ import torch
 
 from layers.model import HybridLM
 from layers.spec import ModelConfig
-from recipes import checkpoint, config
+from recipes import checkpoint
 from recipes.generate import generate, load_model, main
+from recipes.load import load_resolved
 from recipes.optim import Optimizer
 from tests.recipes.program import run_program
 
@@ -97,7 +98,7 @@ def test_the_command_writes_what_the_trained_model_wrote(run: Path, capsys: pyte
 
 def test_generating_runs_the_model_that_was_trained(run: Path) -> None:
     """Every weight in its dtype and to the bit, and so every logit: bf16 of the masters, gates in fp32."""
-    recipe = config.load_resolved(run / "recipe.yaml")
+    recipe = load_resolved(run / "recipe.yaml")
     trained = HybridLM(recipe.model).to(torch.bfloat16)
     optimizer = Optimizer(trained, recipe.optim)
     checkpoint.load_weights(run / "checkpoints", optimizer.state()["model"])

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from recipes import config, lock, record
+from recipes import config, lock, provenance, record
 from recipes.record import Record, TrainingStopped, read_metrics
 from tests.recipes.conftest import Train
 
@@ -28,7 +28,7 @@ LINE = {"step": 1, "loss": 1.0, "tokens": 8}
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No questions to git, and no pictures."""
-    monkeypatch.setattr(record, "_git", lambda *_: None)
+    monkeypatch.setattr(provenance, "git", lambda *_: None)
     monkeypatch.setattr(record, "draw_loss", lambda *_: None)
 
 
@@ -74,7 +74,7 @@ def test_the_lock_comes_first_and_outlives_the_rename_of_its_folder(tmp_path: Pa
 def test_what_came_into_the_folder_before_the_lock_was_taken_is_seen(tmp_path: Path) -> None:
     """Between the first look, which needs no lock, and the lock, another run may come and go."""
     seed_5 = replace(RECIPE, train=config.TrainConfig(seed=5))
-    record.refuse_other_run(tmp_path / "run", seed_5, FACTS["corpus"]["fingerprint"])
+    record.check_same_run(tmp_path / "run", seed_5, FACTS["corpus"]["fingerprint"])
     prepared(tmp_path / "run")
     with pytest.raises(config.RecipeError, match=r"another recipe: train\.seed \(0 -> 5\)"):
         prepared(tmp_path / "run", seed_5)
@@ -106,7 +106,7 @@ def test_a_broken_file_is_named_in_one_line(tmp_path: Path, name: str) -> None:
         with pytest.raises(config.RecipeError) as caught:
             if name == "summary.json":
                 record.finished(tmp_path, RECIPE)
-            record.refuse_other_run(tmp_path, RECIPE, FACTS["corpus"]["fingerprint"])
+            record.check_same_run(tmp_path, RECIPE, FACTS["corpus"]["fingerprint"])
         advice = "delete it, and the same command goes on" if name == "summary.json" else "add name=ANOTHER_NAME"
         said = str(caught.value)
         assert said.startswith(f"{tmp_path / name} cannot be read: ") and advice in said and "\n" not in said, said

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes.settings import RecipeError
+from recipes.config import RecipeError
 from recipes.split import Piece, Split, split_files
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from recipes import config, lock, sweep
+from recipes.load import dump, load_recipe
 from recipes.sweep import Cell, Sweep
 
 ROOT = Path(__file__).parents[2]
@@ -78,7 +79,7 @@ def train(place: Path, *overrides: str, **do: str) -> list[sweep.Outcome]:
     todo = {
         cell.recipe.name: {
             "folder": str(cell.folder),
-            "recipe": config.dump(cell.recipe),
+            "recipe": dump(cell.recipe),
             "do": do.get(cell.name.replace("-", "_"), do.get("every", "finish")),
         }
         for cell in cells
@@ -258,7 +259,7 @@ def test_one_rank_is_plain_and_more_are_torchrun(place: Path) -> None:
     argv = sweep.command(loaded, place / "trial.yaml", cells[0])
     assert argv[2] == "torch.distributed.run"
     assert argv[argv.index("--nproc-per-node=2") :][:4] == ["--nproc-per-node=2", "-m", "recipes.train", "base.yaml"]
-    assert config.load("base.yaml", argv[argv.index("base.yaml") + 1 :]) == cells[0].recipe
+    assert load_recipe("base.yaml", argv[argv.index("base.yaml") + 1 :]) == cells[0].recipe
 
 
 # The runs

@@ -20,6 +20,7 @@ from PIL import Image
 
 from layers.model import HybridLM
 from recipes import config, data, generate, lock, record
+from recipes.load import load_resolved
 from recipes.record import read_metrics
 from recipes.train import _stop_signals
 from tests.recipes.conftest import Train, write_texts
@@ -79,7 +80,7 @@ def test_every_mesh_and_accumulation_gives_the_same_run(
 
 def test_the_loss_is_the_mean_over_all_predicted_bytes(alone: Path) -> None:
     """The first loss by hand: untrained weights, the first step's windows, all bytes predicted but a window's first."""
-    recipe = config.load_resolved(alone / "recipe.yaml")
+    recipe = load_resolved(alone / "recipe.yaml")
     model = HybridLM(recipe.model)
     model.init_weights(recipe.train.seed)
     tokens = data.training_windows(data.read_corpus(recipe.data), 32, recipe.train.seed, 1, range(4)).tokens
@@ -93,7 +94,7 @@ def test_packed_files_are_read_as_if_alone(train: Train, tmp_path: Path, ranks: 
     """The first loss of a packed run by hand: every document by itself, its first byte not predicted."""
     packed = ("data.pack=true", "data.length=1000", "train.batch=2", "train.steps=1", "train.sample=0", "train.seed=1")
     assert train(*EXACT, *packed, ranks=ranks).ok
-    recipe = config.load_resolved(tmp_path / "run" / "recipe.yaml")
+    recipe = load_resolved(tmp_path / "run" / "recipe.yaml")
     model = HybridLM(recipe.model)
     model.init_weights(recipe.train.seed)
     windows = data.training_windows(data.read_corpus(recipe.data), 1000, recipe.train.seed, 1, range(2))
@@ -108,7 +109,7 @@ def test_packed_files_are_read_as_if_alone(train: Train, tmp_path: Path, ranks: 
 
 
 def test_validation_by_hand(alone: Path) -> None:
-    recipe = config.load_resolved(alone / "recipe.yaml")
+    recipe = load_resolved(alone / "recipe.yaml")
     tokens = data.validation_windows(data.read_corpus(recipe.data), 32, 4, range(4)).tokens
     with torch.no_grad():
         logits = generate.load_model(alone)(tokens)[:, :-1]
@@ -117,7 +118,7 @@ def test_validation_by_hand(alone: Path) -> None:
 
 
 def test_the_run_folder(alone: Path) -> None:
-    recipe = config.load_resolved(alone / "recipe.yaml")
+    recipe = load_resolved(alone / "recipe.yaml")
     lines, summary = read_metrics(alone / "metrics.jsonl"), summary_of(alone)
     train, validation = ([line for line in lines if line["kind"] == kind] for kind in ("train", "validation"))
     assert [line["tokens"] for line in train] == [128 * step for step in range(1, 9)]
@@ -129,6 +130,7 @@ def test_the_run_folder(alone: Path) -> None:
     assert validation[0]["bits_per_byte"] == pytest.approx(validation[0]["loss"] / math.log(2))
     assert summary["status"] == "finished" and summary["steps"] == 8 and summary["tokens"] == 8 * 128
     assert summary["train_loss"] == pytest.approx(sum(line["loss"] for line in train) / 8)
+    assert summary["parameters"] == sum(p.numel() for p in generate.load_model(alone).parameters())
     assert summary["pattern"] == "LN" and summary["validation_loss"] == validation[-1]["loss"]
     assert summary["below_unigram"] == pytest.approx(1 - summary["bits_per_byte"] / summary["unigram_bits_per_byte"])
     provenance = json.loads((alone / "provenance.json").read_text())
@@ -225,6 +227,20 @@ def test_a_folder_with_another_run_is_refused_or_moved_aside(train: Train, tmp_p
     anew = train("train.steps=3", "model.depth=4", "checkpoint.resume=never")
     assert anew.ok, anew
     assert summary_of(tmp_path / "run")["pattern"] == "LNLN" and summary_of(tmp_path / "run.old-1")["pattern"] == "LN"
+
+
+def test_a_run_of_another_format_is_neither_resumed_nor_read(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train("train.steps=1", "train.sample=0").ok
+    path = tmp_path / "run" / "recipe.yaml"
+    assert path.read_text().startswith("format: 1\n")
+    path.write_text(path.read_text().replace("format: 1\n", "format: 2\n"))
+    again = train("train.steps=1", "train.sample=0")
+    assert again.codes == [2] and generate.main([str(tmp_path / "run")]) == 2
+    for said in (again.texts[0], capsys.readouterr().err):
+        assert f"{path} is of format '2', and this version reads format 1;" in said
+        assert said.startswith("error: ") and said.count("\n") == 1
 
 
 def test_a_training_that_lives_is_neither_moved_nor_cleaned(train: Train, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Settings as they are written: YAML files and ``key=value`` arguments, read by the types of a schema of dataclasses.
+"""YAML files and ``key=value`` arguments as they are written, read by the types of a schema of dataclasses.
 
 A key whose type is a string takes the text as it stands, so that 0010, 3:1 and 1e5 stay what they are. Numbers are
 decimal. A value within quotes, also in an argument, is the text between them.
@@ -18,11 +18,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from recipes.config import RecipeError
+
 NULL = "tag:yaml.org,2002:null"
-
-
-class RecipeError(ValueError):
-    """A recipe that cannot be run as it stands; the message names the key and what to change."""
 
 
 class Written:
