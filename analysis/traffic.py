@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from analysis import cost
 from analysis.runs import Run
 from analysis.tables import Point, Table
-from hybrid_sp.comm.collectives import Link
+from hybrid_sp.comm.link import Link
 from hybrid_sp.exchange import auto
 from hybrid_sp.shard import BASELINES
 from layers.cost import Attention, Cost, Summary

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .comm import collectives
-from .comm.collectives import Group
+from .comm.groups import Group
 
 
 def sum_gradients(parameters: Iterable[Tensor], group: Group, tokens: int) -> int:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from .comm import collectives
+from .comm import groups
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets for every process
 
@@ -29,7 +29,7 @@ def init_mesh(dp: int = 1, sp: int = 1, device: str = "cpu", timeout: timedelta 
         raise ValueError(f"dp x sp must be the number of processes: got dp={dp}, sp={sp} for {world} processes")
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        options: dict[str, Any] = {"timeout": timeout, "pg_options": collectives.group_options(backend, timeout)}
+        options: dict[str, Any] = {"timeout": timeout, "pg_options": groups.group_options(backend, timeout)}
         if os.environ.get("RANK"):
             dist.init_process_group(backend, **options)
         else:
@@ -37,11 +37,11 @@ def init_mesh(dp: int = 1, sp: int = 1, device: str = "cpu", timeout: timedelta 
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     ranks = torch.arange(world).view(dp, sp)
-    groups = []
+    made = []
     for members in (ranks.tolist(), ranks.T.tolist()):
-        own = collectives.group_options(str(dist.get_backend_config()), timeout)
-        groups.append(dist.new_subgroups_by_enumeration(members, timeout=timeout, pg_options=own)[0])
-    rows, columns = groups
+        own = groups.group_options(str(dist.get_backend_config()), timeout)
+        made.append(dist.new_subgroups_by_enumeration(members, timeout=timeout, pg_options=own)[0])
+    rows, columns = made
     return DeviceMesh.from_group([columns, rows], device, mesh=ranks, mesh_dim_names=("dp", "sp"))
 
 

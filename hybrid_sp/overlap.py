@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .comm import ledger as timeline
-from .comm.collectives import Header, Pending
+from .comm import ledger
+from .comm.pending import Header, Pending
 from .shard import Shard
 
 
@@ -64,7 +64,7 @@ class Call:
 
     def phase(self, name: str, direction: str, x: Tensor) -> AbstractContextManager[None]:
         """Note what is computed inside, on the device of x, on the timeline; waits in it are left out."""
-        return timeline.computing(name, self.tag, direction, self.number, x.device)
+        return ledger.computing(name, self.tag, direction, self.number, x.device)
 
     def launch_forward(self, launch: Callable[[], Pending]) -> None:
         """Launch; not in the recomputation of a checkpoint that has recorded the result."""

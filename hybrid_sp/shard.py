@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .comm import collectives
+from .comm import collectives, groups
 from .comm.agreement import Agreement
-from .comm.collectives import Header, Link
+from .comm.link import Link
+from .comm.pending import Header
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -107,11 +108,11 @@ class SequenceParallel:
 
     @property
     def rank(self) -> int:
-        return collectives.rank(self.group)
+        return groups.rank(self.group)
 
     @property
     def size(self) -> int:
-        return collectives.size(self.group)
+        return groups.size(self.group)
 
     def shard(self, length: int, cu_seqlens: Sequence[int] | None = None) -> Shard:
         """This rank's part of a sequence of `length` tokens. Made once per batch.

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint import metadata as described
 from torch.distributed.checkpoint.api import CheckpointException
 
-from hybrid_sp.comm import collectives
+from hybrid_sp.comm import collectives, groups
 from recipes.config import FORMAT, RecipeError, check_format
 
 MANIFEST = "manifest.json"
@@ -178,7 +178,7 @@ def on_first_rank(action: Callable[[], Result], group: collectives.Group) -> Res
     """Runs ``action`` on the group's first rank and returns its result, or raises its exception, on every rank."""
     result: Any = None
     failure: Exception | None = None
-    if collectives.rank(group) == 0:
+    if groups.rank(group) == 0:
         try:
             result = action()
         except Exception as error:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import hybrid_sp as hsp
-from hybrid_sp.comm.collectives import Group, Link
+from hybrid_sp.comm.groups import Group
+from hybrid_sp.comm.link import Link
 from layers.spec import ModelConfig, expand_pattern, pattern_letters
 
 FORMAT = 1  # of recipe.yaml and of checkpoints; a change that older code would misread raises it

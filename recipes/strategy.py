@@ -7,7 +7,8 @@ from typing import Any
 
 import hybrid_sp as hsp
 from hybrid_sp.comm import collectives
-from hybrid_sp.comm.collectives import Group, Link
+from hybrid_sp.comm.groups import Group
+from hybrid_sp.comm.link import Link
 from hybrid_sp.exchange import choose
 from hybrid_sp.exchange.auto import Choice, measured
 from layers.spec import block_specs, expand_pattern

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import hybrid_sp as hsp
-from hybrid_sp.comm import collectives
+from hybrid_sp.comm import collectives, groups
 from hybrid_sp.comm.trace import rank_events
 from hybrid_sp.mesh import DeviceMesh, whole_group
 from layers.model import HybridLM
@@ -156,7 +156,7 @@ class Run:
     ) -> None:
         """Starts anew, or after the newest sound checkpoint of the run folder."""
         self.recipe, self.corpus, self.record, self.group, self.device = recipe, corpus, records, group, device
-        self.rank = collectives.rank(group)
+        self.rank = groups.rank(group)
         self.replica, self.replicas = mesh.get_local_rank("dp"), mesh["dp"].size()
         self.sequence_parallel = sequence_parallel
         self.model = HybridLM(recipe.model, config.recomputed_blocks(recipe.model, recipe.train))
@@ -182,7 +182,7 @@ class Run:
 
     def log_header(self, exchange: Strategy) -> None:
         """Says what runs, where, and after which step."""
-        world, sp = collectives.size(self.group), self.sequence_parallel
+        world, sp = groups.size(self.group), self.sequence_parallel
         model, corpus, training = describe(self.recipe, self.corpus)
         self.record.say(
             f"run        {config.run_folder(self.recipe)}\n"

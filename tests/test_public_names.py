@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import hybrid_sp
-from hybrid_sp.comm.collectives import Link
+from hybrid_sp.comm.link import Link
 from layers.registry import MIXERS
 from recipes.config import Recipe
 

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from ..checks import require
 from ..comm import collectives
-from ..comm.collectives import Header, Pending
+from ..comm.pending import Header, Pending
 from ..overlap import Call
 from ..shard import SequenceParallel, Shard
 

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from ..checks import compute_dtype, require
 from ..comm import collectives
-from ..comm.collectives import Header
+from ..comm.pending import Header
 from ..kernels.softmax.tiles import Part
 from ..overlap import Call
 from ..shard import Shard, spans_of

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..checks import compute_dtype
-from ..comm import collectives
-from ..comm.collectives import Header, Pending
+from ..comm import messages
+from ..comm.pending import Header, Pending
 from ..exchange.visible import own_parts, parts_by_rank
 from ..kernels.softmax.tiled import attend_parts, attend_parts_backward
 from ..kernels.softmax.tiles import Part
@@ -35,7 +35,7 @@ class Ring:
     def __init__(self, call: Call, header: Header, block: Block) -> None:
         self.call, self.numbers = call, itertools.count()
         self.rank, self.size, self.group = call.sp.rank, call.sp.size, call.sp.group
-        self.header = collectives.agree(header, "ring", block[0], self.group)
+        self.header = messages.open_exchange(header, "ring", block[0], self.group)
 
     def around(self, block: Block, visit: Callable[[int, Block], None]) -> None:
         """`visit` this rank's block, that of the rank before it, and so on, each while the next is in flight."""
@@ -67,7 +67,7 @@ class Ring:
 
     def _shift(self, block: Block) -> Pending:
         """One hop: this block to the next rank, its block from the one before."""
-        hops = [collectives.start_shift(x, next(self.numbers), self.group, self.header) for x in block]
+        hops = [messages.start_shift(x, next(self.numbers), self.group, self.header) for x in block]
         pending = Pending(lambda: tuple(hop.wait() for hop in hops))
         if self.call.sp.overlaps(self.call.tag):
             return pending

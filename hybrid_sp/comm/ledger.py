@@ -182,7 +182,7 @@ def ledger() -> Iterator[Ledger]:
 
 
 @contextmanager
-def unexposed() -> Iterator[None]:
+def background_thread() -> Iterator[None]:
     """Waits of this thread are not an operator's."""
     before, _thread.aside = _thread.aside, True
     try:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..comm import collectives
-from ..comm.collectives import Header, Pending
+from ..comm.pending import Header, Pending
 from ..shard import Shard
 from .affine import AffineState, fold_backward, fold_forward, fold_initial, packed, unpacked
 

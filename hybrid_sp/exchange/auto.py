@@ -25,8 +25,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..comm import collectives
-from ..comm.collectives import Group, Header, Link
+from ..comm import collectives, groups, messages
+from ..comm.groups import Group
+from ..comm.link import Link
+from ..comm.pending import Header
 from ..shard import SequenceParallel, spans_of
 
 BLOCKS = 4  # of a state in the pipeline
@@ -89,7 +91,7 @@ def measured(group: Group) -> Link:
         latency = shift.seconds(SMALL)
         large = shift.seconds(LARGE)
         bandwidth = LARGE / max(large - latency, large / 2)  # a busy moment may make the small message the slower one
-        here = torch.tensor([latency, bandwidth], dtype=torch.float64, device=collectives.device(group))
+        here = torch.tensor([latency, bandwidth], dtype=torch.float64, device=groups.device(group))
         latencies, bandwidths = collectives.all_gather(here, group, tag="link").T.tolist()
         _links[group] = Link(latency=max(latencies), bandwidth=min(bandwidths))
     return _links[group]
@@ -99,9 +101,9 @@ class _Shift:
     """Every rank sends a message to the next one of the group and receives one from the one before."""
 
     def __init__(self, group: Group) -> None:
-        self.group, self.device = group, collectives.device(group)
+        self.group, self.device = group, groups.device(group)
         self.numbers = itertools.count()
-        self.header = collectives.agree(Header(tag="link"), "shift", torch.empty(0), group)
+        self.header = messages.open_exchange(Header(tag="link"), "shift", torch.empty(0), group)
 
     def seconds(self, size: int) -> float:
         """Of a message of so many bytes: the median of a few, after one that does not count."""
@@ -109,10 +111,10 @@ class _Shift:
         return statistics.median([self._once(x) for _ in range(REPEATS + 1)][1:])
 
     def _once(self, x: torch.Tensor) -> float:
-        here, ranks, number = collectives.rank(self.group), collectives.size(self.group), next(self.numbers)
+        here, ranks, number = groups.rank(self.group), groups.size(self.group), next(self.numbers)
         begin = time.perf_counter()
-        receive = collectives.start_receive(x, (here - 1) % ranks, number, self.group, self.header)
-        send = collectives.start_send(x, (here + 1) % ranks, number, self.group, self.header)
+        receive = messages.start_receive(x, (here - 1) % ranks, number, self.group, self.header)
+        send = messages.start_send(x, (here + 1) % ranks, number, self.group, self.header)
         receive.wait()[-1].item()  # on CUDA a wait only orders the stream
         send.wait()
         return time.perf_counter() - begin

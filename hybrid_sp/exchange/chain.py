@@ -15,8 +15,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ..comm import collectives
-from ..comm.collectives import Pending
+from ..comm import groups
+from ..comm.pending import Pending
 from .affine import AffineState, compose
 from .scan import Scan
 
@@ -73,4 +73,4 @@ class Chain:
         return x.tensor_split(self.blocks, -1)
 
     def _number(self, position: int, block: int) -> int:
-        return collectives.size(self.scan.group) + position * self.blocks + block
+        return groups.size(self.scan.group) + position * self.blocks + block

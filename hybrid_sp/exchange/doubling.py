@@ -17,8 +17,8 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
-from ..comm import collectives
-from ..comm.collectives import Pending
+from ..comm import groups
+from ..comm.pending import Pending
 from .affine import AffineState, compose, packed, unpacked
 from .scan import Scan
 
@@ -54,7 +54,7 @@ class Doubling:
         arriving: dict[int, Pending] = {}
         sends: list[Pending] = []
         for p in range(d, count):
-            q, number = p - d, collectives.size(scan.group) + d * count + p
+            q, number = p - d, groups.size(scan.group) + d * count + p
             source, to = scan.owners[q], scan.owners[p]
             if source == to == scan.here:
                 earlier[p] = windows[q]

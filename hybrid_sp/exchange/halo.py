@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..comm import collectives
-from ..comm.collectives import Header, Pending
+from ..comm.pending import Header, Pending
 from ..shard import Shard
 
 Range = tuple[int, int]  # tokens [first, end) of the whole sequence

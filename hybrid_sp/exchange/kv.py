@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..comm import collectives
-from ..comm.collectives import Header, Pending
+from ..comm.pending import Header, Pending
 from ..shard import Shard
 from .halo import Plan, Range
 

@@ -20,8 +20,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..comm import collectives
-from ..comm.collectives import Group, Header, Pending
+from ..comm import background, groups, messages
+from ..comm.groups import Group
+from ..comm.pending import Header, Pending
 from ..shard import Shard
 from .affine import AffineState
 
@@ -45,7 +46,7 @@ class Scan:
 
     @property
     def here(self) -> int:
-        return collectives.rank(self.group)
+        return groups.rank(self.group)
 
     @property
     def like(self) -> Tensor:
@@ -55,10 +56,10 @@ class Scan:
     # Messages to and from ranks of the group. NCCL needs that any two ranks make theirs in one order.
 
     def send(self, x: Tensor, to: int, number: int) -> Pending:
-        return collectives.start_send(x, to, number, self.group, self.header)
+        return messages.start_send(x, to, number, self.group, self.header)
 
     def receive(self, like: Tensor, source: int, number: int) -> Pending:
-        return collectives.start_receive(like, source, number, self.group, self.header)
+        return messages.start_receive(like, source, number, self.group, self.header)
 
 
 class Travel(Protocol):
@@ -144,7 +145,7 @@ class Scanned:
         wanted: bool,
     ) -> Scan:
         group, owners = self.shard.sp.group, tuple(rank for rank, _ in self.shard.owners)
-        header = collectives.agree(header, self.name, states, group)
+        header = messages.open_exchange(header, self.name, states, group)
         maps = [
             AffineState(None if transitions is None else transitions[slot], state) for slot, state in enumerate(states)
         ]
@@ -159,7 +160,7 @@ class Scanned:
 
     def _launched(self, run: Callable[[], Any], header: Header, x: Tensor) -> Pending:
         what = header.text(self.name, x)
-        return collectives.start_aside(run, what, header, x.device) if self.aside else Pending(run, what=what)
+        return background.run_in_background(run, what, header, x.device) if self.aside else Pending(run, what=what)
 
 
 class _Summed:
@@ -167,7 +168,7 @@ class _Summed:
 
     def __init__(self, scan: Scan, mine: Tensor) -> None:
         self.mine, owner = mine, scan.owners[0]
-        ranks = range(collectives.size(scan.group))
+        ranks = range(groups.size(scan.group))
         self.here = scan.here == owner
         self.sends = [] if self.here else [scan.send(mine, owner, scan.here)]
         self.arriving = [None if rank == owner else scan.receive(mine, rank, rank) for rank in ranks if self.here]
@@ -185,7 +186,7 @@ def _told(scan: Scan, leaving: Tensor | None) -> Tensor:
     if leaving is None:
         received: Tensor = scan.receive(scan.like, scan.owners[-1], scan.here).wait()
         return received
-    others = [rank for rank in range(collectives.size(scan.group)) if rank != scan.here]
+    others = [rank for rank in range(groups.size(scan.group)) if rank != scan.here]
     for send in [scan.send(leaving, rank, rank) for rank in others]:
         send.wait()
     return leaving

@@ -9,7 +9,7 @@ import torch
 
 import hybrid_sp as hsp
 from analysis import cost
-from hybrid_sp.comm.collectives import Group
+from hybrid_sp.comm.groups import Group
 from hybrid_sp.exchange import EXCHANGES
 from layers.cost import TRANSITIONS, transition_elements
 from tests.support.ranks import run_ranks

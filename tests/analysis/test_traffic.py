@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 import hybrid_sp as hsp
 from analysis.traffic import Setting, exchange, volume
-from hybrid_sp.comm.collectives import Group, Link
+from hybrid_sp.comm.groups import Group
+from hybrid_sp.comm.link import Link
 from hybrid_sp.exchange import EXCHANGES
 from hybrid_sp.shard import LAYOUTS
 from layers.registry import MIXERS, Place, mixer_spec

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import hybrid_sp as hsp
-from hybrid_sp.comm import collectives
+from hybrid_sp.comm import groups
 from hybrid_sp.kernels.gpu import fla_delta as adapter
 from hybrid_sp.ops import delta_rule as delta
 from tests.external.program import Errors, report
@@ -113,7 +113,7 @@ def rank_errors(group: Any, named: list[Named], wanted: list[dict[str, Tensor]])
             expected = want[key] if value.shape == want[key].shape else shard.take(want[key])
             error = relative(value, expected)
             found[name][key] = math.inf if math.isnan(error) else error  # so that max() below does not lose it
-        needed = collectives.size(group) > 1
+        needed = groups.size(group) > 1
         for direction in ("forward", "backward"):
             launched = [x.launched for x in book.rows if (x.tag, x.direction) == ("linear", direction)]
             begin = next(x.begin for x in book.phases if (x.name, x.direction) == ("intra", direction))

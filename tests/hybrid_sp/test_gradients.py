@@ -9,14 +9,14 @@ import torch
 from torch.distributed.tensor import distribute_tensor
 
 import hybrid_sp as hsp
-from hybrid_sp.comm import collectives
+from hybrid_sp.comm import groups
 from tests.support.ranks import run_ranks
 
 TOKENS = (5, 0, 11)
 
 
 def summed(group: Any, dtype: torch.dtype) -> None:
-    rank = collectives.rank(group)
+    rank = groups.rank(group)
     parameters = [torch.nn.Parameter(torch.ones(3, dtype=dtype)) for _ in range(3)]
     parameters[2].requires_grad_(False)
     if TOKENS[rank]:  # a rank without a valid token has no gradient at all

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import hybrid_sp as hsp
-from hybrid_sp.comm import collectives
-from hybrid_sp.comm.collectives import Header, Pending
+from hybrid_sp.comm import collectives, groups
+from hybrid_sp.comm.pending import Header, Pending
 from hybrid_sp.exchange import EXCHANGES, choose
 from hybrid_sp.kernels.reference.delta import DeltaPhases
 from hybrid_sp.kernels.reference.linear import LinearPhases
@@ -252,7 +252,7 @@ def test_waiting_twice_raises() -> None:
 
 def come_apart(group: Any, how: str) -> None:
     shard = hsp.SequenceParallel(group, check="calls").shard(24)
-    first = collectives.rank(group) == 0
+    first = groups.rank(group) == 0
     x, y = leaves(shard), leaves(shard)
     if how == "requires_grad":
         x = [leaf.detach() for leaf in x] if first else x
@@ -431,7 +431,7 @@ def partial_gradients(group: Any, kind: str, exchange: str) -> None:
         (asked,) = torch.autograd.grad(attend(kind, x, shard).square().sum(), x[i])
         alone = [leaf.detach().requires_grad_(i == j) for j, leaf in enumerate(x)]
         (needed,) = torch.autograd.grad(attend(kind, alone, shard).square().sum(), alone[i])
-        assert torch.equal(asked, want) and torch.equal(needed, want), f"input {i} on rank {collectives.rank(group)}"
+        assert torch.equal(asked, want) and torch.equal(needed, want), f"input {i} on rank {groups.rank(group)}"
 
 
 @pytest.mark.parametrize(("kind", "exchange"), EVERY)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import hybrid_sp as hsp
-from hybrid_sp.comm import collectives
+from hybrid_sp.comm import groups
 from hybrid_sp.shard import spans_of
 from tests.support.ranks import run_ranks
 
@@ -97,7 +97,7 @@ def check_shard(group: Any, layout: str, length: int) -> list[int]:
     local = shard.take(x).requires_grad_()
     joined = shard.gather(local)
     assert torch.equal(joined, x)
-    rank, ranks = collectives.rank(group), collectives.size(group)
+    rank, ranks = groups.rank(group), groups.size(group)
     (d_local,) = torch.autograd.grad((joined * x * (rank + 1)).sum(), local)
     assert torch.allclose(d_local, shard.take(x) * sum(range(1, ranks + 1)), rtol=1e-14, atol=0)
     return here.tolist()

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import hybrid_sp as hsp
-from hybrid_sp.comm import collectives
+from hybrid_sp.comm import collectives, groups
 from hybrid_sp.kernels.reference import chunks
 from hybrid_sp.shard import LAYOUTS
 from layers.model import HybridLM
@@ -78,7 +78,7 @@ def compare_training(world: Any, steps: int) -> None:
         loss, gradients = loss_and_gradients(model, ALONE, "contiguous", *batch)
         layout = LAYOUTS[step % 2]
         for plan, own_model in zip(plans, free, strict=True):
-            where = f"step {step}, {plan.name}, {layout}, rank {collectives.rank(world)}"
+            where = f"step {step}, {plan.name}, {layout}, rank {groups.rank(world)}"
             _, taken = loss_and_gradients(model, plan, layout, *batch)
             for name, gradient in gradients.items():
                 assert_close(f"{where}: gradient of {name}", taken[name], gradient, 1e-9)
@@ -143,7 +143,7 @@ def test_documents_of_a_model_are_as_if_alone(layouts: list[str]) -> None:
 def compare_documents(world: Any, layouts: list[str], want: Tensor, gradients: tuple[Tensor, ...]) -> None:
     model, text = of_every_mixer()
     for plan, layout in zip(plans_of(world)[:2], layouts, strict=True):
-        where = f"{plan.name}, {layout}, rank {collectives.rank(world)}"
+        where = f"{plan.name}, {layout}, rank {groups.rank(world)}"
         shard = hsp.SequenceParallel(plan.group, layout=layout, check="calls").shard(DOCUMENTS[-1], DOCUMENTS)
         model.zero_grad()
         loss, valid = model.loss(shard.take(text), shard.labels(text), shard)

@@ -60,7 +60,7 @@ BASELINE_MUTANTS = [
     ),
     Mutant(
         name="a hop that is not waited for",
-        file="hybrid_sp/comm/collectives.py",
+        file="hybrid_sp/comm/messages.py",
         old="        out = received.wait()\n        sent.wait()\n",
         new="        out = received._result()\n",
         test=f"{BASELINES}::test_rings[ring-4-contiguous]",

@@ -99,14 +99,14 @@ MUTANTS = [
     # The schedule.
     Mutant(
         name="skipped wait",
-        file="hybrid_sp/comm/collectives.py",
+        file="hybrid_sp/comm/pending.py",
         old="                self._work.wait()",
         new="                self._work.is_completed()",
         test=f"{PARITY}[4-zigzag-linear]",
     ),
     Mutant(
         name="stale Pending",
-        file="hybrid_sp/comm/collectives.py",
+        file="hybrid_sp/comm/pending.py",
         old="result, self._result = self._result, None",
         new="result = self._result",
         test=f"{OVERLAP}::test_waiting_twice_raises",
@@ -128,8 +128,8 @@ MUTANTS = [
     Mutant(
         name="ranks not compared",
         file="hybrid_sp/comm/collectives.py",
-        old="    if header.check:\n        _compare(what",
-        new="    if False:\n        _compare(what",
+        old="    if header.check:\n        compare(what",
+        new="    if False:\n        compare(what",
         test=f"{OVERLAP}::test_ranks_that_come_apart_stop_with_one_message[requires_grad]",
     ),
     # The kernels and the heads.
@@ -444,7 +444,7 @@ MUTANTS = [
         name="mean of means",
         file="hybrid_sp/gradients.py",
         old='collectives.all_reduce(flat, group, tag="gradients").div_(total)',
-        new='collectives.all_reduce(flat / max(tokens, 1), group, tag="gradients").div_(collectives.size(group))',
+        new='collectives.all_reduce(flat / max(tokens, 1), group, tag="gradients").div_(groups.size(group))',
         test="tests/hybrid_sp/test_gradients.py::test_the_sum_over_ranks_is_divided_by_all_tokens[torch.float64]",
     ),
     Mutant(

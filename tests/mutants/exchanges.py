@@ -67,14 +67,14 @@ EXCHANGE_MUTANTS = [
     ),
     Mutant(
         name="messages of two exchanges alike",
-        file="hybrid_sp/comm/collectives.py",
+        file="hybrid_sp/comm/messages.py",
         old="{header.call} {header.exchange} {number}",
         new="{header.call} {number}",
         test=f"{EXCHANGE}::test_two_exchanges_in_flight_do_not_meet[pipeline]",
     ),
     Mutant(
         name="neighbours by global rank",
-        file="hybrid_sp/comm/collectives.py",
+        file="hybrid_sp/comm/messages.py",
         old="group_dst=to",
         new="dst=to",
         test=f"{EXCHANGE}::test_neighbours_are_those_of_the_group",
@@ -145,7 +145,7 @@ EXCHANGE_MUTANTS = [
     ),
     Mutant(
         name="what lies on the CPU sent by a group of devices",
-        file="hybrid_sp/comm/collectives.py",
+        file="hybrid_sp/comm/groups.py",
         old='group if torch.device("cpu") in group._device_types else',
         new="group if True else",
         test=f"{AGREEMENT}::test_a_group_of_devices_compares_over_a_twin_on_the_cpu",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import hybrid_sp as hsp
-from hybrid_sp.comm.collectives import Link
+from hybrid_sp.comm.link import Link
 from recipes import config
 from recipes.config import Recipe
 from recipes.load import dump, load_recipe, load_resolved

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import hybrid_sp as hsp
-from hybrid_sp.comm.collectives import Link
+from hybrid_sp.comm.link import Link
 from recipes import config
 from recipes.record import read_metrics
 from recipes.strategy import strategy

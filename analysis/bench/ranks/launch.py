@@ -28,9 +28,9 @@ from torch import Tensor
 import hybrid_sp as hsp
 from analysis.bench.measure import ROOT, Row
 from analysis.bench.ranks import network
-from hybrid_sp.comm import collectives
-from hybrid_sp.comm.collectives import Link
+from hybrid_sp.comm import collectives, groups, link
 from hybrid_sp.comm.ledger import Ledger
+from hybrid_sp.comm.link import Link
 from recipes.allocator import keep_freed_memory
 
 TIMEOUT = timedelta(minutes=5)
@@ -195,9 +195,7 @@ def main(path: Path) -> None:
     samples: dict[str, list[tuple[Way, Way]]] = {one.name: [] for one in job.contenders}
     calls = {one.name: _prepared(one, group) for one in job.contenders}
     network_ = (
-        contextlib.nullcontext()
-        if job.link is None
-        else collectives.slowed(Link(latency=job.link[0], bandwidth=job.link[1]))
+        contextlib.nullcontext() if job.link is None else link.slowed(Link(latency=job.link[0], bandwidth=job.link[1]))
     )
     with network_:
         for repetition in range(-1, job.repetitions):
@@ -208,7 +206,7 @@ def main(path: Path) -> None:
                     if repetition >= 0:
                         samples[one.name].append(sample)
     every = collectives.gather_objects(samples, group)
-    if collectives.rank(group) == 0:
+    if groups.rank(group) == 0:
         result = {
             one.name: [
                 {way: [asdict(ranks[one.name][i][place]) for ranks in every] for place, way in enumerate(WAYS)}
@@ -226,14 +224,14 @@ WAYS = ("forward", "backward")
 def _prepared(one: Contender, group: Any) -> Callable[[], tuple[Way, Way]]:
     """A call that takes a sample; all that it needs is made here."""
     sp = hsp.SequenceParallel(group, **one.options)
-    make = torch.Generator().manual_seed(collectives.rank(group))
+    make = torch.Generator().manual_seed(groups.rank(group))
     tokens = sp.shard(one.length).tokens
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(1, tokens, *shape, generator=make)
 
-    groups = one.heads if one.kv_heads is None or one.layer != "softmax" else one.kv_heads
-    q, k, v = normal(one.heads, one.width), normal(groups, one.width), normal(groups, one.width)
+    kv_heads = one.heads if one.kv_heads is None or one.layer != "softmax" else one.kv_heads
+    q, k, v = normal(one.heads, one.width), normal(kv_heads, one.width), normal(kv_heads, one.width)
     leaves = [q, F.normalize(k, dim=-1) if one.layer == "delta" else k, v]
     extra: dict[str, Tensor] = {}
     if one.decay != "none":

@@ -23,8 +23,8 @@ from torch import Tensor
 import hybrid_sp as hsp
 from analysis.bench.measure import ROOT, Claim, Result, Row, Sizes
 from analysis.bench.meter import Meter
-from hybrid_sp.comm import collectives
-from hybrid_sp.comm.collectives import Group
+from hybrid_sp.comm import collectives, groups
+from hybrid_sp.comm.groups import Group
 from hybrid_sp.kernels.softmax import tiled as masked
 
 RANKS, KEY_HEADS, WIDTH = 4, 8, 8
@@ -141,7 +141,7 @@ def main() -> None:
     group = mesh["sp"].get_group()
     with kernels_that_only_allocate():
         uses = [most(group, options.length, layout, keep) for layout, keep in KINDS]
-    if collectives.rank(group) == 0:
+    if groups.rank(group) == 0:
         options.out.write_text(json.dumps(uses))
     collectives.barrier(group)
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import hybrid_sp as hsp
 from hybrid_sp.baselines import left_product as quadratic
-from hybrid_sp.comm import collectives
+from hybrid_sp.comm import collectives, groups
 from tests.hybrid_sp.cases import (
     LONG_DOCUMENTS,
     SHORT_DOCUMENTS,
@@ -183,7 +183,7 @@ def partial_gradients(group: Any, cases: list[Case]) -> None:
             (asked,) = torch.autograd.grad(loss(case, x, shard), x[name])
             alone = {other: leaf.detach().requires_grad_(other == name) for other, leaf in x.items()}
             (needed,) = torch.autograd.grad(loss(case, alone, shard), alone[name])
-            where = f"{case} d{name} on rank {collectives.rank(group)}"
+            where = f"{case} d{name} on rank {groups.rank(group)}"
             assert torch.equal(asked, want) and torch.equal(needed, want), where
 
 
@@ -233,7 +233,7 @@ def checkpointed(group: Any, cases: list[Case]) -> None:
         for options in ({}, {"context_fn": hsp.checkpoint_contexts}):
             out = checkpoint(body, *x.values(), use_reentrant=False, **options)
             for got, expected in zip(torch.autograd.grad(out, list(x.values())), want, strict=True):
-                assert torch.equal(got, expected), f"{case} {options} on rank {collectives.rank(group)}"
+                assert torch.equal(got, expected), f"{case} {options} on rank {groups.rank(group)}"
 
 
 @pytest.mark.parametrize("cases", tiered([LAYERS[1::2]], [LAYERS[::2]]), ids=["odd", "even"])

@@ -11,8 +11,8 @@ import torch
 import hybrid_sp as hsp
 from hybrid_sp.baselines import left_product as quadratic
 from hybrid_sp.baselines import ring_attention as ring
-from hybrid_sp.comm import collectives
-from hybrid_sp.comm.collectives import CommunicationError, Header, Pending
+from hybrid_sp.comm import groups, messages
+from hybrid_sp.comm.pending import CommunicationError, Header, Pending
 from tests.hybrid_sp.baselines.test_baselines import LAYERS, leaves, loss
 from tests.hybrid_sp.cases import Case
 from tests.hybrid_sp.test_overlap import counted, in_flight
@@ -23,7 +23,7 @@ from tests.support.ranks import run_ranks
 def logged(group: Any, overlap: bool) -> list[str]:
     """Launches of hops by number, visits, and waits, of one call forward and backward."""
     log: list[str] = []
-    shift = collectives.start_shift
+    shift = messages.start_shift
     visits = {name: getattr(ring, name) for name in ("attend_parts", "attend_parts_backward")}
 
     def launched(x: torch.Tensor, number: int, *args: Any) -> Pending:
@@ -46,12 +46,12 @@ def logged(group: Any, overlap: bool) -> list[str]:
     sp = hsp.SequenceParallel(group, softmax="ring", overlap=overlap)
     x = torch.randn(1, 4, 2, 4, requires_grad=True)
     try:
-        collectives.start_shift = launched
+        messages.start_shift = launched
         for name in visits:
             setattr(ring, name, noted(name))
         hsp.softmax_attention(x, x, x, shard=sp.shard(12)).sum().backward()
     finally:
-        collectives.start_shift = shift
+        messages.start_shift = shift
         for name, visit in visits.items():
             setattr(ring, name, visit)
     return log
@@ -109,13 +109,13 @@ def test_an_exception_on_the_way_leaves_nothing_in_flight() -> None:
 
 
 def one_hop(group: Any) -> None:
-    x = torch.full((3,), float(collectives.rank(group)))
+    x = torch.full((3,), float(groups.rank(group)))
     header = Header(tag="test")
-    collectives.agree(header, "ring", x, group)
+    messages.open_exchange(header, "ring", x, group)
     with hsp.ledger() as book:
-        got = collectives.start_shift(x, 0, group, header).wait()
-    size = collectives.size(group)
-    assert got.tolist() == [float((collectives.rank(group) - 1) % size)] * 3
+        got = messages.start_shift(x, 0, group, header).wait()
+    size = groups.size(group)
+    assert got.tolist() == [float((groups.rank(group) - 1) % size)] * 3
     assert book.bytes == (12 if size > 1 else 0)
 
 
@@ -134,7 +134,7 @@ IN_VAIN = {
 def damaged(group: Any, how: str, case: Case) -> str:
     """What a rank says where rank 1 swaps the numbers of its messages, or leaves out the second one to it."""
     shard, x = leaves(case, group)
-    send, receive, impatience = collectives.start_send, collectives.start_receive, Impatience()
+    send, receive, impatience = messages.start_send, messages.start_receive, Impatience()
     name, vain = IN_VAIN[how][shard.sp.rank]
 
     def swapped(x: torch.Tensor, to: int, number: int, *args: Any) -> Pending:
@@ -154,10 +154,10 @@ def damaged(group: Any, how: str, case: Case) -> str:
 
     with pytest.MonkeyPatch.context() as patch:
         if shard.sp.rank == 1 and how == "swapped":
-            patch.setattr(collectives, "start_send", swapped)
+            patch.setattr(messages, "start_send", swapped)
         elif shard.sp.rank == 1:
-            patch.setattr(collectives, "start_receive", left_out)
-        patch.setattr(collectives, name, brief(getattr(collectives, name)))
+            patch.setattr(messages, "start_receive", left_out)
+        patch.setattr(messages, name, brief(getattr(messages, name)))
         with pytest.raises(CommunicationError) as caught:
             loss(case, x, shard)
     return str(caught.value)

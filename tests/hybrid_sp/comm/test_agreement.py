@@ -14,8 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 import hybrid_sp as hsp
 from hybrid_sp import Shard
-from hybrid_sp.comm import collectives
-from hybrid_sp.comm.collectives import CommunicationError, Link
+from hybrid_sp.comm import collectives, groups
+from hybrid_sp.comm.link import Link
+from hybrid_sp.comm.pending import CommunicationError
 from tests.support.ranks import run_ranks
 
 Ones = Callable[..., Tensor]  # [1, tokens, ...] of these last dims
@@ -59,7 +60,7 @@ def differ(group: Any, cases: list[tuple[str, str]]) -> list[list[str]]:
     said = []
     for how, kind in cases:
         name, *values = DIFFERENCES[how]
-        shard = shard_of(group, **{name: values[collectives.rank(group) != 1]})
+        shard = shard_of(group, **{name: values[groups.rank(group) != 1]})
         errors = []
         for _ in range(2):
             with pytest.raises(ValueError, match=r"^sp\.shard: ") as caught:
@@ -88,7 +89,7 @@ def test_no_difference_is_none() -> None:
 
 
 def alike(group: Any) -> None:
-    first = collectives.rank(group) == 0
+    first = groups.rank(group) == 0
     bounds = [0, 9, 24] if first else torch.tensor([0, 9, 24])
     overlap = True if first else ("conv", "softmax", "linear")
     shard = shard_of(group, cu_seqlens=bounds, overlap=overlap)
@@ -100,7 +101,7 @@ def alike(group: Any) -> None:
 def refused_here(group: Any, bounds: list[list[Any]]) -> str:
     """What a rank raises, at its shard or at its first operator."""
     with pytest.raises(ValueError) as caught:
-        compute("linear", shard_of(group, cu_seqlens=bounds[collectives.rank(group)]))
+        compute("linear", shard_of(group, cu_seqlens=bounds[groups.rank(group)]))
     return str(caught.value)
 
 
@@ -114,7 +115,7 @@ def test_ranks_that_refuse_what_others_accept_do_not_leave_them_waiting() -> Non
 
 def launched_and_awaited(group: Any) -> None:
     """Rank 1 makes its shard when rank 0, which has made its own and cut by it, says so."""
-    note, rank = torch.zeros(1), collectives.rank(group)
+    note, rank = torch.zeros(1), groups.rank(group)
     if rank == 1:
         dist.recv(note, src=0)
     shard = shard_of(group)
@@ -157,7 +158,7 @@ def without_cpu(group: Any) -> list[str]:
     shards[0].require_agreement()
     with pytest.raises(ValueError, match="rank 0: length=24; rank 1: length=25"):
         shards[1].require_agreement()
-    return sorted(str(dist.get_backend_config(twin)) for twin in collectives._twins[device].values())
+    return sorted(str(dist.get_backend_config(twin)) for twin in groups._twins[device].values())
 
 
 def test_a_group_of_devices_compares_over_a_twin_on_the_cpu() -> None:
@@ -219,7 +220,7 @@ def test_long_arguments_are_told_shortened_and_compared_whole() -> None:
 
 def long_documents(group: Any) -> None:
     bounds = list(range(5001))
-    bounds[2500] += collectives.rank(group)
+    bounds[2500] += groups.rank(group)
     with pytest.raises(
         ValueError, match=r"rank 0: cu_seqlens=\(0, 1, 2.* \.\.\. .* 5000\) \(crc32 .*\); rank 1:"
     ) as caught:

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 import hybrid_sp as hsp
-from hybrid_sp.comm import collectives
-from hybrid_sp.comm.collectives import CommunicationError, Header
+from hybrid_sp.comm import collectives, groups
+from hybrid_sp.comm.pending import CommunicationError, Header
 from hybrid_sp.mesh import LAUNCHER, whole_group
 from tests.support.impatience import MOMENT, timeout_of
 from tests.support.ranks import run_ranks
@@ -112,7 +112,7 @@ def test_one_device_communicates_nothing() -> None:
 
 
 def basic_forms(group: Any) -> None:
-    rank, ranks = collectives.rank(group), collectives.size(group)
+    rank, ranks = groups.rank(group), groups.size(group)
     x = torch.full((2, 3), float(rank + 1))
     assert collectives.all_gather(x, group, tag="test")[:, 0, 0].tolist() == [r + 1.0 for r in range(ranks)]
     header = Header(tag="test", check=True)
@@ -128,7 +128,7 @@ def basic_forms(group: Any) -> None:
 
 def all_to_all(group: Any, dtype: torch.dtype, layout: str) -> tuple[int, int]:
     """Rank a sends a + 2 b rows, of its number and b's, to rank b; the bytes that it receives, and how often."""
-    me, ranks = collectives.rank(group), range(collectives.size(group))
+    me, ranks = groups.rank(group), range(groups.size(group))
     sent, received = [me + 2 * other for other in ranks], [other + 2 * me for other in ranks]
     x = torch.tensor([[[me, other]] for other in ranks for _ in range(sent[other])], dtype=dtype).view(-1, 1, 2)
     if layout == "strided":
@@ -158,7 +158,7 @@ def missing(_: Any) -> str:
     """What rank 0 says where rank 1 does not come to the second call before that."""
     asked = timedelta(minutes=7)
     group = hsp.init_mesh(dp=1, sp=2, timeout=asked)["sp"].get_group()
-    assert timeout_of(group) == timeout_of(collectives._messages(group)) == asked
+    assert timeout_of(group) == timeout_of(groups.message_group(group)) == asked
     shard, q = hsp.SequenceParallel(group).shard(8), torch.randn(1, 4, 2, 4)
     hsp.linear_attention(q, q, q, shard=shard)
     said = ""

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import hybrid_sp as hsp
-from hybrid_sp.comm import collectives
+from hybrid_sp.comm import collectives, groups, messages
 from hybrid_sp.comm import ledger as timeline
-from hybrid_sp.comm.collectives import Header, Pending
 from hybrid_sp.comm.ledger import Ledger, Part, Phase, Row, Wait
+from hybrid_sp.comm.pending import Header, Pending
 from hybrid_sp.comm.trace import rank_events, write_trace
 from hybrid_sp.kernels.reference.linear import LinearPhases
 from tests.support.ranks import run_ranks
@@ -114,7 +114,7 @@ def over_a_slow_link(group: Any) -> dict[str, dict[Part, timeline.Times]]:
 
         for name in ("intra_forward", "intra_backward"):
             patch.setattr(LinearPhases, name, slowly(getattr(LinearPhases, name)))
-        patch.setattr(collectives, "_slowed", Slow)
+        patch.setattr(collectives, "carried", Slow)
         for overlap in (True, False, ("linear",), ("conv", "softmax")):
             shard = hsp.SequenceParallel(group, overlap=overlap).shard(40)
             with hsp.ledger() as book:
@@ -175,7 +175,7 @@ def test_what_a_thread_aside_waits_for_is_not_exposed(monkeypatch: pytest.Monkey
     clock = Clock(monkeypatch)
     with hsp.ledger() as book:
         with timeline.computing("outer", "linear", "forward", 0):
-            with timeline.unexposed():
+            with timeline.background_thread():
                 Pending(lambda: None, clock, "a message", Header(tag="linear")).wait()
             thread = threading.Thread(target=lambda: timeline.note_wait(book_wait))
             book_wait = Wait(what="x", tag="linear", direction="forward", call=0, begin=0, end=1)
@@ -207,14 +207,14 @@ def recomputed(group: Any) -> Ledger:
 def sent_to_one_who_is_late(group: Any) -> list[Wait] | float:
     """The waits of the sender, and when the receiver was there: after the sender had begun to wait."""
     x = torch.zeros(4)
-    header = collectives.agree(Header(tag="test"), "one message", x, group)
-    if collectives.rank(group) == 1:
+    header = messages.open_exchange(Header(tag="test"), "one message", x, group)
+    if groups.rank(group) == 1:
         collectives.barrier(group)
         there = timeline.clock()
-        collectives.start_receive(x, 0, 0, group, header).wait()
+        messages.start_receive(x, 0, 0, group, header).wait()
         return there
     with hsp.ledger() as book:
-        pending = collectives.start_send(x, 1, 0, group, header)
+        pending = messages.start_send(x, 1, 0, group, header)
         send = pending._work
         pending._work = SimpleNamespace(wait=lambda: (collectives.barrier(group), send.wait()))
         pending.wait()
@@ -323,7 +323,7 @@ def traced(group: Any) -> list[dict[str, Any]]:
     with hsp.ledger() as book:
         x = torch.randn(1, shard.tokens, 2, 8, requires_grad=True)
         (hsp.softmax_attention(x, x, x, shard=shard) + call("linear", shard)).sum().backward()
-    return rank_events(book, collectives.rank(group))
+    return rank_events(book, groups.rank(group))
 
 
 def test_the_trace_of_all_ranks_is_in_the_trace_event_format(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hybrid_sp.comm import collectives
-from hybrid_sp.comm.collectives import Header
+from hybrid_sp.comm import background, groups
+from hybrid_sp.comm.pending import Header
 
 DEVICE = torch.device("cuda", 0)
 
@@ -57,7 +57,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", entered)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[-1])
-    monkeypatch.setattr(collectives, "_streams", {})
+    monkeypatch.setattr(background, "_streams", {})
     Stream.log.clear()
     return Stream.log
 
@@ -69,17 +69,17 @@ def test_a_task_aside_is_enqueued_on_a_stream_of_high_priority(cuda: list[str]) 
         cuda.append(f"task on {torch.cuda.current_stream(DEVICE).name}, grad {torch.is_grad_enabled()}")
         return Outcome([x], None)
 
-    pending = collectives.start_aside(task, "a pipeline", Header(tag="linear"), DEVICE)
+    pending = background.run_in_background(task, "a pipeline", Header(tag="linear"), DEVICE)
     launched = ["side has priority -1", "side waits for main", "task on side, grad False", "event on side"]
     assert cuda == launched
     assert pending.wait().states == [x] and cuda == [*launched, "main waits for the event of side"]
-    again = collectives.start_aside(task, "a pipeline", Header(tag="linear"), DEVICE)
+    again = background.run_in_background(task, "a pipeline", Header(tag="linear"), DEVICE)
     again.drain()
     assert cuda.count("side has priority -1") == 1, "one stream serves all"
 
 
 def test_memory_that_a_task_reads_lives_until_somebody_has_waited(cuda: list[str]) -> None:
-    work = collectives._Enqueued(lambda: None, [torch.zeros(1)], Stream(DEVICE))
+    work = background._Enqueued(lambda: None, [torch.zeros(1)], Stream(DEVICE))
     assert work._task is not None
     work.wait()
     assert work._task is None and work._outcome is None
@@ -94,6 +94,6 @@ def test_groups_of_nccl_have_streams_of_high_priority(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(dist, "ProcessGroupNCCL", SimpleNamespace(Options=options), raising=False)
     minute = timedelta(minutes=1)
-    assert collectives.group_options("cpu:gloo", minute) is None
-    one, other = (collectives.group_options("cpu:gloo,cuda:nccl", minute) for _ in range(2))
+    assert groups.group_options("cpu:gloo", minute) is None
+    one, other = (groups.group_options("cpu:gloo,cuda:nccl", minute) for _ in range(2))
     assert one is not other and one.is_high_priority_stream and one._timeout == minute

@@ -18,8 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 import hybrid_sp as hsp
-from hybrid_sp.comm import collectives
-from hybrid_sp.comm.collectives import Header, Link, Pending
+from hybrid_sp.comm import background, groups, link, messages
+from hybrid_sp.comm.link import Link
+from hybrid_sp.comm.pending import Header, Pending
 from hybrid_sp.exchange import EXCHANGES, auto, choose
 from hybrid_sp.exchange.affine import AffineState
 from hybrid_sp.exchange.chain import Chain
@@ -131,7 +132,7 @@ def check_bit_equal(group: Any, cases: list[Case]) -> None:
                 EXCHANGES[name] = driven
                 got = measured(other, group)
                 for key, value in want.items():
-                    assert torch.equal(value, got[key]), f"{other} {key} on rank {collectives.rank(group)}"
+                    assert torch.equal(value, got[key]), f"{other} {key} on rank {groups.rank(group)}"
             EXCHANGES[name] = made
 
 
@@ -199,9 +200,9 @@ def test_a_pipeline_receives_a_fraction_of_what_a_gather_does() -> None:
 def test_rounds() -> None:
     """Messages to the last rank: one of a ring, one per block of a pipeline, and of doubling one a round."""
     for world, rounds in ((2, 1), (3, 2), (4, 2), (5, 3), (8, 3)):
-        for name, messages in (("ring", 1), ("pipeline", 4), ("doubling", rounds)):
+        for name, many in (("ring", 1), ("pipeline", 4), ("doubling", rounds)):
             counted = run_ranks(linear_counts, world, "contiguous", "scalar", 64, False, False, name)
-            assert len(counted[-1]["forward"]) == len(counted[0]["backward"]) == messages, f"{name} on {world} ranks"
+            assert len(counted[-1]["forward"]) == len(counted[0]["backward"]) == many, f"{name} on {world} ranks"
 
 
 # -- the schedule -----------------------------------------------------------------------------------------------------
@@ -216,7 +217,7 @@ def schedule(group: Any, exchange: str, sends: int) -> list[str]:
 
     def aside(task: Callable[[], Any], what: str, header: Header, *args: Any) -> Pending:
         sent[header.direction] = threading.Event()
-        return start_aside(task, what, header, *args)
+        return run_in_background(task, what, header, *args)
 
     def send(x: Tensor, to: int, number: int, group: Any, header: Header) -> Pending:
         pending = start_send(x, to, number, group, header)
@@ -227,18 +228,18 @@ def schedule(group: Any, exchange: str, sends: int) -> list[str]:
 
     def working(kernel: Callable[..., Any], way: str, sender: int) -> Callable[..., Any]:
         def work(*args: Any) -> Any:
-            if collectives.rank(group) == sender and way in sent:
+            if groups.rank(group) == sender and way in sent:
                 assert sent[way].wait(PATIENCE)
             log.append(f"local {way}")
             return kernel(*args)
 
         return work
 
-    start_aside, start_send = collectives.start_aside, collectives.start_send
+    run_in_background, start_send = background.run_in_background, messages.start_send
     kernel = LinearPhases
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(collectives, "start_aside", aside)
-        patch.setattr(collectives, "start_send", send)
+        patch.setattr(background, "run_in_background", aside)
+        patch.setattr(messages, "start_send", send)
         patch.setattr(kernel, "intra_forward", working(kernel.intra_forward, "forward", 0))
         patch.setattr(kernel, "intra_backward", working(kernel.intra_backward, "backward", 1))
         out = hsp.linear_attention(q, k, v, shard=shard)
@@ -259,7 +260,7 @@ def test_a_thread_sends_during_the_local_work_and_a_ring_after_it(exchange: str)
 
 def crossed(group: Any, exchange: str) -> Tensor:
     """Two exchanges in flight at a time, of call 0 of two shards; on rank 0 the first one sends last."""
-    rank, sends, second_is_over = collectives.rank(group), Scan.send, threading.Event()
+    rank, sends, second_is_over = groups.rank(group), Scan.send, threading.Event()
 
     def late(self: Scan, x: Tensor, to: int, number: int) -> Pending:
         if rank == 0 and x.min() >= 0:
@@ -299,7 +300,7 @@ def faulty(_: Any, exchange: str) -> dict[str, str]:
         hsp.linear_attention(q, k, v, shard=shard)
         impatience, said[fault] = Impatience(), "nothing"
         with pytest.MonkeyPatch.context() as patch:
-            if collectives.rank(group) == 1:
+            if groups.rank(group) == 1:
                 commit(fault, patch)
             if "backward" not in fault:
                 impatience.of_messages(patch)
@@ -393,11 +394,11 @@ def pretended(group: Any) -> tuple[float, float]:
         nonlocal now
         now += seconds
 
-    with pytest.MonkeyPatch.context() as patch, collectives.slowed(Link(latency=0.02, bandwidth=2**20 / 0.1)):
-        patch.setattr(collectives, "time", SimpleNamespace(sleep=sleep))
+    with pytest.MonkeyPatch.context() as patch, link.slowed(Link(latency=0.02, bandwidth=2**20 / 0.1)):
+        patch.setattr(link, "time", SimpleNamespace(sleep=sleep))
         patch.setattr(auto, "time", SimpleNamespace(perf_counter=lambda: now))
-        link = auto.measured(group)
-    return link.latency, 2**20 / link.bandwidth
+        found = auto.measured(group)
+    return found.latency, 2**20 / found.bandwidth
 
 
 def test_a_slow_link_is_measured() -> None:
@@ -413,7 +414,7 @@ def test_a_pipeline_has_no_more_blocks_than_a_state_has_value_channels() -> None
 def of_two_minds(group: Any) -> str:
     """Every rank has both shards, and uses another one."""
     sps = [hsp.SequenceParallel(group, linear=name, check="calls") for name in ("all_gather", "ring")]
-    shard = [sp.shard(24) for sp in sps][collectives.rank(group)]
+    shard = [sp.shard(24) for sp in sps][groups.rank(group)]
     x = torch.ones(1, shard.tokens, 2, 4)
     with pytest.raises(RuntimeError) as caught:
         hsp.linear_attention(x, x, x, shard=shard)

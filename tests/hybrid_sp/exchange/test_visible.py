@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import hybrid_sp as hsp
-from hybrid_sp.comm import collectives
+from hybrid_sp.comm import groups
 from hybrid_sp.exchange import visible as masks
 from hybrid_sp.kernels.softmax.tiles import Part
 from tests.hybrid_sp.cases import LENGTH, LONG_DOCUMENTS, SHORT_DOCUMENTS
@@ -64,6 +64,6 @@ def test_parts_over_the_keys_of_each_rank_are_the_mask(
 ) -> None:
     """No rank communicates, so this process is each of them in turn."""
     for rank in range(world):
-        monkeypatch.setattr(collectives, "rank", lambda _, rank=rank: rank)
-        monkeypatch.setattr(collectives, "size", lambda _: world)
+        monkeypatch.setattr(groups, "rank", lambda _, rank=rank: rank)
+        monkeypatch.setattr(groups, "size", lambda _: world)
         check_parts(hsp.SequenceParallel(None, layout=layout, check=False), rank)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import hybrid_sp as hsp
-from hybrid_sp.comm import collectives
+from hybrid_sp.comm import groups
 from tests.hybrid_sp.cases import Case, measured, truth
 from tests.hybrid_sp.ops.test_parity import Seeds, check_low_precision, with_one_device
 from tests.support.oracle import assert_close
@@ -64,7 +64,7 @@ def check_cases(group: Any, cases: list[tuple[Case, dict[str, Tensor]]]) -> int:
             shard = hsp.SequenceParallel(group, layout=case.layout).shard(case.length, case.documents)
             for name, value in measured(case, group, torch.float32).items():
                 expected = want[name] if value.shape == want[name].shape else shard.take(want[name])
-                where = f"{case} {name} on rank {collectives.rank(group)}"
+                where = f"{case} {name} on rank {groups.rank(group)}"
                 assert_close(where, value.double(), expected, 2e-6)
     return len(cases)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import hybrid_sp as hsp
-from hybrid_sp.comm import collectives
+from hybrid_sp.comm import groups
 from tests.support.ranks import run_ranks
 from tests.support.tiers import tiered
 
@@ -154,7 +154,7 @@ def moved(group: Any, layout: str) -> None:
         y[:, changed] += 1.0
     for kind, call in CALLS.items():
         a, b = (shard.gather(call(*(shard.take(y) for y in inputs), shard)) for inputs in (whole, other))
-        where = f"{kind} on rank {collectives.rank(group)}"
+        where = f"{kind} on rank {groups.rank(group)}"
         first, last = changed + (kind == "shift"), min(length, changed + REACH.get(kind, length))
         assert torch.equal(a[:, :first], b[:, :first]), f"{where}: a later token leaks into earlier ones"
         assert torch.equal(a[:, last:], b[:, last:]), f"{where}: a token is seen from further than it reaches"
@@ -181,7 +181,7 @@ def kept_apart(group: Any, layout: str) -> None:
             y[:, start:end] += 1.0
         for kind, call in CALLS.items():
             a, b = (shard.gather(call(*(shard.take(y) for y in inputs), shard)) for inputs in (whole, other))
-            where = f"{kind} on rank {collectives.rank(group)}, document {start} to {end}"
+            where = f"{kind} on rank {groups.rank(group)}, document {start} to {end}"
             same = (a == b).all(-1).flatten(2).all(2)[0] if a.ndim == 4 else (a == b).all(-1)[0]
             assert same[:start].all() and same[end:].all(), f"{where} leaks into another"
             assert not same[start + (kind == "shift") : end].any(), f"{where} does not see itself"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import hybrid_sp as hsp
-from hybrid_sp.comm import collectives
+from hybrid_sp.comm import collectives, groups
 from hybrid_sp.exchange import EXCHANGES
 from hybrid_sp.kernels.reference import chunks
 from tests.hybrid_sp.cases import Case, delta_cases, halo_cases, linear_cases, measured, softmax_cases, terms, truth
@@ -39,7 +39,7 @@ def check_cases(group: Any, cases: list[tuple[Case, dict[str, Tensor]]], chunk: 
                 expected = want[name]
                 if value.shape != expected.shape:
                     expected = shard.take(expected)
-                where = f"{case} {name} on rank {collectives.rank(group)}"
+                where = f"{case} {name} on rank {groups.rank(group)}"
                 assert_close(where, value, expected, BOUND, partial(terms, case, name))
     finally:
         chunks.CHUNK, chunks.BLOCK_ROWS = default
@@ -96,7 +96,7 @@ def check_overlap_is_bit_equal(group: Any, cases: list[Case]) -> None:
     for case in cases:
         with_overlap, without = (measured(replace(case, overlap=on, layout="zigzag"), group) for on in (True, False))
         for name in with_overlap:
-            assert torch.equal(with_overlap[name], without[name]), f"{case} {name} on rank {collectives.rank(group)}"
+            assert torch.equal(with_overlap[name], without[name]), f"{case} {name} on rank {groups.rank(group)}"
 
 
 @pytest.mark.parametrize("step", tiered([3], [1]))
@@ -139,9 +139,7 @@ def check_low_precision(group: Any, cases: list[tuple[Case, Seeds, Seeds]], dtyp
                 errors[name] = errors.get(name, 0) + squares / whole.square().sum()
         for name, squares in errors.items():
             here_rms, alone_rms = (squares / len(truths)).sqrt().tolist()
-            where = (
-                f"{case} {dtype} {name} on rank {collectives.rank(group)}: {here_rms:.2e}, one device {alone_rms:.2e}"
-            )
+            where = f"{case} {dtype} {name} on rank {groups.rank(group)}: {here_rms:.2e}, one device {alone_rms:.2e}"
             assert name not in ("o", "dq", "dk", "dv") or alone_rms <= RMS_BOUND[dtype], where
             assert here_rms <= 2 * alone_rms, where
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import hybrid_sp as hsp
 from hybrid_sp.comm import collectives
-from hybrid_sp.comm.collectives import Header, Pending
+from hybrid_sp.comm.pending import Header, Pending
 from hybrid_sp.ops import short_conv as halo
 from tests.hybrid_sp.cases import Case, truth
 from tests.hybrid_sp.ops.test_parity import LAYOUTS, check_cases

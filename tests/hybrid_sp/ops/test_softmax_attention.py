@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import hybrid_sp as hsp
 from hybrid_sp.comm import collectives
-from hybrid_sp.comm.collectives import Pending
+from hybrid_sp.comm.pending import Pending
 from hybrid_sp.kernels.softmax import tiled as masked
 from hybrid_sp.ops import softmax_attention as softmax
 from tests.hybrid_sp.cases import LONG_DOCUMENTS, SHORT_DOCUMENTS, Case, truth

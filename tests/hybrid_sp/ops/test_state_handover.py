@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import hybrid_sp as hsp
-from hybrid_sp.comm import collectives
+from hybrid_sp.comm import collectives, groups
 from hybrid_sp.kernels.reference import chunks
 from tests.hybrid_sp.cases import Case, delta_cases, halo_cases, linear_cases, weights
 from tests.support.oracle import assert_close
@@ -35,7 +35,7 @@ def run(case: Case, x: dict[str, Tensor], group: Any, halves: list[tuple[int, in
         outputs.append(whole)
         rows = given[start:end].view(1, -1, *(1,) * (whole.ndim - 2))
         loss = loss + (o * shard.take(rows.expand_as(whole))).sum()
-    ranks = collectives.size(group)
+    ranks = groups.size(group)
     loss = loss + sum((final * weights(final, 1)).sum() for final in state.values()) / ranks
     grads = torch.autograd.grad(loss, list(x.values()))
     got = {"o": torch.cat(outputs, 1), **{f"final {name}": final for name, final in state.items()}}
@@ -57,7 +57,7 @@ def check_halves(group: Any, cases: list[Case]) -> None:
             once = run(case, x, group, [(0, length)])
             twice = run(case, x, group, [(0, HALF), (HALF, length)])
             for name, want in once.items():
-                assert_close(f"{case} {name} on rank {collectives.rank(group)}", twice[name], want, 1e-10)
+                assert_close(f"{case} {name} on rank {groups.rank(group)}", twice[name], want, 1e-10)
     finally:
         chunks.CHUNK = default
 

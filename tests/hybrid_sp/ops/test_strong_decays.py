@@ -15,7 +15,7 @@ from torch import Tensor
 import hybrid_sp as hsp
 from hybrid_sp.baselines import left_product as quadratic
 from hybrid_sp.checks import FLOORS, floored
-from hybrid_sp.comm import collectives
+from hybrid_sp.comm import groups
 from hybrid_sp.kernels.reference import chunks
 from tests.hybrid_sp.cases import Case, measured, truth
 from tests.support.oracle import assert_close
@@ -65,7 +65,7 @@ def check_cases(group: Any, given: list[Wanted], chunk: int) -> int:
             shard = hsp.SequenceParallel(group, layout=case.layout).shard(case.length, case.documents)
             for name, value in measured(case, group, dtype).items():
                 expected = want[name] if value.shape == want[name].shape else shard.take(want[name])
-                where = f"{case} {dtype} {name} on rank {collectives.rank(group)}"
+                where = f"{case} {dtype} {name} on rank {groups.rank(group)}"
                 assert_close(where, value.double(), expected, BOUNDS[dtype])
     finally:
         chunks.CHUNK, quadratic.QUERIES, quadratic.KEYS = default

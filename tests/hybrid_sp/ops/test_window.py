@@ -12,7 +12,7 @@ from torch import Tensor
 
 import hybrid_sp as hsp
 from hybrid_sp.comm import collectives
-from hybrid_sp.comm.collectives import Pending
+from hybrid_sp.comm.pending import Pending
 from hybrid_sp.kernels.softmax import tiles as parts
 from hybrid_sp.ops import softmax_attention as softmax
 from tests.hybrid_sp.cases import Case, truth

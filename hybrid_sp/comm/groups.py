@@ -1,0 +1,67 @@
+"""Process groups: ranks, sizes, devices, and further groups of the same ranks. `None` is one device."""
+
+from __future__ import annotations
+
+import weakref
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+Group = dist.ProcessGroup | None
+
+# For each group the others of the same ranks, by backend. They end with it.
+_twins: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
+
+
+def rank(group: Group) -> int:
+    """This process's place in the group."""
+    return 0 if group is None else dist.get_rank(group)
+
+
+def size(group: Group) -> int:
+    """Number of ranks in the group."""
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def device(group: Group) -> torch.device:
+    """Where tensors are that a group's ranks send: with NCCL on this process's GPU, else on the CPU."""
+    return torch.device("cuda" if group is not None and "nccl" in str(dist.get_backend_config(group)) else "cpu")
+
+
+def message_group(group: Group) -> Any:
+    """The group's twin for messages: collectives and messages that share a communicator could be ordered differently on
+    two ranks."""
+    return _twin(group, str(dist.get_backend_config(group)))
+
+
+def cpu_group(group: Group) -> Any:
+    """The group, or its twin on gloo if it cannot send what lies on the CPU."""
+    assert group is not None
+    return group if torch.device("cpu") in group._device_types else _twin(group, "gloo")
+
+
+def _twin(group: Group, backend: str) -> Any:
+    """Another group of the same ranks, made when all of them ask for it the first time."""
+    assert group is not None
+    twins = _twins.setdefault(group, {})
+    if backend not in twins:
+        timeout = group._get_backend(group._device_types[0]).options._timeout
+        ranks, options = dist.get_process_group_ranks(group), group_options(backend, timeout)
+        twins[backend] = dist.new_group(ranks, timeout, backend, options, use_local_synchronization=True)
+    return twins[backend]
+
+
+def group_options(backend: str, timeout: timedelta) -> Any:
+    """Options of a new group, one object for each. NCCL's own stream is the communication stream: of high priority, so
+    that what arrives does not queue behind kernels that need it not. Not run yet: written where there was no NCCL."""
+    if "nccl" not in backend:
+        return None
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options._timeout = timeout
+    return options
+
+
+def global_rank(group: Group, rank: int) -> int:
+    return dist.get_global_rank(group, rank) if group is not None else rank

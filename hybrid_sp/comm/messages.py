@@ -1,0 +1,82 @@
+"""Messages from one rank to another, which have a process group of their own."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import weakref
+import zlib
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .collectives import compare
+from .groups import Group, global_rank, message_group, rank, size
+from .link import carried
+from .pending import Header, Pending, note_row
+
+_exchanges: weakref.WeakKeyDictionary[Any, Iterator[int]] = weakref.WeakKeyDictionary()  # of a group, made so far
+
+
+def open_exchange(header: Header, plan: str, x: Tensor, group: Group) -> Header:
+    """The check before an exchange by messages: all ranks are about to make the same one. Makes the group's twin.
+
+    Returns the header for its messages, whose number all ranks give this exchange: two exchanges in flight at a time
+    may stem from two shards, both of whose calls are numbered from 0.
+    """
+    if size(group) == 1:
+        return header
+    if header.check:
+        compare(header.text(plan, x), group)
+    message_group(group)
+    return replace(header, exchange=next(_exchanges.setdefault(group, itertools.count())))
+
+
+def start_send(x: Tensor, to: int, number: int, group: Group, header: Header) -> Pending:
+    """Launch message `number` of an exchange to the rank `to` of the group. Both ends give it the same number."""
+    x = x.detach().contiguous()
+    what = header.text(f"message {number} to rank {global_rank(group, to)}:", x)
+    work = dist.isend(x, group=message_group(group), group_dst=to, tag=_message_tag(header, number))
+    return Pending(lambda: x, work, what, header, device=x.device)
+
+
+def start_receive(like: Tensor, source: int, number: int, group: Group, header: Header) -> Pending:
+    """Launch the receipt of message `number` from the rank `source` of the group, in shape and dtype of `like`."""
+    out = torch.empty_like(like, memory_format=torch.contiguous_format, requires_grad=False)
+    what = header.text(f"message {number} from rank {global_rank(group, source)}:", out)
+    row = note_row("message", header, out.nbytes, out.device)
+    work = dist.irecv(out, group=message_group(group), group_src=source, tag=_message_tag(header, number))
+    assert work is not None
+    return Pending(lambda: out, carried(work, 1, out.nbytes), what, header, row, out.device)
+
+
+def start_shift(x: Tensor, number: int, group: Group, header: Header) -> Pending:
+    """Launch one hop around the ring of the group's ranks: x goes to the next one, the result is x of the one before.
+
+    Of two neighbours one sends first and the other receives first, so that on a network which handles one message after
+    the other the ranks do not wait for each other in a circle. One rank has what it sends.
+    """
+    ranks, me = size(group), rank(group)
+    if ranks == 1:
+        return Pending(lambda: x)
+    send = functools.partial(start_send, x, (me + 1) % ranks, number, group, header)
+    receive = functools.partial(start_receive, x, (me - 1) % ranks, number, group, header)
+    first, second = (receive(), send()) if me % 2 else (send(), receive())
+    sent, received = (second, first) if me % 2 else (first, second)
+
+    def result() -> Tensor:
+        out = received.wait()
+        sent.wait()
+        return out
+
+    return Pending(result)
+
+
+def _message_tag(header: Header, number: int) -> int:
+    """Ends of a message that disagree about what it is do not meet, and time out."""
+    words = f"{header.tag} {header.direction} {header.call} {header.exchange} {number}"
+    return zlib.crc32(words.encode()) >> 1

@@ -1,0 +1,98 @@
+"""Communication in flight: what it is for, its result, and how it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import ledger
+from .ledger import Row, Wait
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What a collective is for. `tag` is the kind of layer, `call` the operator call of this shard, counted from 0."""
+
+    tag: str
+    direction: str = "forward"
+    call: int = 0
+    check: bool = False
+    note: str = ""
+    exchange: int = 0  # numbers the group's exchanges by messages, so that those of two never meet
+
+    def text(self, collective: str, x: Tensor) -> str:
+        shape = "x".join(map(str, x.shape))
+        return f"{collective} {self.tag} {self.direction} call {self.call} [{shape}] {x.dtype} {self.note}".strip()
+
+
+class CommunicationError(RuntimeError):
+    """A collective or a message that failed or did not come in time; the message names the rank, layer and call."""
+
+
+class Pending:
+    """Something in flight. `wait` returns its result, once; a second wait is an error."""
+
+    def __init__(
+        self,
+        result: Callable[[], Any],
+        work: Any = None,
+        what: str = "",
+        header: Header | None = None,
+        row: Row | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self._result: Callable[[], Any] | None = result
+        self._work, self._what, self._header, self._row, self._device = work, what, header, row, device
+
+    def wait(self) -> Any:
+        if self._result is None:
+            raise RuntimeError(f"waited twice for: {self._what}")
+        result, self._result = self._result, None
+        if self._work is not None:
+            begin = ledger.moment(self._device)
+            try:
+                self._work.wait()
+            except CommunicationError:
+                raise
+            except RuntimeError as error:
+                raise CommunicationError(f"rank {dist.get_rank()} failed in: {self._what}: {error}") from error
+            self._arrived(begin)
+        return result()
+
+    def then(self, step: Callable[[Any], Any]) -> Pending:
+        """The same, with `step` applied to its result when it is waited for."""
+        return Pending(lambda: step(self.wait()), what=self._what)
+
+    def drain(self) -> None:
+        """Wait and discard, if nobody has waited."""
+        if self._result is not None:
+            self.wait()
+
+    def _arrived(self, begin: float) -> None:
+        end, header = ledger.moment(self._device), self._header
+        if self._row is not None:
+            self._row.arrived = end
+        if header is not None:
+            wait = Wait(
+                what=self._what, tag=header.tag, direction=header.direction, call=header.call, begin=begin, end=end
+            )
+            ledger.note_wait(wait)
+
+
+def note_row(collective: str, header: Header, received: int, device: torch.device) -> Row:
+    """Count a launch on the open ledgers."""
+    row = Row(
+        collective=collective,
+        tag=header.tag,
+        direction=header.direction,
+        call=header.call,
+        bytes=received,
+        launched=ledger.moment(device),
+    )
+    ledger.note_row(row)
+    return row
