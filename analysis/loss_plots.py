@@ -1,4 +1,4 @@
-"""Figures of losses: against the share of softmax blocks, by kind of block, and over the training text."""
+"""The figures of losses: against the share of softmax blocks, by kind of block, and over the training text."""
 
 from __future__ import annotations
 

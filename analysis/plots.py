@@ -1,6 +1,7 @@
-"""Charts of numbers, drawn as PNG bytes, and the style of every figure. It needs matplotlib and nothing of the house.
+"""The charts of plain numbers, drawn as PNG bytes, and the style of every figure.
 
-Every line has its own marker and line style, so that a figure reads in greyscale.
+They need matplotlib and nothing of the house. Every line has its own marker and line style, so that it reads in
+greyscale.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tables of text, written as Markdown, CSV and HTML. Reports and benchmarks share them, so torch alone is enough."""
+"""The tables of text, written as Markdown, CSV and HTML. Reports and benchmarks share them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from html import escape
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A header and rows of text; the columns named in `numbers` are set flush right."""
+    """The header and rows of a table; the columns named in `numbers` are set flush right."""
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -20,7 +20,7 @@ class Table:
 
 def as_markdown(table: Table) -> str:
     """Return the table as GitHub Markdown, padded so that it reads as plain text too."""
-    widths = [max(len(row[i]) for row in (table.header, *table.rows)) for i in range(len(table.header))]
+    widths = [max(2, *(len(row[i]) for row in (table.header, *table.rows))) for i in range(len(table.header))]  # -:
     right = [name in table.numbers for name in table.header]
 
     def line(row: Sequence[str]) -> str:

@@ -85,6 +85,8 @@ def test_cells_are_escaped() -> None:
     table = tables.Table(header=("<b>",), rows=(("a & <i>",),))
     assert tables.as_html(table).count("<") == tables.as_html(table).count(">")
     assert "<td>a &amp; &lt;i&gt;</td>" in tables.as_html(table)
+    narrow = tables.Table(header=("H",), rows=(("1",),), numbers=frozenset("H"))
+    assert tables.as_markdown(narrow).splitlines()[1] == "| -: |", "GitHub asks for a dash"
     assert tables.as_csv(tables.Table(header=("a",), rows=(('x, "y"',),))) == 'a\n"x, ""y"""\n'
 
 
@@ -374,3 +376,10 @@ def test_the_figure_of_strategies_has_their_numbers(monkeypatch: pytest.MonkeyPa
     left, right = figure_of(monkeypatch, plots.bars, ["a", "b"], {"speed": [3.0, 4.0], "ms": [1.0, 2.0]}).axes
     assert [bar.get_width() for bar in left.patches] == [3.0, 4.0]  # type: ignore[attr-defined]
     assert [tick.get_text() for tick in left.get_yticklabels()] == ["a", "b"] and right.get_xlabel() == "ms"
+
+
+def test_the_charts_of_benchmarks_have_their_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    (axes,) = figure_of(monkeypatch, plots.ranges, {"linear": {"ring": [1.0, 3.0, 2.0]}}, "ms", "title").axes
+    assert [list(line.get_xdata()) for line in axes.get_lines()] == [[1.0, 3.0], [2.0]]
+    (axes,) = figure_of(monkeypatch, plots.growth, {"linear": {64: 5.0, 128: 6.0}}, "x", "y", "title").axes
+    assert [list(line.get_ydata()) for line in axes.get_lines()] == [[5.0, 6.0]]
