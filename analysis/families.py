@@ -14,8 +14,9 @@ from fractions import Fraction
 from pathlib import Path
 
 from analysis import tables, traffic
+from analysis.points import Point, group_runs, kinds
 from analysis.runs import Run
-from analysis.tables import Point, Table
+from analysis.tables import Table
 from layers.cost import Cost
 from layers.registry import MixerSpec, Place
 from layers.spec import ModelConfig, block_specs, expand_pattern, model_facts
@@ -67,7 +68,7 @@ def table(points: Sequence[Point]) -> Table:
     """
     shares = sorted({point.softmax for point in points})
     rows = []
-    for kind in [*tables.kinds(points), *({None} & {point.linear for point in points})]:
+    for kind in [*kinds(points), *({None} & {point.linear for point in points})]:
         of_kind = {point.softmax: point for point in points if point.linear == kind}
         model = traffic.model_config(of_kind[min(of_kind)].runs[0])
         blocks = _mixers(model, kind)
@@ -118,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("folder", type=Path, help="a folder with runs.json, such as analysis/results/mixers")
     folder = parser.parse_args(argv).folder
-    text = as_text(table(tables.points(read(folder / "runs.json"))))
+    text = as_text(table(group_runs(read(folder / "runs.json"))))
     (folder / "families.md").write_text(text)
     print(text, end="")
     return 0

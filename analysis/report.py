@@ -21,9 +21,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from analysis import families, plots, strategies, tables, traffic
+from analysis import families, loss_plots, plots, points, strategies, tables, traffic
+from analysis.points import Point
 from analysis.runs import STRATEGY_KEYS, Folder, Run, axes, differing_keys, read_folder
-from analysis.tables import Point, Table
+from analysis.tables import Table
 
 CSS = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff; }
@@ -81,7 +82,7 @@ def build(folder: Folder, command: str) -> Report:
             "of mixers, strategies, and the axes of a sweep, so put runs that are equal in all else into one folder"
         )
     runs = sorted(folder.runs, key=lambda run: (run.linear is None, run.linear or "", run.softmax, run.seed))
-    found = tables.points(runs, varied)
+    found = points.group_runs(runs, varied)
     if varied and found[0].strategy:
         raise ValueError(
             f"the runs in {folder.path} differ in strategy ({', '.join(found[0].strategy)}) and in "
@@ -97,15 +98,15 @@ def build(folder: Folder, command: str) -> Report:
         question=_question(found),
         strategic=bool(found[0].strategy),
         main=_main_table(found),
-        losses=tables.loss_table(found),
-        runs=tables.run_table(runs),
+        losses=points.loss_table(found),
+        runs=points.run_table(runs),
         costs=() if varied else traffic.cost_tables(found),  # which are of layers of one size
         figures={
             **_main_figure(found),
             CURVES: (
-                plots.loss_curves(runs),
-                f"All {len(runs)} runs. Training loss: means over windows of 1/{plots.BINS} of a run. Validation: text "
-                "that is not trained on. The grey line is the unigram entropy of that text.",
+                loss_plots.loss_curves(runs),
+                f"All {len(runs)} runs. Training loss: means over windows of 1/{loss_plots.BINS} of a run. Validation: "
+                "text that is not trained on. The grey line is the unigram entropy of that text.",
             ),
         },
         recipe=OmegaConf.to_yaml(OmegaConf.create(dict(runs[0].recipe))),
@@ -159,7 +160,7 @@ def _title(point: Point) -> str:
 
 def _many(found: Sequence[Point]) -> bool:
     """Whether there are more kinds of mixers than lines that can be told apart."""
-    return len(tables.kinds(found)) > len(plots.LOOKS)
+    return len(points.kinds(found)) > len(plots.LOOKS)
 
 
 def _main_table(found: Sequence[Point]) -> Table:
@@ -167,8 +168,8 @@ def _main_table(found: Sequence[Point]) -> Table:
     if found[0].strategy:
         return strategies.table(found)
     if found[0].axes:
-        return tables.loss_table(sorted(found, key=lambda point: point.bits_per_byte))
-    return families.table(found) if _many(found) else tables.ratio_table(found)
+        return points.loss_table(sorted(found, key=lambda point: point.bits_per_byte))
+    return families.table(found) if _many(found) else points.ratio_table(found)
 
 
 def _main_figure(found: Sequence[Point]) -> dict[str, tuple[bytes, str]]:
@@ -183,8 +184,10 @@ def _main_figure(found: Sequence[Point]) -> dict[str, tuple[bytes, str]]:
         losses = {"validation loss (bits per byte)": [point.bits_per_byte for point in best]}
         return {"loss_by_axes.png": (plots.bars([_title(point) for point in best], losses), "The best at the top.")}
     if _many(found):
-        return {"loss_by_kind.png": (plots.loss_by_kind(found), "Every kind of linear block, the best at the top.")}
-    return {"loss_against_ratio.png": (plots.loss_against_ratio(found), _ratio_caption(found))}
+        return {
+            "loss_by_kind.png": (loss_plots.loss_by_kind(found), "Every kind of linear block, the best at the top.")
+        }
+    return {"loss_against_ratio.png": (loss_plots.loss_against_ratio(found), _ratio_caption(found))}
 
 
 def _ratio_caption(found: Sequence[Point]) -> str:

@@ -8,8 +8,9 @@ from fractions import Fraction
 from statistics import median
 
 from analysis import traffic
+from analysis.points import Point
 from analysis.runs import Run, TrainPoint
-from analysis.tables import Point, Table
+from analysis.tables import Table
 
 WARM = 3  # steps that are left out of medians, where a run has more
 NUMBERS = (

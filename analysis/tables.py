@@ -1,188 +1,26 @@
-"""Tables: runs grouped into the points of an experiment, and rows of text as Markdown, CSV and HTML."""
+"""The tables of text, written as Markdown, CSV and HTML. Reports and benchmarks share them."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from fractions import Fraction
+from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
-
-from analysis.runs import Run, strategies, value_of
-
-
-@dataclass(frozen=True, kw_only=True)
-class Point:
-    """All seeds of one model: `linear` is the kind of its linear blocks (None: none), `softmax` the others' share.
-
-    strategy is how it was computed, in the keys in which runs differ (empty where they do not); axes are the values of
-    whatever else a sweep varies.
-    bits_per_byte and loss (nats per byte) are means over seeds, low and high the lowest and highest bits per byte.
-    """
-
-    linear: str | None
-    softmax: Fraction
-    runs: tuple[Run, ...]
-    strategy: Mapping[str, str] = field(default_factory=dict)
-    axes: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def bits_per_byte(self) -> float:
-        return sum(run.bits_per_byte for run in self.runs) / len(self.runs)
-
-    @property
-    def loss(self) -> float:
-        return sum(run.loss for run in self.runs) / len(self.runs)
-
-    @property
-    def low(self) -> float:
-        return min(run.bits_per_byte for run in self.runs)
-
-    @property
-    def high(self) -> float:
-        return max(run.bits_per_byte for run in self.runs)
-
-    @property
-    def below_unigram(self) -> float:
-        return sum(run.below_unigram for run in self.runs) / len(self.runs)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A header and rows of text. Columns of numbers are named in `numbers`, to be set flush right."""
+    """The header and rows of a table; the columns named in `numbers` are set flush right."""
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     numbers: frozenset[str] = frozenset()
 
 
-def points(runs: Sequence[Run], axes: Sequence[str] = ()) -> list[Point]:
-    """Group runs by kind of linear mixer, share of softmax blocks, strategy and the values of `axes`, sorted by the
-    first two; pure softmax comes last.
-
-    Raises ValueError if two runs of one point have the same seed: then something else differs, which a mean would hide.
-    """
-    Values = tuple[tuple[str, str], ...]
-    groups: dict[tuple[str | None, Fraction, Values, Values], list[Run]] = {}
-    for run, strategy in zip(runs, strategies(runs), strict=True):
-        values = tuple((axis, value_of(run, axis)) for axis in axes)
-        groups.setdefault((run.linear, run.softmax, tuple(strategy.items()), values), []).append(run)
-    for members in groups.values():
-        seeds = [run.seed for run in members]
-        if len(set(seeds)) < len(seeds):
-            names = ", ".join(run.name for run in members)
-            raise ValueError(
-                f"runs {names} have the same mixers, strategy and seed {seeds}; report them from separate folders"
-            )
-    keys = sorted(groups, key=lambda key: (key[0] is None, key[0] or "", key[1]))
-    return [
-        Point(
-            linear=key[0],
-            softmax=key[1],
-            strategy=dict(key[2]),
-            axes=dict(key[3]),
-            runs=tuple(sorted(groups[key], key=lambda run: run.seed)),
-        )
-        for key in keys
-    ]
-
-
-def kinds(found: Sequence[Point]) -> list[str]:
-    """The kinds of linear mixers among the points, in order."""
-    return list(dict.fromkeys(point.linear for point in found if point.linear is not None))
-
-
-def loss_table(found: Sequence[Point]) -> Table:
-    """One row per point: loss in nats and bits per byte, margin to the unigram entropy, seeds and their spread."""
-    rows = [
-        (
-            *point.strategy.values(),
-            *point.axes.values(),
-            str(point.softmax),
-            point.linear or "none (all softmax)",
-            point.runs[0].pattern,
-            f"{point.loss:.4f}",
-            f"{point.bits_per_byte:.4f}",
-            f"{100 * point.below_unigram:.1f} %",
-            str(len(point.runs)),
-            f"{point.low:.4f} to {point.high:.4f}" if len(point.runs) > 1 else "",
-            f"{point.runs[0].parameters:,}",
-            f"{sum(run.seconds for run in point.runs) / len(point.runs):.0f}",
-        )
-        for point in found
-    ]
-    header = (
-        "softmax share",
-        "linear blocks",
-        "pattern",
-        "loss (nats/byte)",
-        "loss (bits/byte)",
-        "below unigram",
-        "seeds",
-        "lowest to highest (bits/byte)",
-        "parameters",
-        "seconds per run",
-    )
-    numbers = frozenset({*header} - {"linear blocks", "pattern"})
-    return Table(header=(*found[0].strategy, *found[0].axes, *header), rows=tuple(rows), numbers=numbers)
-
-
-def ratio_table(found: Sequence[Point]) -> Table:
-    """Bits per byte with one row per kind of linear mixer and one column per share of softmax blocks."""
-    shares = sorted({point.softmax for point in found})
-    value = {(point.linear, point.softmax): f"{point.bits_per_byte:.3f}" for point in found}
-    header = ("bits per byte at softmax share", *map(str, shares))
-    rows = [
-        (kind, *(value.get((kind, share)) or value.get((None, share), "not run") for share in shares))
-        for kind in kinds(found)
-    ]
-    return Table(header=header, rows=tuple(rows), numbers=frozenset(map(str, shares)))
-
-
-def run_table(runs: Sequence[Run]) -> Table:
-    """One row per run, with raw numbers and the commit."""
-    rows = [
-        (
-            run.name,
-            run.linear or "",
-            str(run.softmax),
-            run.pattern,
-            str(run.seed),
-            str(run.steps),
-            str(run.tokens),
-            repr(run.loss),
-            repr(run.bits_per_byte),
-            repr(run.unigram_bits_per_byte),
-            repr(run.below_unigram),
-            str(run.parameters),
-            repr(run.seconds),
-            str(run.provenance.get("commit", "")),
-        )
-        for run in runs
-    ]
-    header = (
-        "run",
-        "linear",
-        "softmax_share",
-        "pattern",
-        "seed",
-        "steps",
-        "tokens",
-        "loss_nats_per_byte",
-        "bits_per_byte",
-        "unigram_bits_per_byte",
-        "below_unigram",
-        "parameters",
-        "seconds",
-        "commit",
-    )
-    return Table(header=header, rows=tuple(rows))
-
-
 def as_markdown(table: Table) -> str:
-    """The table as GitHub Markdown, padded so that it reads as plain text too."""
-    widths = [max(len(row[i]) for row in (table.header, *table.rows)) for i in range(len(table.header))]
+    """Return the table as GitHub Markdown, padded so that it reads as plain text too."""
+    widths = [max(2, *(len(row[i]) for row in (table.header, *table.rows))) for i in range(len(table.header))]  # -:
     right = [name in table.numbers for name in table.header]
 
     def line(row: Sequence[str]) -> str:
@@ -196,7 +34,7 @@ def as_markdown(table: Table) -> str:
 
 
 def as_csv(table: Table) -> str:
-    """The table as CSV with a header line."""
+    """Return the table as CSV with a header line."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(table.header)
@@ -205,7 +43,7 @@ def as_csv(table: Table) -> str:
 
 
 def as_html(table: Table) -> str:
-    """The table as an HTML element; every cell is escaped."""
+    """Return the table as an HTML element, with every cell escaped."""
     marks = [' class="number"' if name in table.numbers else "" for name in table.header]
     head = "".join(f"<th{mark}>{escape(cell)}</th>" for cell, mark in zip(table.header, marks, strict=True))
     rows = "\n".join(

@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 
 from analysis import cost
+from analysis.points import Point
 from analysis.runs import Run
-from analysis.tables import Point, Table
+from analysis.tables import Table
 from hybrid_sp.comm.link import Link
 from hybrid_sp.exchange import auto
 from hybrid_sp.shard import BASELINES

@@ -1,1 +1,1 @@
-"""Speed tables of the README: `python -m analysis.bench`."""
+"""The benchmarks of speed and memory: `python -m analysis.bench --help`."""

@@ -1,24 +1,13 @@
-"""Speed, measured in one run: ``python -m analysis.bench [NAME ...] [--quick] [--out runs/bench]``.
-
-linear  hsp.linear_attention beside fla-core's naive chunk form of simple GLA and torch's causal SDPA
-delta   hsp.delta_rule beside the chunk form of the gated delta rule in transformers
-mixers  every linear mixer at a short and at a long sequence
-model   training of the quickstart model, two sequence-parallel ranks beside one process
-strategies  every exchange and baseline on every kind of layer, four ranks on a slow link
-overlap     how much of a gather is left to wait for when it is overlapped
-balance     causal softmax in the zigzag layout beside the contiguous one
-flat        time of a linear layer's exchange, from 4K to 64K tokens per rank
-memory  memory of softmax attention, one key head at a time beside all at once, four ranks
-kernels on a CUDA device: linear attention beside fla-core's kernels and flash attention, a rank's step of a model of
-        1B, what its exchange would leave to wait for; without such a device tiny sizes, to see that it works
+"""Measure speed and memory: ``python -m analysis.bench [NAME ...] [--quick] [--out runs/bench]``.
 
 Contenders take turns in every repetition, so that a busy moment of the machine hits all of them. A table gives medians
-and the span from fastest to slowest; report.md and results.json, with commit, versions and command, lie in OUT/NAME.
+and the span from fastest to slowest.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -26,32 +15,41 @@ from analysis.bench.cpu.mixers import mixers
 from analysis.bench.cpu.operators import delta, linear
 from analysis.bench.cpu.training import model
 from analysis.bench.gpu.operators import kernels
-from analysis.bench.measure import QUICK, Result, Sizes, provenance, write
+from analysis.bench.provenance import provenance
 from analysis.bench.ranks.memory import memory
-from analysis.bench.ranks.scheduling import balance, flat, overlap
+from analysis.bench.ranks.scheduling import balance, exchange_vs_length, overlap
 from analysis.bench.ranks.strategies import strategies
+from analysis.bench.result import Result, write
+from analysis.bench.sizes import QUICK, Sizes
 from recipes.allocator import keep_freed_memory
 
 BENCHES: dict[str, Callable[[Sizes, Path], Result]] = {
-    "linear": linear,
-    "delta": delta,
-    "mixers": mixers,
-    "model": model,
-    "strategies": strategies,
-    "overlap": overlap,
-    "balance": balance,
-    "flat": flat,
-    "memory": memory,
-    "kernels": kernels,
-}
+    bench.__name__: bench
+    for bench in (
+        linear, delta, mixers, model, strategies, overlap, balance, exchange_vs_length, memory, kernels,
+    )
+}  # fmt: skip
+
+
+def _parser() -> argparse.ArgumentParser:
+    summaries = (f"  {name:<20}{inspect.getdoc(bench)}" for name, bench in BENCHES.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m analysis.bench",
+        description="Measure speed and memory. Each benchmark prints a table, and writes report.md and results.json\n"
+        "to OUT/NAME, with the command, commit and versions that made them.",
+        epilog="benchmarks:\n" + "\n".join(summaries),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="a benchmark of the list below; default: all of them")
+    parser.add_argument("--quick", action="store_true", help="take tiny sizes: seconds, only to see that it works")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="the folder of results (%(default)s)")
+    parser.add_argument("--commit", help="the commit of this tree, if it is a copy without git")
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m analysis.bench", description="Speed tables of the README.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHES)}; all if none is given")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it works")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench"))
-    parser.add_argument("--commit", help="of the tree, where it is a copy without git")
+    """Run the benchmarks that are named, one after the other."""
+    parser = _parser()
     options = parser.parse_args(argv)
     unknown = [name for name in options.names if name not in BENCHES]
     if unknown:

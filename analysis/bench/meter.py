@@ -1,4 +1,4 @@
-"""A meter of the memory that tensors take, on any device."""
+"""The meter of the memory that tensors take, on any device."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch.utils._pytree import tree_leaves
 
 
 class Meter(TorchDispatchMode):
-    """Bytes of the storages that come into being while it is open, forward and backward, as long as they are alive.
+    """Counts the bytes of storages that are made while it is open, forward and backward, as long as they live.
 
-    live  bytes that are alive now
-    peak  the most that were, seen after each operation, since it was opened or `restart`ed
+    live  the bytes alive now
+    peak  the most bytes alive after any operation since it was opened or `restart`ed
 
-    What a kernel needs within one operation, and what a backend of collectives copies, is not seen.
+    It does not see memory within one operation, nor copies made by a backend of collectives.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._bytes: dict[StorageWeakRef, int] = {}  # 0 for what was there before
+        self._bytes: dict[StorageWeakRef, int] = {}  # 0 for storages made before it was opened
         self.peak = 0
 
     @property

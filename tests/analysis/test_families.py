@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from analysis import families, plots, report, tables
+from analysis import families, plots, report
+from analysis.points import group_runs, ratio_table
 from analysis.runs import read_folder
 from layers.registry import MIXERS, Place, mixer_spec
 from tests.analysis.fabricated import write_run
@@ -50,7 +51,7 @@ def test_a_report_of_many_kinds_begins_with_their_families(tmp_path: Path) -> No
         write_run(tmp_path / kind, linear=kind, ratio="0", bits=3 + number / 10, steps=10)
     write_run(tmp_path / "hybrid", linear=kinds[0], ratio="1/4", bits=2.9, steps=10)
     write_run(tmp_path / "softmax", ratio="1", bits=2.75, steps=10)
-    found = tables.points(read_folder(tmp_path).runs)
+    found = group_runs(read_folder(tmp_path).runs)
     table = report._main_table(found)
     assert table == families.table(found)
     assert table.header[-3:] == ("share 0", "share 1/4", "share 1")
@@ -60,18 +61,18 @@ def test_a_report_of_many_kinds_begins_with_their_families(tmp_path: Path) -> No
     assert set(rows) == {*kinds, "softmax"}
     assert rows[kinds[0]][-3:] == ("3.000", "2.900", "") and rows["softmax"][-3:] == ("", "", "2.750")
     fewer = [point for point in found if point.linear != kinds[-1]]
-    assert report._main_table(fewer) == tables.ratio_table(fewer)
+    assert report._main_table(fewer) == ratio_table(fewer)
 
 
 def test_a_pattern_of_several_mixers_is_of_their_families(tmp_path: Path) -> None:
     write_run(tmp_path / "one", changes={"model.pattern": ["retention", "softmax", "gla", "softmax"]})
-    (row,) = families.table(tables.points(read_folder(tmp_path).runs)).rows
+    (row,) = families.table(group_runs(read_folder(tmp_path).runs)).rows
     assert row[0] == "fixed decay and vector gate" and row[3].count(" and ") == 1 and row[4] == "none"
 
 
 def test_the_kept_table_is_that_of_the_kept_runs_and_the_readme_has_its_numbers() -> None:
     runs = families.read(KEPT / "runs.json")
-    table = families.table(tables.points(runs))
+    table = families.table(group_runs(runs))
     assert (KEPT / "families.md").read_text() == families.as_text(table)
     parameters = {(run.linear, run.softmax): f"{run.parameters:,}" for run in runs}
     readme = (ROOT / "README.md").read_text()

@@ -16,7 +16,8 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from analysis import plots, report, tables
+from analysis import loss_plots, plots, report, tables
+from analysis.points import group_runs, ratio_table
 from analysis.runs import Folder, read_folder
 from tests.analysis.fabricated import BITS, COMMIT, UNIGRAM, write_json, write_run, write_sweep
 
@@ -42,7 +43,7 @@ def written(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_points_average_seeds_and_keep_their_extremes(read: Folder) -> None:
-    points = {(point.linear, point.softmax): point for point in tables.points(read.runs)}
+    points = {(point.linear, point.softmax): point for point in group_runs(read.runs)}
     assert len(points) == 9
     repeated = points["gla", Fraction(1, 4)]
     assert [run.seed for run in repeated.runs] == [0, 1, 2]
@@ -56,15 +57,15 @@ def test_two_runs_of_one_seed_are_not_averaged(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_run(tmp_path / name)
     with pytest.raises(ValueError, match="runs a, b have the same mixers"):
-        tables.points(read_folder(tmp_path).runs)
+        group_runs(read_folder(tmp_path).runs)
 
 
 def test_the_ratio_table_repeats_pure_softmax_and_marks_gaps(read: Folder) -> None:
-    table = tables.ratio_table(tables.points(read.runs))
+    table = ratio_table(group_runs(read.runs))
     assert table.header[1:] == ("0", "1/8", "1/4", "1/2", "1")
     assert table.rows[0] == ("gla", "2.600", "2.540", "2.517", "2.520", "2.560")
     fewer = [run for run in read.runs if not (run.linear == "gla" and run.softmax == 0)]
-    assert tables.ratio_table(tables.points(fewer)).rows[0][1] == "not run"
+    assert ratio_table(group_runs(fewer)).rows[0][1] == "not run"
 
 
 def test_the_loss_table_in_three_formats(written: Path) -> None:
@@ -84,6 +85,8 @@ def test_cells_are_escaped() -> None:
     table = tables.Table(header=("<b>",), rows=(("a & <i>",),))
     assert tables.as_html(table).count("<") == tables.as_html(table).count(">")
     assert "<td>a &amp; &lt;i&gt;</td>" in tables.as_html(table)
+    narrow = tables.Table(header=("H",), rows=(("1",),), numbers=frozenset("H"))
+    assert tables.as_markdown(narrow).splitlines()[1] == "| -: |", "GitHub asks for a dash"
     assert tables.as_csv(tables.Table(header=("a",), rows=(('x, "y"',),))) == 'a\n"x, ""y"""\n'
 
 
@@ -106,7 +109,7 @@ def figure_of(monkeypatch: pytest.MonkeyPatch, draw: object, *arguments: object)
     def catch(figure: Figure) -> bytes:
         raise Drawn(figure)
 
-    monkeypatch.setattr(plots, "_png", catch)
+    monkeypatch.setattr(plots, "png", catch)
     with pytest.raises(Drawn) as caught:
         draw(*arguments)  # type: ignore[operator]
     figure = caught.value.args[0]
@@ -115,8 +118,8 @@ def figure_of(monkeypatch: pytest.MonkeyPatch, draw: object, *arguments: object)
 
 
 def test_loss_against_ratio_shows_every_point(read: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    points = tables.points(read.runs)
-    axes = figure_of(monkeypatch, plots.loss_against_ratio, points).axes[0]
+    points = group_runs(read.runs)
+    axes = figure_of(monkeypatch, loss_plots.loss_against_ratio, points).axes[0]
     assert axes.get_xlabel() == "softmax blocks / all blocks"
     assert axes.get_ylabel() == "validation loss (bits per byte)"
     assert [tick.get_text().split("\n")[0] for tick in axes.get_xticklabels()] == ["0", "1/8", "1/4", "1/2"]
@@ -131,7 +134,7 @@ def test_loss_against_ratio_shows_every_point(read: Folder, monkeypatch: pytest.
 def test_lines_can_be_told_apart_without_colour(read: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     looks = [(look.marker, str(look.line)) for look in (*plots.LOOKS, plots.SOFTMAX)]
     assert len({marker for marker, _ in looks}) == len({line for _, line in looks}) == len(looks)
-    figure = figure_of(monkeypatch, plots.loss_curves, read.runs)
+    figure = figure_of(monkeypatch, loss_plots.loss_curves, read.runs)
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == [
         f"softmax share {share}" for share in ("0", "1/8", "1/4", "1/2", "1")
@@ -140,7 +143,7 @@ def test_lines_can_be_told_apart_without_colour(read: Folder, monkeypatch: pytes
 
 
 def test_loss_curves_hold_every_run(read: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    figure = figure_of(monkeypatch, plots.loss_curves, read.runs)
+    figure = figure_of(monkeypatch, loss_plots.loss_curves, read.runs)
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     assert titles == ["lightning: training", "gla: training", "lightning: validation", "gla: validation"]
     runs_in = [len(axes.get_lines()) - 1 for axes in figure.axes]  # one line is the unigram entropy
@@ -152,7 +155,7 @@ def test_loss_curves_hold_every_run(read: Folder, monkeypatch: pytest.MonkeyPatc
 
 
 def test_windows_average_the_training_loss(read: Folder) -> None:
-    x, y = plots._windows(read.runs[0].train)
+    x, y = loss_plots._windows(read.runs[0].train)
     assert len(x) == 20 and x[-1] == read.runs[0].tokens
     first = [point.loss for point in read.runs[0].train[:3]]
     assert y[0] == pytest.approx(sum(first) / 3 / 0.6931471805599453)
@@ -160,11 +163,11 @@ def test_windows_average_the_training_loss(read: Folder) -> None:
 
 def test_too_many_kinds_for_one_figure(read: Folder) -> None:
     with pytest.raises(ValueError, match="looks that read in greyscale"):
-        plots._looks(8)
+        plots.looks(8)
 
 
 def test_equal_runs_give_equal_pictures(read: Folder, written: Path) -> None:
-    again = plots.loss_against_ratio(tables.points(read.runs))
+    again = loss_plots.loss_against_ratio(group_runs(read.runs))
     assert again == (written / "loss_against_ratio.png").read_bytes()
 
 
@@ -289,7 +292,7 @@ def test_any_axis_of_a_sweep_is_reported(tmp_path: Path) -> None:
 
 def test_what_is_no_axis_of_the_plan_is_still_refused(tmp_path: Path) -> None:
     folder = write_axes(tmp_path / "width", {"model.dim": [64, 96]})
-    found = report.tables.points(read_folder(folder).runs, ["model.dim"])
+    found = group_runs(read_folder(folder).runs, ["model.dim"])
     assert [dict(point.axes) for point in found] == [{"model.dim": "64"}, {"model.dim": "96"}]
     write_run(folder / "cell-0b", changes={"optim.lr": 0.5, "model.dim": 64}, steps=10)
     plan = json.loads((folder / "sweep.json").read_text())
@@ -373,3 +376,10 @@ def test_the_figure_of_strategies_has_their_numbers(monkeypatch: pytest.MonkeyPa
     left, right = figure_of(monkeypatch, plots.bars, ["a", "b"], {"speed": [3.0, 4.0], "ms": [1.0, 2.0]}).axes
     assert [bar.get_width() for bar in left.patches] == [3.0, 4.0]  # type: ignore[attr-defined]
     assert [tick.get_text() for tick in left.get_yticklabels()] == ["a", "b"] and right.get_xlabel() == "ms"
+
+
+def test_the_charts_of_benchmarks_have_their_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    (axes,) = figure_of(monkeypatch, plots.ranges, {"linear": {"ring": [1.0, 3.0, 2.0]}}, "ms", "title").axes
+    assert [list(line.get_xdata()) for line in axes.get_lines()] == [[1.0, 3.0], [2.0]]
+    (axes,) = figure_of(monkeypatch, plots.growth, {"linear": {64: 5.0, 128: 6.0}}, "x", "y", "title").axes
+    assert [list(line.get_ydata()) for line in axes.get_lines()] == [[5.0, 6.0]]

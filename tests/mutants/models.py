@@ -97,7 +97,7 @@ MODEL_MUTANTS = [
     ),
     Mutant(
         name="axes of a sweep averaged over",
-        file="analysis/tables.py",
+        file="analysis/points.py",
         old="tuple(strategy.items()), values), [])",
         new="tuple(strategy.items()), ()), [])",
         test="tests/analysis/test_report.py::test_what_is_no_axis_of_the_plan_is_still_refused",

@@ -1,4 +1,4 @@
-"""Every mixer as a module, forward and backward on one device: does a token of a long sequence cost more?"""
+"""The growth of every linear mixer, forward and backward on one device: does a token of a long sequence cost more?"""
 
 from __future__ import annotations
 
@@ -7,30 +7,31 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from analysis.bench.measure import THREADS, Result, Sizes, Timed, growth, timed_in_turns
+from analysis.bench.result import Result, growth
+from analysis.bench.sizes import Sizes
+from analysis.bench.stopwatch import THREADS, Timed, time_in_turns
+from analysis.tables import Table
 from layers.registry import MIXERS, Place, mixer_spec
 
 PLACE = Place(dim=256, heads=4, kv_heads=4, layer=0, depth=8, norm_eps=1e-6, rope_base=10000.0)
 
 
 def mixers(sizes: Sizes, out: Path) -> Result:
-    """Time per token of every mixer but softmax at the smallest and the greatest length."""
+    """Time every linear mixer at a short and at a long sequence."""
     lengths = (sizes.lengths[0], sizes.lengths[-1])
     names = [name for name in sorted(MIXERS) if MIXERS[name].letter == "L"]
     cases = {length: {name: _forward_backward(name, length) for name in names} for length in lengths}
-    rows = timed_in_turns(cases, sizes.mixer_repetitions)
+    rows = time_in_turns(cases, sizes.mixer_repetitions)
     claims = [growth(rows, name, lengths) for name in names]
-    lines = [
-        f"| {name} | "
-        + " | ".join(f"{rows[name, length].median / length * 1e6:.2f}" for length in lengths)
-        + f" | {claim.measured:.2f} |"
+    header = ("mixer", *(f"us/token, T={length}" for length in lengths), "growth")
+    lines = tuple(
+        (name, *(f"{rows[name, length].median / length * 1e6:.2f}" for length in lengths), f"{claim.measured:.2f}")
         for name, claim in zip(names, claims, strict=True)
-    ]
+    )
     return Result(
         title=f"mixers, forward + backward, fp32, B=1, dim {PLACE.dim}, {PLACE.heads} heads, {THREADS} threads",
         unit="seconds",
-        header=f"| mixer | us/token, T={lengths[0]} | us/token, T={lengths[1]} | growth |\n|---|---|---|---|",
-        lines=lines,
+        body=[Table(header=header, rows=lines, numbers=frozenset(header[1:]))],
         rows=list(rows.values()),
         claims=claims,
     )

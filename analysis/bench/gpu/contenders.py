@@ -1,4 +1,4 @@
-"""Who takes part in the benchmark of kernels: ours with every decay, fla-core's, torch's flash attention."""
+"""The contenders of the benchmark of kernels: ours with every decay, torch's flash attention, fla-core's kernels."""
 
 from __future__ import annotations
 
@@ -19,30 +19,26 @@ from analysis.bench.device import linear_backend
 DECAYS = ("none", "fixed", "scalar", "vector")
 LAYERS = 16  # of the model whose first layer has the fixed decays below
 
-Forms = dict[str, list[Tensor]]  # inputs by the decay of the contender that takes them
+Forms = dict[str, list[Tensor]]  # inputs by the decay of their contender
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
+    """The operator of a row; `call` takes the inputs of its decay and returns the output."""
+
     name: str
-    decay: str  # of DECAYS; "softmax" for what has no state
+    decay: str  # of DECAYS; "softmax" for an operator without a state
     call: Callable[..., Tensor]
     until: int | None = None  # the longest sequence that it is given
 
 
-def found(device: torch.device, softmax_until: int) -> tuple[list[Contender], list[str]]:
-    """All that can run on the device; and what is skipped, by name."""
-    contenders, notes = ours(), []
-    if missing := fla_missing(device):
-        notes.append(f"skipped: {missing}")
-    else:
-        contenders += fla_contenders()
-    contenders.append(Contender(name="torch flash attention", decay="softmax", call=_softmax, until=softmax_until))
-    return contenders, notes
-
-
-def ours() -> list[Contender]:
-    return [Contender(name=f"ours, {decay}", decay=decay, call=_ours(decay)) for decay in DECAYS]
+def find_contenders(device: torch.device, softmax_until: int) -> tuple[list[Contender], list[str]]:
+    """Return every contender that can run on the device, ours first, and a note on those that cannot."""
+    ours = [Contender(name=f"ours, {decay}", decay=decay, call=_ours(decay)) for decay in DECAYS]
+    flash = Contender(name="torch flash attention", decay="softmax", call=_softmax, until=softmax_until)
+    if missing := _fla_missing(device):
+        return [*ours, flash], [f"skipped: {missing}"]
+    return [*ours, flash, *_fla_contenders()], []
 
 
 def _ours(decay: str) -> Callable[..., Tensor]:
@@ -64,8 +60,8 @@ def _softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
-def inputs(heads: int, length: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Forms, Tensor]:
-    """Random leaves for every decay, which share q, k and v, and the gradient of the output."""
+def draw_inputs(heads: int, length: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Forms, Tensor]:
+    """Draw random leaves for every decay, with the same q, k and v, and the gradient of the output."""
     make = torch.Generator(device).manual_seed(0)
     q, k, v, do = (torch.randn(1, length, heads, width, dtype=dtype, device=device, generator=make) for _ in range(4))
     gate = F.logsigmoid(torch.randn(1, length, heads, width, device=device, generator=make)) / 16  # as GLA starts
@@ -77,12 +73,12 @@ def inputs(heads: int, length: int, width: int, dtype: torch.dtype, device: torc
 
 @functools.cache
 def fixed_decay(heads: int, device: torch.device) -> Tensor:
-    """[H], that of fla-core's chunk_lightning_attn in layer 0 of LAYERS."""
+    """Return the log decays [H] of fla-core's chunk_lightning_attn in layer 0 of LAYERS."""
     return -8 / heads * torch.arange(heads, device=device, dtype=torch.float32)
 
 
-def fla_missing(device: torch.device) -> str:
-    """Why fla-core's kernels cannot be measured; empty if they can."""
+def _fla_missing(device: torch.device) -> str:
+    """Return the reason why fla-core's kernels cannot run; empty if they can."""
     if importlib.util.find_spec("fla") is None:
         return "fla-core is not installed"
     if device.type != "cuda":
@@ -94,8 +90,7 @@ def fla_missing(device: torch.device) -> str:
     return ""
 
 
-def fla_contenders() -> list[Contender]:
-    """Its kernels of the four decays."""
+def _fla_contenders() -> list[Contender]:
     from fla.ops.gla import chunk_gla
     from fla.ops.lightning_attn import chunk_lightning_attn
     from fla.ops.linear_attn import chunk_linear_attn

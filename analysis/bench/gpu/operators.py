@@ -1,7 +1,7 @@
-"""Linear attention on the device, forward and backward, beside fla-core's kernels and torch's flash attention.
+"""The speed of linear attention on the device, forward and backward, beside fla-core and flash attention.
 
-What an ideal pass moves and computes, of one head and token, with sizes K and V, chunks of C = 64 tokens, s bytes a
-number of the model's dtype and 4 of a decay; each tensor read or written once, whole C x C tiles, states on the chip:
+An ideal pass reads or writes each tensor once, keeps states on the chip and computes whole C x C tiles. With sizes K
+and V, chunks of C = 64 tokens and s bytes a number, it moves and computes per head and token:
 
     bytes    forward    q k v (decay) in, o out                          (2K + 2V) s + 4 D
              backward   q k v do (decay) in, dq dk dv (d decay) out      (4K + 3V) s + 8 D
@@ -9,8 +9,8 @@ number of the model's dtype and 4 of a decay; each tensor read or written once, 
              backward   q k^T again, do v^T, dq, dk, dv; four products
                         with states                                      2 C (3K + 2V) + 8 K V
 
-D numbers of decay: 0, 1 or K. Of softmax attention with a causal mask: 2 (K + V) FLOPs a pair of tokens that see each
-other, and 2.5 times that backward; its bytes as those of no decay.
+D is the number of decays: 0, 1 or K. Causal softmax attention takes 2 (K + V) FLOPs for each pair of tokens that see
+each other, and 2.5 times that backward; its bytes are those without decay.
 """
 
 from __future__ import annotations
@@ -18,34 +18,35 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from analysis.bench.device import Budget, Ceilings, Stopwatch, ceilings, default_device
-from analysis.bench.gpu import overlap_model as hiding
-from analysis.bench.gpu import train_step as rank_step
-from analysis.bench.gpu.compiling import compile_ahead, tune_quickly
-from analysis.bench.gpu.contenders import Contender, Forms, found, inputs
-from analysis.bench.measure import QUICK, Claim, KernelSizes, Result, Row, Sizes
+from analysis.bench.device import Ceilings, ceilings, default_device
+from analysis.bench.gpu import overlap_model, train_step
+from analysis.bench.gpu.contenders import Contender, Forms, draw_inputs, find_contenders
+from analysis.bench.result import Claim, Result, Row
+from analysis.bench.sizes import QUICK, KernelSizes, Sizes
+from analysis.bench.stopwatch import Budget, Stopwatch, Timed
+from analysis.tables import Table
 from hybrid_sp.kernels.reference.chunks import CHUNK
 
-WAYS = ("forward", "forward + backward")
+FORWARD, BOTH = PASSES = ("forward", "forward + backward")
 AGREEMENT = 2e-2  # relative difference of two outputs in bf16 that are the same mathematics
 LONG = 32768  # tokens from which the goal is the higher one
 
 
 @dataclass(kw_only=True)
 class Cell:
-    """One contender on one shape in one way; `host` is what its launches took."""
+    """The measurements of one contender on one shape; `host` holds the seconds of its launches."""
 
     contender: Contender
     heads: int
     length: int
-    way: str
+    passes: str  # of PASSES
     values: list[float] = field(default_factory=list)
     host: list[float] = field(default_factory=list)
     peak_bytes: int = 0
@@ -55,125 +56,127 @@ class Cell:
         return statistics.median(self.values)
 
     def work(self, width: int, itemsize: int) -> tuple[float, float]:
-        """Bytes and FLOPs of an ideal pass."""
+        """Return the bytes and FLOPs of an ideal pass."""
         tokens = self.heads * self.length
         D = {"scalar": 1, "vector": width}.get(self.contender.decay, 0)
         moved, computed = 4 * width * itemsize + 4 * D, 4 * CHUNK * width + 4 * width**2
-        if self.way != "forward":
+        if self.passes == BOTH:
             moved += 7 * width * itemsize + 8 * D
             computed += 10 * CHUNK * width + 8 * width**2
         if self.contender.decay == "softmax":
-            computed = int(4 * width * (self.length + 1) / 2 * (1 if self.way == "forward" else 3.5))
+            computed = int(4 * width * (self.length + 1) / 2 * (1 if self.passes == FORWARD else 3.5))
         return tokens * moved, tokens * computed
 
 
 def kernels(sizes: Sizes, out: Path) -> Result:
-    """Operators, a rank's step, and what its exchange would leave to wait for, on the device of this process."""
+    """Compare linear attention with fla-core and flash attention on a GPU, and time a 1B model's step."""
     device = default_device()
     shape = sizes.kernels if device.type == "cuda" else QUICK.kernels
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     watch = Stopwatch(device)
     limits = ceilings(watch, dtype, shape.copied, shape.side, shape.repetitions)
-    if device.type == "cuda":
-        tune_quickly()
-        compile_ahead(shape, Budget(shape.seconds[0]))
-    contenders, notes = found(device, shape.softmax_until)
-    say(f"copy {limits.copy / 1e9:,.0f} GB/s, matmul {limits.matmul / 1e12:,.1f} TFLOP/s; {'; '.join(notes)}")
-    cells, differences = measured(contenders, shape, watch, dtype, Budget(shape.seconds[1]), notes)
-    say("steps of the model")
-    steps = rank_step.steps(shape, watch, dtype, Budget(shape.seconds[2]), notes)
-    say("phases of a layer")
-    phases = hiding.phases(shape, watch, dtype, Budget(shape.seconds[3]), notes)
+    contenders, notes = find_contenders(device, shape.softmax_until)
+    _report_progress(f"copy {limits.copy / 1e9:,.0f} GB/s, matmul {limits.matmul / 1e12:,.1f} TFLOP/s; {notes}")
+    cells, differences = measure_operators(contenders, shape, watch, dtype, notes)
+    _report_progress("steps of the model")
+    steps = train_step.measure_steps(shape, watch, dtype, Budget(shape.seconds[2]), notes)
+    _report_progress("phases of a layer")
+    phases = overlap_model.measure_phases(shape, watch, dtype, Budget(shape.seconds[3]), notes)
     where = "" if device.type == "cuda" else ", without a CUDA device: it shows that the program works, and no more"
-    lines = [*operator_lines(cells, limits, shape.width, dtype.itemsize), COUNTED]
-    lines += rank_step.lines(steps, limits) + hiding.lines(phases, shape) + _said(notes)
-    rows = [_row(f"{c.contender.name}, H={c.heads}, {c.way}", c.length, c.values) for c in cells]
-    rows += [_row(step.name, step.length, step.values) for step in steps]
-    rows += [_row(phase.name, phase.length, phase.values) for phase in phases]
+    named = [(f"{c.contender.name}, H={c.heads}, {c.passes}", c.length, c.values) for c in cells]
+    named += [(step.name, step.length, step.values) for step in steps]
+    named += [(phase.name, phase.length, phase.values) for phase in phases]
     return Result(
         title=(
             f"kernels, {str(dtype).removeprefix('torch.')}, B=1, K=V={shape.width}, decays in fp32; ceilings: copy "
             f"{limits.copy / 1e9:,.0f} GB/s (read + written), matmul {limits.matmul / 1e12:,.1f} TFLOP/s{where}"
         ),
         unit="seconds",
-        header=HEADER,
-        lines=lines,
-        rows=rows,
+        body=[
+            Table(
+                header=HEADER,
+                rows=tuple(operator_lines(cells, limits, shape.width, dtype.itemsize)),
+                numbers=frozenset(HEADER[1:]),
+            ),
+            COUNTED,
+            *train_step.step_table(steps, limits),
+            *overlap_model.phase_tables(phases, shape),
+            *(["\n".join(f"- {note}" for note in notes)] if notes else []),
+        ],
+        rows=[Row(contender=name, length=length, values=values) for name, length, values in named],
         claims=[*goals(cells, limits, shape.width, dtype.itemsize), *differences] if device.type == "cuda" else [],
         facts={
             "ceilings": limits._asdict(),
-            "peak_bytes": {f"{c.contender.name}, H={c.heads}, {c.way}, T={c.length}": c.peak_bytes for c in cells},
+            "peak_bytes": {f"{c.contender.name}, H={c.heads}, {c.passes}, T={c.length}": c.peak_bytes for c in cells},
             "steps": [step.facts() for step in steps],
             "notes": notes,
         },
     )
 
 
-def say(what: str) -> None:
-    """How far it is: the report comes at the end, and the time may be up before."""
+def _report_progress(what: str) -> None:
+    """Print a line with the time: the report comes at the end, and a machine may be lent for less."""
     print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
 
 
-def _row(name: str, length: int, values: list[float]) -> Row:
-    return Row(contender=name, length=length, values=values)
-
-
-def _said(notes: list[str]) -> list[str]:
-    return ["", *(f"- {note}" for note in notes)] if notes else []
-
-
-# -- measuring --------------------------------------------------------------------------------------------------------
-
-
-def measured(
-    contenders: list[Contender],
-    shape: KernelSizes,
-    watch: Stopwatch,
-    dtype: torch.dtype,
-    budget: Budget,
-    notes: list[str],
+def measure_operators(
+    contenders: Sequence[Contender], shape: KernelSizes, watch: Stopwatch, dtype: torch.dtype, notes: list[str]
 ) -> tuple[list[Cell], list[Claim]]:
-    """Every contender on every shape, taking turns, and how much their outputs differ. A contender that fails is noted
-    and left out."""
+    """Measure every contender on every shape, in turns, and claim that peers compute the same as ours.
+
+    A contender that fails, or whose turn comes after the budget of compiling, is noted and left out.
+    """
+    tuning = Budget(shape.seconds[0])
+    drawn = {heads: draw_inputs(heads, shape.tuned_at, shape.width, dtype, watch.device) for heads in shape.heads}
+    contenders = [
+        one
+        for one in contenders
+        if all(_warm_up(one, forms[one.decay], do, notes, tuning) for forms, do in drawn.values())
+    ]
+    differences = [
+        claim
+        for heads, (forms, _) in drawn.items()
+        for claim in _differences(contenders, forms, f"H={heads}, T={shape.tuned_at}")
+    ]
+    del drawn
+    budget = Budget(shape.seconds[1])
     grid = [(heads, length) for length in shape.lengths for heads in shape.heads]
     cells: list[Cell] = []
-    differences: list[Claim] = []
-    for heads in shape.heads:  # peers choose their configurations at the first length that they see
-        forms, do = inputs(heads, shape.tuned_at, shape.width, dtype, watch.device)
-        say(f"compiling and tuning, H={heads}")
-        contenders = [one for one in contenders if _works(one, forms[one.decay], do, notes, budget)]
-        differences += _differences(contenders, forms, heads, shape.tuned_at)
-        del forms, do
     for number, (heads, length) in enumerate(grid):
         if budget.over:
             notes.append(f"not measured, out of time: H={heads}, T={length}")
             continue
-        here = Budget(budget.left / (len(grid) - number))
-        forms, do = inputs(heads, length, shape.width, dtype, watch.device)
-        now = [one for one in contenders if length <= (one.until or length)]
-        done = _turns(now, forms, do, (heads, length), shape.repetitions, watch, here, notes)
-        times = (f"{c.contender.name}, {c.way} {c.seconds * 1e3:.3f} ms" for c in done)
-        say(f"H={heads}, T={length}: {'; '.join(times)}")
+        forms, do = draw_inputs(heads, length, shape.width, dtype, watch.device)
+        todo = [
+            (Cell(contender=one, heads=heads, length=length, passes=passes), _call(one, forms[one.decay], do, passes))
+            for one in contenders
+            for passes in PASSES
+            if length <= (one.until or length)
+        ]
+        done = _measure_in_turns(todo, shape.repetitions, watch, Budget(budget.left / (len(grid) - number)), notes)
+        times = (f"{c.contender.name}, {c.passes} {c.seconds * 1e3:.3f} ms" for c in done)
+        _report_progress(f"H={heads}, T={length}: {'; '.join(times)}")
         cells += done
-        del forms, do
+        del forms, do, todo
     return cells, differences
 
 
-def _run(one: Contender, leaves: list[Tensor], do: Tensor, way: str) -> Callable[[], object]:
+def _call(one: Contender, leaves: list[Tensor], do: Tensor, passes: str) -> Timed:
     def forward() -> Tensor:
         with torch.no_grad():
             return one.call(*leaves)
 
-    return forward if way == "forward" else lambda: torch.autograd.grad(one.call(*leaves), leaves, do)
+    return forward if passes == FORWARD else lambda: torch.autograd.grad(one.call(*leaves), leaves, do)
 
 
-def _works(one: Contender, leaves: list[Tensor], do: Tensor, notes: list[str], budget: Budget) -> bool:
-    """Warms up, which compiles."""
+def _warm_up(one: Contender, leaves: list[Tensor], do: Tensor, notes: list[str], budget: Budget) -> bool:
+    """Compile and tune a contender by its first call, and return whether it works."""
     if budget.over:
         notes.append(f"not measured, out of time: {one.name}")
         return False
+    _report_progress(f"compiling and tuning {one.name}, H={leaves[0].shape[2]}")
     try:
-        _run(one, leaves, do, "forward + backward")()
+        _call(one, leaves, do, BOTH)()
     except Exception as error:  # whatever a package raises on this device: the others go on
         notes.append(f"failed: {one.name}: {_first_line(error)}")
         return False
@@ -181,117 +184,117 @@ def _works(one: Contender, leaves: list[Tensor], do: Tensor, notes: list[str], b
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
-def _turns(
-    contenders: list[Contender],
-    forms: Forms,
-    do: Tensor,
-    place: tuple[int, int],
-    repetitions: int,
-    watch: Stopwatch,
-    budget: Budget,
-    notes: list[str],
+def _measure_in_turns(
+    todo: list[tuple[Cell, Timed]], repetitions: int, watch: Stopwatch, budget: Budget, notes: list[str]
 ) -> list[Cell]:
-    """One shape: a round that warms up and reads the memory, then rounds until all are done or the time is over."""
-    heads, length = place
-    cells = []
-    for one in contenders:
-        for way in WAYS:
-            run = _run(one, forms[one.decay], do, way)
-            cell = Cell(contender=one, heads=heads, length=length, way=way)
-            try:
-                run()
-                cell.peak_bytes = watch.peak_bytes(run)
-                cell.host.append(watch.time(run).host)
-            except Exception as error:  # out of memory, say
-                notes.append(f"failed: {one.name}, H={heads}, T={length}, {way}: {_first_line(error)}")
-                continue
-            cells.append((cell, run))
-    for repetition in range(repetitions):
+    """Measure one shape: a round that warms up and reads the memory, then rounds until the budget ends."""
+    works = []
+    for cell, run in todo:
+        where = f"H={cell.heads}, T={cell.length}"
+        try:
+            run()
+            cell.peak_bytes = watch.peak_bytes(run)
+            cell.host.append(watch.time(run).host)
+        except Exception as error:  # out of memory, say
+            notes.append(f"failed: {cell.contender.name}, {where}, {cell.passes}: {_first_line(error)}")
+            continue
+        works.append((cell, run))
+    for repetition in range(repetitions if works else 0):
         if repetition and budget.over:
-            notes.append(f"H={heads}, T={length}: {repetition} repetitions of {repetitions} in the time there was")
+            notes.append(f"{where}: {repetition} repetitions of {repetitions} in the time there was")
             break
-        for cell, run in cells:
+        for cell, run in works:
             took = watch.time(run, cell.host[-1])
             cell.values.append(took.device)
             cell.host.append(took.host)
-    return [cell for cell, _ in cells]
+    return [cell for cell, _ in works]
 
 
-def _differences(contenders: list[Contender], forms: Forms, heads: int, length: int) -> Iterator[Claim]:
-    """Relative difference of every peer's output from ours of the same decay: is it the same mathematics?"""
+def _differences(contenders: Sequence[Contender], forms: Forms, where: str) -> Iterator[Claim]:
+    """Claim a small relative difference of every peer's output from ours with the same decay."""
     with torch.no_grad():
         ours = {one.decay: one.call(*forms[one.decay]) for one in contenders if one.name.startswith("ours")}
         for one in contenders:
             if one.name.startswith("fla") and one.decay in ours:
-                mine, theirs = ours[one.decay].float(), one.call(*forms[one.decay]).float()
-                what = f"{one.name}, relative difference from ours, H={heads}, T={length}"
-                difference = ((mine - theirs).norm() / mine.norm()).item()
+                own, theirs = ours[one.decay].float(), one.call(*forms[one.decay]).float()
+                difference = ((own - theirs).norm() / own.norm()).item()
+                what = f"{one.name}, relative difference from ours, {where}"
                 yield Claim(what=what, measured=difference, at_most=AGREEMENT)
 
 
-# -- telling ----------------------------------------------------------------------------------------------------------
-
 HEADER = (
-    "| contender | H | T | forward ms | fwd + bwd ms | times ours, forward | fwd + bwd | forward GB/s (of copy) "
-    "| fwd + bwd TFLOP/s (of matmul) | peak MiB | launching, ms |\n" + "|---" * 11 + "|"
+    "contender",
+    "H",
+    "T",
+    "forward ms",
+    "fwd + bwd ms",
+    "times ours, forward",
+    "fwd + bwd",
+    "forward GB/s (of copy)",
+    "fwd + bwd TFLOP/s (of matmul)",
+    "peak MiB",
+    "launching, ms",
 )
 COUNTED = (
-    "\nTimes are the device's, between events, medians of turns. Times ours: over ours with the same decay (of flash "
+    "Times are the device's, between events, medians of turns. Times ours: over ours with the same decay (of flash "
     f"attention, the scalar one). GB/s count each input and output once; FLOPs those of chunks of {CHUNK} tokens "
     "(analysis/bench/gpu/operators.py). Peak: memory that forward + backward need on top of their inputs. Launching: "
     "what forward + backward take the host."
 )
 
 
-def operator_lines(cells: list[Cell], limits: Ceilings, width: int, itemsize: int) -> Iterator[str]:
-    """One line for each contender and shape; "times ours" is its time over that of ours with the same decay."""
-    by_place = {(c.contender.name, c.heads, c.length, c.way): c for c in cells}
+def operator_lines(cells: list[Cell], limits: Ceilings, width: int, itemsize: int) -> Iterator[tuple[str, ...]]:
+    """Yield a line under HEADER for each contender and shape that was measured in both ways."""
+    by_place = {(c.contender.name, c.heads, c.length, c.passes): c for c in cells}
     for cell in cells:
         name, place = cell.contender.name, (cell.heads, cell.length)
-        both = by_place.get((name, *place, WAYS[1]))
-        if cell.way != WAYS[0] or both is None:
+        both = by_place.get((name, *place, BOTH))
+        if cell.passes != FORWARD or both is None:
             continue
-        mine = "scalar" if cell.contender.decay == "softmax" else cell.contender.decay
-        ours = [by_place.get((f"ours, {mine}", *place, way)) for way in WAYS]
-        times = [f"{c.seconds / own.seconds:.2f}" if own else "" for c, own in zip((cell, both), ours, strict=True)]
+        decay = "scalar" if cell.contender.decay == "softmax" else cell.contender.decay
+        ours = [by_place.get((f"ours, {decay}", *place, passes)) for passes in PASSES]
         moved = cell.work(width, itemsize)[0] / cell.seconds
         computed = both.work(width, itemsize)[1] / both.seconds
         yield (
-            f"| {name} | {cell.heads} | {cell.length} | {cell.seconds * 1e3:.3f} | {both.seconds * 1e3:.3f} | "
-            f"{' | '.join(times)} | {moved / 1e9:,.0f} ({moved / limits.copy:.0%}) | "
-            f"{computed / 1e12:,.1f} ({computed / limits.matmul:.0%}) | {both.peak_bytes / 2**20:,.0f} | "
-            f"{statistics.median(both.host) * 1e3:.2f} |"
+            name,
+            *map(str, place),
+            *(f"{c.seconds * 1e3:.3f}" for c in (cell, both)),
+            *(f"{c.seconds / own.seconds:.2f}" if own else "" for c, own in zip((cell, both), ours, strict=True)),
+            f"{moved / 1e9:,.0f} ({moved / limits.copy:.0%})",
+            f"{computed / 1e12:,.1f} ({computed / limits.matmul:.0%})",
+            f"{both.peak_bytes / 2**20:,.0f}",
+            f"{statistics.median(both.host) * 1e3:.2f}",
         )
 
 
 def goals(cells: list[Cell], limits: Ceilings, width: int, itemsize: int) -> Iterator[Claim]:
-    """The goals on an H200, each held on the shape that is the furthest from it."""
-    seconds = {(c.contender.name, c.heads, c.length, c.way): c.seconds for c in cells}
+    """Claim the goals on an H200, each on the shape with the worst ratio."""
+    seconds = {(c.contender.name, c.heads, c.length, c.passes): c.seconds for c in cells}
 
     def worst(ratios: dict[str, float], what: str, bound: float) -> Iterator[Claim]:
         if ratios:
             where = min(ratios, key=ratios.__getitem__)
             yield Claim(what=f"{what}; worst at {where}", measured=ratios[where], at_least=bound)
 
-    for way, bound, longer in ((WAYS[0], 1.0, 0), (WAYS[1], 1.0, 0), (WAYS[1], 1.3, LONG)):
+    for passes, bound, longer in ((FORWARD, 1.0, 0), (BOTH, 1.0, 0), (BOTH, 1.3, LONG)):
         ratios = {
-            f"H={heads}, T={length}": value / seconds["ours, scalar", heads, length, way]
-            for (name, heads, length, here), value in seconds.items()
+            f"H={heads}, T={length}": value / seconds["ours, scalar", heads, length, passes]
+            for (name, heads, length, measured), value in seconds.items()
             if name == "fla chunk_simple_gla"
-            and here == way
+            and measured == passes
             and length >= longer
-            and ("ours, scalar", heads, length, way) in seconds
+            and ("ours, scalar", heads, length, passes) in seconds
         }
         range_of = f", T >= {longer // 1024}K" if longer else ""
-        yield from worst(ratios, f"scalar decay, times faster than fla-core, {way}{range_of}", bound)
+        yield from worst(ratios, f"scalar decay, times faster than fla-core, {passes}{range_of}", bound)
     for decay in ("none", "fixed", "scalar"):
         shares = {
             f"H={c.heads}, T={c.length}": c.work(width, itemsize)[0] / c.seconds / limits.copy
             for c in cells
-            if c.contender.name == f"ours, {decay}" and c.way == WAYS[0]
+            if c.contender.name == f"ours, {decay}" and c.passes == FORWARD
         }
         missed = {"no shape: it failed": float("nan")}
         yield from worst(shares or missed, f"{decay} decay, forward bytes/s over the copy's", 0.5)

@@ -1,9 +1,9 @@
-"""How much of the exchange of a linear layer the work within chunks would hide, from times measured on one device.
+"""The model of overlap: from one device's times, the part of a linear layer's exchange that work would hide.
 
-The phases of a layer of Linear-Llama3-1B are those that the timeline records, between CUDA events: states | intra |
-inter forward, inter | intra | states backward. The exchange runs beside intra, both ways. What it would take is
-modelled, not measured: the bytes that a rank receives, (P-1) * spans * H * (K*V + transition) numbers of fp32 (backward
-without the transition), over the rate of a link; no latency, no folding, and nothing that it takes from the device.
+The timeline records the phases of a layer of Linear-Llama3-1B between CUDA events: states | intra | inter forward,
+inter | intra | states backward. In both directions the exchange runs during intra. Its time is modelled, not measured:
+a rank receives (P-1) * spans * H * (K*V + transition) numbers of fp32, backward without the transition, at the rate of
+a link. The model has no latency, no folding, and no cost for the device.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from dataclasses import dataclass, field
 import torch
 
 import hybrid_sp as hsp
-from analysis.bench.device import Budget, Stopwatch, linear_backend
-from analysis.bench.measure import KernelSizes
+from analysis.bench.device import linear_backend
+from analysis.bench.sizes import KernelSizes
+from analysis.bench.stopwatch import Budget, Stopwatch
+from analysis.tables import Table
 from layers.cost import Summary
 
 DECAYS = ("none", "scalar")
-WAYS = ("forward", "backward")
+DIRECTIONS = ("forward", "backward")
 PHASES = ("states", "intra", "inter")
 RANKS = (8, 64)
 LINKS = {"NVLink, 450 GB/s": 450e9, "400 Gb/s": 50e9}  # bytes a second in one direction
@@ -33,38 +35,40 @@ class Phase:
     decay: str
     length: int
     phase: str
-    way: str
+    direction: str
     values: list[float] = field(default_factory=list)
 
     @property
     def name(self) -> str:
-        return f"phase {self.phase}, {self.way}, decay {self.decay}"
+        return f"phase {self.phase}, {self.direction}, decay {self.decay}"
 
     @property
     def seconds(self) -> float:
         return statistics.median(self.values)
 
 
-def phases(shape: KernelSizes, watch: Stopwatch, dtype: torch.dtype, budget: Budget, notes: list[str]) -> list[Phase]:
-    """All phases of one layer, at every decay and length; states enter, as on a rank that is not the first."""
+def measure_phases(
+    shape: KernelSizes, watch: Stopwatch, dtype: torch.dtype, budget: Budget, notes: list[str]
+) -> list[Phase]:
+    """Measure all phases of one layer, at every decay and length; states enter, as on a rank that is not the first."""
     done: list[Phase] = []
     for decay in DECAYS:
         for length in shape.model_lengths:
             if budget.over:
                 notes.append(f"not measured, out of time: phases, decay {decay}, T={length}")
                 continue
-            here = {
-                (phase, way): Phase(decay=decay, length=length, phase=phase, way=way)
-                for way in WAYS
+            phases = {
+                (phase, direction): Phase(decay=decay, length=length, phase=phase, direction=direction)
+                for direction in DIRECTIONS
                 for phase in PHASES
             }
-            _measure(here, decay, length, shape, watch, dtype, budget)
-            done += here.values()
+            _measure(phases, decay, length, shape, watch, dtype, budget)
+            done += phases.values()
     return done
 
 
 def _measure(
-    here: dict[tuple[str, str], Phase],
+    phases: dict[tuple[str, str], Phase],
     decay: str,
     length: int,
     shape: KernelSizes,
@@ -98,51 +102,52 @@ def _measure(
         for piece in book.phases:
             at = piece.name, piece.direction
             times[at] = times.get(at, 0.0) + piece.end - piece.begin
-        for at, phase in here.items():
+        for at, phase in phases.items():
             if repetition:  # the first warms up
                 phase.values.append(times[at])
 
 
-def lines(done: list[Phase], shape: KernelSizes) -> list[str]:
-    """Two tables: the phases, and what the exchange would leave to wait for."""
-    return [*_phase_lines(done), *_hidden_lines(done, shape)] if done else []
+def phase_tables(done: list[Phase], shape: KernelSizes) -> Iterator[str | Table]:
+    """Yield the table of the phases and that of the time that an exchange would leave to wait for."""
+    if done:
+        yield "Phases of one linear layer of that model, ms:"
+        yield _phases(done)
+        yield "Its exchange of states, modelled, and what intra would leave of it to wait for, ms, forward + backward:"
+        yield _exposed(done, shape)
 
 
-def _phase_lines(done: list[Phase]) -> Iterator[str]:
-    yield "\nPhases of one linear layer of that model, ms:\n"
-    names = [f"{phase}, {way}" for way in WAYS for phase in PHASES]
-    yield f"| decay | tokens per rank | {' | '.join(names)} |"
-    yield "|---" * (len(names) + 2) + "|"
-    for first in range(0, len(done), len(names)):
-        times = [f"{phase.seconds * 1e3:.3f}" for phase in done[first : first + len(names)]]
-        yield f"| {done[first].decay} | {done[first].length} | {' | '.join(times)} |"
-
-
-def received(summary: Summary, ranks: int, spans: int, way: str) -> int:
-    """Bytes that a rank receives by the all-gather of states in fp32, of one row."""
-    state, transition = summary.numbers
-    return (ranks - 1) * spans * summary.heads * (state + (transition if way == "forward" else 0)) * 4
-
-
-def _hidden_lines(done: list[Phase], shape: KernelSizes) -> Iterator[str]:
-    yield "\nIts exchange of states, modelled, and what intra would leave of it to wait for, ms, forward + backward:\n"
-    yield (
-        "| decay | tokens per rank | ranks | spans a rank | "
-        + " | ".join(f"exchange, {link} | exposed" for link in LINKS)
-        + " |\n"
-        + "|---" * (4 + 2 * len(LINKS))
-        + "|"
+def _phases(done: list[Phase]) -> Table:
+    names = [f"{phase}, {direction}" for direction in DIRECTIONS for phase in PHASES]
+    rows = tuple(
+        (done[i].decay, str(done[i].length), *(f"{phase.seconds * 1e3:.3f}" for phase in done[i : i + len(names)]))
+        for i in range(0, len(done), len(names))
     )
+    header = ("decay", "tokens per rank", *names)
+    return Table(header=header, rows=rows, numbers=frozenset(header[1:]))
+
+
+def received(summary: Summary, ranks: int, spans: int, direction: str) -> int:
+    """Return the bytes that a rank receives in the all-gather of states in fp32, for one row of the batch."""
+    state, transition = summary.numbers
+    return (ranks - 1) * spans * summary.heads * (state + (transition if direction == "forward" else 0)) * 4
+
+
+def _exposed(done: list[Phase], shape: KernelSizes) -> Table:
     heads = shape.model["heads"]
     width = shape.model["dim"] // heads
-    intra = {(p.decay, p.length, p.way): p.seconds for p in done if p.phase == "intra"}
+    intra = {(p.decay, p.length, p.direction): p.seconds for p in done if p.phase == "intra"}
+    rows = []
     for decay, length in dict.fromkeys((decay, length) for decay, length, _ in intra):
         summary = Summary(heads=heads, key=width, value=width, transition=decay)
+        hidden = [intra[decay, length, direction] for direction in DIRECTIONS]
         for ranks in RANKS:
             for spans in (1, 2):  # contiguous and zigzag
-                texts = []
+                cells = [decay, str(length), str(ranks), str(spans)]
                 for rate in LINKS.values():
-                    exchange = [received(summary, ranks, spans, way) / rate for way in WAYS]
-                    exposed = [max(0.0, x - intra[decay, length, way]) for x, way in zip(exchange, WAYS, strict=True)]
-                    texts += [" + ".join(f"{x * 1e3:.3f}" for x in times) for times in (exchange, exposed)]
-                yield f"| {decay} | {length} | {ranks} | {spans} | {' | '.join(texts)} |"
+                    exchange = [received(summary, ranks, spans, direction) / rate for direction in DIRECTIONS]
+                    exposed = [max(0.0, x - work) for x, work in zip(exchange, hidden, strict=True)]
+                    cells += [" + ".join(f"{x * 1e3:.3f}" for x in times) for times in (exchange, exposed)]
+                rows.append(tuple(cells))
+    links = [name for link in LINKS for name in (f"exchange, {link}", "exposed")]
+    header = ("decay", "tokens per rank", "ranks", "spans a rank", *links)
+    return Table(header=header, rows=tuple(rows), numbers=frozenset(header[1:]))

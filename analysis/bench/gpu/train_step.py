@@ -1,37 +1,39 @@
-"""One rank's step of Linear-Llama3-1B: forward, backward and AdamW on its own tokens, communication left out.
+"""The step of Linear-Llama3-1B on one rank: forward, backward and AdamW on its own tokens, without communication.
 
-Linear-Llama3-1B is that of LASP-2 (arXiv 2502.07563, A.5.3): 16 layers, hidden 2048, 16 heads, Llama 3's vocabulary,
-basic linear attention; pure, or softmax in every fourth layer. The paper does not give the MLP's width; 8192 is that of
-the released script. Embeddings are tied. The rank's tokens are its whole sequence: what softmax layers would attend to
-of other ranks is not in it. Parameters and AdamW's moments are in the model's dtype.
+Linear-Llama3-1B is the model of LASP-2 (arXiv 2502.07563, A.5.3): 16 layers, hidden 2048, 16 heads, Llama 3's
+vocabulary, basic linear attention, alone or with softmax in every fourth layer. The paper does not give the MLP's
+width; the released script has 8192. Embeddings are tied. The rank's tokens are its whole sequence, so softmax layers
+attend to no other rank's tokens. Parameters and AdamW's moments have the model's dtype.
 
-MFU counts 3 times the forward FLOPs of `layers/cost.py`, recomputation left out, over the product of matrices that was
-measured and over the datasheet's dense bf16.
+MFU counts 3 times the forward FLOPs of `layers/cost.py`, without recomputation. It is given over the measured product
+of matrices and over the datasheet's dense bf16.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from analysis.bench.device import Budget, Ceilings, Stopwatch
-from analysis.bench.measure import KernelSizes
+from analysis.bench.device import Ceilings
+from analysis.bench.sizes import KernelSizes
+from analysis.bench.stopwatch import Budget, Stopwatch, Timed
+from analysis.tables import Table
 from layers.model import HybridLM
 from layers.spec import ModelConfig, model_facts
 
 RATIOS = {"pure": "0", "1/4 hybrid": "1/4"}
-RECOMPUTED = {"none": 0, "every second block": 2, "every block": 1}  # one in so many, in the order in which it is tried
+RECOMPUTED = {"none": 0, "every second block": 2, "every block": 1}  # one block in so many, tried in this order
 DATASHEET = 989e12  # FLOPs a second of an H100 or H200 SXM in dense bf16
 
 
 @dataclass(kw_only=True)
 class Step:
-    """Steps of one model at one length; `flops` is what one of them counts as."""
+    """The steps of one model at one length; `flops` counts one of them."""
 
     name: str
     length: int
@@ -45,7 +47,7 @@ class Step:
         return statistics.median(self.values)
 
     def facts(self) -> dict[str, Any]:
-        """For results.json."""
+        """Return the entry of results.json."""
         return {
             "name": self.name,
             "length": self.length,
@@ -56,34 +58,36 @@ class Step:
         }
 
 
-def steps(shape: KernelSizes, watch: Stopwatch, dtype: torch.dtype, budget: Budget, notes: list[str]) -> list[Step]:
-    """The steps of every model at every length that the memory and the time allow."""
+def measure_steps(
+    shape: KernelSizes, watch: Stopwatch, dtype: torch.dtype, budget: Budget, notes: list[str]
+) -> list[Step]:
+    """Measure the steps of every model at every length, as far as memory and time allow."""
     done = []
     for kind, ratio in RATIOS.items():
         config = ModelConfig(linear="linear", ratio=ratio, tie_embeddings=True, **shape.model)
         with watch.device:
-            model = Undrawn(config).to(dtype)
+            model = UninitializedLM(config).to(dtype)
         for length in shape.model_lengths:
             name = f"step, {kind}"
             if budget.over:
                 notes.append(f"not measured, out of time: {name}, T={length}")
                 continue
             try:
-                done.append(_step(name, model, length, shape.model_steps, watch, budget))
+                done.append(_measure(name, model, length, shape.model_steps, watch, budget))
             except torch.OutOfMemoryError:
                 notes.append(f"failed: {name}, T={length}: out of memory even with every block recomputed")
         del model
     return done
 
 
-class Undrawn(HybridLM):
-    """HybridLM with the weights that torch's layers draw on their device; its own come from a CPU, in minutes here."""
+class UninitializedLM(HybridLM):
+    """The HybridLM with the weights of torch's layers, drawn on the device; its own come from a CPU in minutes."""
 
     def init_weights(self, seed: int) -> None:
         pass
 
 
-def _step(name: str, model: HybridLM, length: int, repetitions: int, watch: Stopwatch, budget: Budget) -> Step:
+def _measure(name: str, model: HybridLM, length: int, repetitions: int, watch: Stopwatch, budget: Budget) -> Step:
     vocab, depth = model.config.vocab, model.config.depth
     tokens, labels = (torch.randint(vocab, (1, length), device=watch.device) for _ in range(2))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=watch.device.type == "cuda")
@@ -117,8 +121,8 @@ def _step(name: str, model: HybridLM, length: int, repetitions: int, watch: Stop
     return step
 
 
-def _fits(run: Callable[[], object]) -> bool:
-    """Warms up, and makes AdamW's moments. What a failed run held is freed when this returns."""
+def _fits(run: Timed) -> bool:
+    """Warm up, which makes AdamW's moments; the tensors of a failed run are freed when this returns."""
     try:
         run()
     except torch.OutOfMemoryError:
@@ -126,22 +130,33 @@ def _fits(run: Callable[[], object]) -> bool:
     return True
 
 
-def lines(done: list[Step], limits: Ceilings) -> list[str]:
-    """A table of the steps."""
-    return list(_lines(done, limits)) if done else []
-
-
-def _lines(done: list[Step], limits: Ceilings) -> Iterator[str]:
-    yield "\nOne rank's step of Linear-Llama3-1B, forward, backward and AdamW, no communication:\n"
-    yield (
-        "| model | tokens per rank | ms | tokens/s | TFLOP/s | MFU, of the matmul measured | of 989 TFLOP/s "
-        "| memory GiB | blocks recomputed |"
-    )
-    yield "|---" * 9 + "|"
-    for step in done:
-        rate = step.flops / step.seconds
-        yield (
-            f"| {step.name.removeprefix('step, ')} | {step.length} | {step.seconds * 1e3:.1f} | "
-            f"{step.length / step.seconds:,.0f} | {rate / 1e12:,.1f} | {rate / limits.matmul:.1%} | "
-            f"{rate / DATASHEET:.1%} | {step.peak_bytes / 2**30:.1f} | {step.recomputed} |"
+def step_table(done: list[Step], limits: Ceilings) -> Iterator[str | Table]:
+    """Yield the table of the steps."""
+    if done:
+        yield "One rank's step of Linear-Llama3-1B, forward, backward and AdamW, no communication:"
+        header = (
+            "model",
+            "tokens per rank",
+            "ms",
+            "tokens/s",
+            "TFLOP/s",
+            "MFU, of the matmul measured",
+            "of 989 TFLOP/s",
+            "memory GiB",
+            "blocks recomputed",
         )
+        rows = tuple(
+            (
+                step.name.removeprefix("step, "),
+                str(step.length),
+                f"{step.seconds * 1e3:.1f}",
+                f"{step.length / step.seconds:,.0f}",
+                f"{step.flops / step.seconds / 1e12:,.1f}",
+                f"{step.flops / step.seconds / limits.matmul:.1%}",
+                f"{step.flops / step.seconds / DATASHEET:.1%}",
+                f"{step.peak_bytes / 2**30:.1f}",
+                step.recomputed,
+            )
+            for step in done
+        )
+        yield Table(header=header, rows=rows, numbers=frozenset(header[1:-1]))

@@ -1,8 +1,9 @@
-"""A slow network for real: hosts that are network namespaces of this machine, joined by a bridge, each with a rate.
+"""The networks that join ranks: this machine's loopback, or a slow one of network namespaces.
 
     h0 --- veth, tbf --- bridge --- veth, tbf --- h1 ...
 
-A token-bucket filter on the host's end limits what a host sends (tc-tbf(8)). It needs root and iproute2.
+Each namespace is a host. A token-bucket filter on its end of the link limits its sending rate (tc-tbf(8)). This needs
+root and iproute2; without them a slow link is pretended by waiting.
 """
 
 from __future__ import annotations
@@ -14,15 +15,50 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
+from hybrid_sp.comm.link import Link
+
 NETWORK = "10.77.0.0/24"
-BURST_SECONDS = 1e-3  # of the rate may be sent at once after a pause, and no less than ...
+BURST_SECONDS = 1e-3  # the burst after a pause, in seconds at the full rate, and at least ...
 LEAST_BURST = 5 * 1024  # ... so many bytes, several packets
-QUEUE = "4000ms"  # that a host may have waiting to be sent: long, so that nothing is dropped
+QUEUE = "4000ms"  # of packets waiting to be sent: long, so that none is dropped
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """The network of ranks: words for the report, and the command prefix and environment of each rank.
+
+    link  the network that the ranks pretend; None for a real one
+    """
+
+    words: str
+    ranks: list[tuple[list[str], dict[str, str]]]
+    link: Link | None = None
+
+
+def loopback(ranks: int) -> Network:
+    """Return a network of processes on this machine."""
+    shared = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "LOCAL_WORLD_SIZE": str(ranks)}
+    places: list[tuple[list[str], dict[str, str]]] = [([], shared | {"LOCAL_RANK": str(i)}) for i in range(ranks)]
+    return Network(words="one machine, loopback", ranks=places)
+
+
+@contextmanager
+def slow_link(ranks: int, megabits: float) -> Iterator[Network]:
+    """Yield a network where each rank is a host behind a link of that rate, or pretends to be one."""
+    reason = impossible()
+    if reason is None:
+        with hosts(ranks, megabits) as found:
+            words = f"{ranks} network namespaces, tc tbf {megabits:g} Mbit/s each"
+            alone = {"LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+            yield Network(words=words, ranks=[(host.prefix, {**host.environment, **alone}) for host in found])
+        return
+    words = f"a pretended link of {megabits:g} Mbit/s and 0.1 ms ({reason})"
+    yield Network(words=words, ranks=loopback(ranks).ranks, link=Link(latency=1e-4, bandwidth=megabits * 1e6 / 8))
 
 
 @dataclass(frozen=True)
 class Host:
-    """A namespace. `prefix` runs a command inside, `environment` tells gloo and torchrun how to find the others."""
+    """The namespace of a host. `prefix` runs a command in it; with `environment` gloo and torchrun find the others."""
 
     name: str
     address: str
@@ -38,7 +74,7 @@ class Host:
 
 
 def impossible() -> str | None:
-    """Why this process cannot make namespaces, or None if it can."""
+    """Return the reason why this process cannot make namespaces, or None if it can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     missing = [program for program in ("ip", "tc", "sysctl") if shutil.which(program) is None]
@@ -54,8 +90,10 @@ def impossible() -> str | None:
 
 @contextmanager
 def hosts(count: int, megabits: float, base: str = "hsp") -> Iterator[list[Host]]:
-    """So many hosts, each of which sends at most `megabits` per second; gone at the end, whatever happens. Their names
-    begin with `base` and this process."""
+    """Make so many hosts that each send at most `megabits` per second, and remove them at the end in any case.
+
+    Their names begin with `base` and the number of this process.
+    """
     base = f"{base}-{os.getpid()}"
     burst = max(LEAST_BURST, round(megabits * 1e6 / 8 * BURST_SECONDS))
     switch, names = f"{base}-switch", [f"{base}-h{i}" for i in range(count)]
@@ -73,7 +111,7 @@ def hosts(count: int, megabits: float, base: str = "hsp") -> Iterator[list[Host]
             _ip("-n", name, "link", "set", "net0", "up")
             _ip("-n", switch, "link", "set", port, "master", "bridge0", "up")
             shape = ["root", "tbf", "rate", f"{megabits:g}mbit", "burst", str(burst), "latency", QUEUE]
-            # So that the rate is the limit, and not what TCP makes of a pause.
+            # The rate is then the limit, and not TCP's caution after a pause.
             _run(["ip", "netns", "exec", name, "sysctl", "-qw", "net.ipv4.tcp_slow_start_after_idle=0"])
             _ip("-n", name, "route", "change", NETWORK, "dev", "net0", "quickack", "1")
             _run(["tc", "-n", name, "qdisc", "add", "dev", "net0", *shape])

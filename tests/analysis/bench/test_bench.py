@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import itertools
+import io
 import json
 import math
 import os
@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,76 +19,94 @@ from PIL import Image
 from torch import Tensor
 
 from analysis.bench.__main__ import BENCHES, main
-from analysis.bench.device import Budget, Ceilings, Stopwatch
-from analysis.bench.gpu import operators as kernels
-from analysis.bench.gpu import overlap_model as hiding
-from analysis.bench.gpu.contenders import DECAYS, Contender, found
-from analysis.bench.measure import QUICK, Claim
-from analysis.bench.ranks import network
-from analysis.bench.ranks.strategies import LINEAR, SOFTMAX
+from analysis.bench.device import Ceilings
+from analysis.bench.gpu import operators, overlap_model
+from analysis.bench.gpu.contenders import DECAYS, Contender, find_contenders
+from analysis.bench.ranks import network, strategies
+from analysis.bench.ranks.launch import launch
+from analysis.bench.ranks.memory import KINDS
+from analysis.bench.result import Claim, Row
+from analysis.bench.sizes import QUICK
+from analysis.bench.stopwatch import Budget, Stopwatch
 from layers.cost import Summary
 from layers.registry import MIXERS
 from tests.support.packages import needs
 
 ROOT = Path(__file__).parents[3]
+RECIPES = ("omegaconf", "wandb", "matplotlib", "rich")  # packages of recipes and reports
+PEERS = ("triton", "fla", "transformers")
+SHORT = ("linear", "kernels", "balance")
+LONG = ("delta", "mixers", "strategies", "overlap", "exchange_vs_length", "memory")
+NAIVE, CHUNKED = "fla-core naive_chunk_simple_gla", "transformers torch_chunk_gated_delta_rule"
+MIXER_COUNT = sum(spec.letter == "L" for spec in MIXERS.values())
+ROWS = {  # without peers: lengths, heads, passes, decays and so on, multiplied
+    "linear": 2 * 4 + 1,
+    "delta": 2 * 3,
+    "mixers": 2 * MIXER_COUNT,
+    "strategies": 3 * len(strategies.LINEAR) - 1 + len(strategies.SOFTMAX),
+    "overlap": 2 * 2,
+    "balance": 2,
+    "exchange_vs_length": 2 * 2,
+    "memory": 2 * 2 * len(KINDS),
+    "kernels": 2 * 2 * 2 * len(DECAYS) + 2 * 2 + 2 * 2 + 2 * 2 * 2 * len(overlap_model.PHASES),
+}
+CLAIMS = {"linear": 3, "delta": 1, "mixers": MIXER_COUNT, "strategies": 7, "overlap": 8, "balance": 1,
+          "exchange_vs_length": 1, "memory": len(KINDS) + 1, "kernels": 0}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "peers",
-    [["fla", "triton"], pytest.param([], marks=[pytest.mark.slow, needs("fla", "triton")])],
-    ids=["without fla-core", "with fla-core"],
-)
-def test_linear_runs_without_the_packages_of_recipes(tmp_path: Path, peers: list[str]) -> None:
-    """In a process of its own: it needs omegaconf and wandb as little as the engine does, and fla-core to compare."""
-    code = f"""
-import sys
-sys.modules.update(dict.fromkeys(["omegaconf", "wandb", "matplotlib", "rich", *{peers}]))
-from analysis.bench.ranks import network
-from analysis.bench.__main__ import BENCHES, main
-main(["linear", "--quick", "--out", {str(tmp_path)!r}])
-"""
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+def run_without(packages: tuple[str, ...], names: tuple[str, ...], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run benchmarks in a process that cannot import the packages, nor can the ranks that it starts."""
+    lines = f"import sys\nsys.modules.update(dict.fromkeys({packages}))\n"  # importing None raises ImportError
+    (folder / "sitecustomize.py").write_text(lines)
+    environment = os.environ | {"PYTHONPATH": str(folder), "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-m", "analysis.bench", *names, "--quick", "--commit", "abc", "--out", str(folder)]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    report = (tmp_path / "linear" / "report.md").read_text()
-    assert report in run.stdout
-    results = json.loads((tmp_path / "linear" / "results.json").read_text())
+    return run
+
+
+def read(folder: Path, name: str) -> dict[str, Any]:
+    results = json.loads((folder / name / "results.json").read_text())
     assert {"command", "commit", "versions", "machine", "unit", "rows", "claims"} <= results.keys()
-    measured = {(row["contender"], row["length"]) for row in results["rows"]}
-    naive = ("fla-core naive_chunk_simple_gla", 128)
-    assert (naive in measured) == (not peers) == ("skipped: fla-core" not in run.stderr)
-    assert ("torch causal SDPA", 128) in measured
-    assert {length for _, length in measured} == {128, 256} and len(measured) == 10 - bool(peers)
-    assert all(len(row["values"]) == 2 and min(row["values"]) > 0 for row in results["rows"])
-    assert len(results["claims"]) == report.count("| at ") == 4 - bool(peers)
+    assert all(row["values"] and min(row["values"]) > 0 for row in results["rows"])
+    return results | {"measured": {(row["contender"], row["length"]) for row in results["rows"]}}
+
+
+def test_every_benchmark_is_one_that_runs_without_optional_packages_or_trains() -> None:
+    """Nor does the program import any of them at its start; torch itself imports triton."""
+    assert {*SHORT, *LONG, "model"} == BENCHES.keys()
+    code = f"import analysis.bench.__main__, sys; print({{*{(*RECIPES, *PEERS[1:])}}} & sys.modules.keys())"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout == "set()\n", run.stderr
+
+
+@pytest.mark.parametrize("names", [SHORT, pytest.param(LONG, marks=pytest.mark.slow)], ids=["short", "long"])
+def test_benchmarks_run_without_optional_packages(tmp_path: Path, names: tuple[str, ...]) -> None:
+    """On a CPU every contender but the peers is measured, and kernels are measured but nothing is claimed of them."""
+    run = run_without((*RECIPES, *PEERS), names, tmp_path)
+    for name in names:
+        results, report = read(tmp_path, name), (tmp_path / name / "report.md").read_text()
+        assert report in run.stdout and len(results["claims"]) == CLAIMS[name], report
+        assert report.count("| at most ") + report.count("| at least ") == CLAIMS[name], report
+        assert len(results["measured"]) == len(results["rows"]) == ROWS[name], results["measured"]
+        assert results["commit"] == "abc" and results["device"] is None
+        assert [note.split()[0] for note in results.get("notes", [])] == ["skipped:"] * (name == "kernels")
+        bytes_ = [claim for claim in results["claims"] if "bytes received" in claim["what"] or name == "memory"]
+        assert all(claim["measured"] <= claim["at_most"] for claim in bytes_)
+    skipped = {line.split(" (")[0] for line in run.stderr.splitlines() if line.startswith("skipped: ")}
+    missing = [NAIVE] if names == SHORT else [CHUNKED, "strategies.png", "exchange_vs_length.png"]
+    assert skipped == {f"skipped: {one}" for one in missing}
 
 
 @pytest.mark.slow
-def test_kernels_run_without_the_packages_of_recipes_or_of_kernels(tmp_path: Path) -> None:
-    """On a CPU every contender, step and phase is measured."""
-    code = f"""
-import sys
-sys.modules.update(dict.fromkeys(["omegaconf", "wandb", "matplotlib", "rich", "triton", "fla", "transformers"]))
-from analysis.bench.__main__ import main
-main(["kernels", "--quick", "--commit", "abc", "--out", {str(tmp_path)!r}])
-"""
-    environment = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    report = (tmp_path / "kernels" / "report.md").read_text()
-    assert report in run.stdout and "without a CUDA device" in report and "skipped: fla-core" in report
-    results = json.loads((tmp_path / "kernels" / "results.json").read_text())
-    assert results["commit"] == "abc" and results["claims"] == [] and results["device"] is None
-    measured = {(row["contender"], row["length"]) for row in results["rows"]}
-    shape = QUICK.kernels
-    for heads, length, way in itertools.product(shape.heads, shape.lengths, ("forward", "forward + backward")):
-        assert {(f"ours, {decay}, H={heads}, {way}", length) for decay in DECAYS} <= measured
-        flash = (f"torch flash attention, H={heads}, {way}", length)
-        assert (flash in measured) == (length <= shape.softmax_until)
-    for length in shape.model_lengths:
-        assert {("step, pure", length), ("step, 1/4 hybrid", length)} <= measured
-        assert {(f"phase intra, {way}, decay scalar", length) for way in ("forward", "backward")} <= measured
-    assert all(row["values"] and min(row["values"]) > 0 for row in results["rows"])
-    assert not [note for note in results["notes"] if note.startswith("failed")]
+@needs("fla", "triton", "transformers")
+def test_operators_are_compared_with_their_peers(tmp_path: Path) -> None:
+    run = run_without(RECIPES, ("linear", "delta"), tmp_path)
+    for name, peer in (("linear", NAIVE), ("delta", CHUNKED)):
+        results = read(tmp_path, name)
+        assert (peer, 128) in results["measured"] and len(results["rows"]) == ROWS[name] + 1
+        assert len(results["claims"]) == CLAIMS[name] + 1
+    assert "skipped" not in run.stderr
 
 
 @pytest.mark.slow
@@ -99,10 +118,10 @@ def test_our_kernels_are_measured_in_the_interpreter() -> None:
         QUICK.kernels, lengths=(17,), heads=(1,), tuned_at=17, repetitions=1, model=model, model_lengths=(17,)
     )
     watch, notes = Stopwatch(torch.device("cpu")), []
-    contenders, _ = found(watch.device, shape.softmax_until)
-    cells, _ = kernels.measured(contenders, shape, watch, torch.float32, Budget(math.inf), notes)
+    contenders, _ = find_contenders(watch.device, shape.softmax_until)
+    cells, _ = operators.measure_operators(contenders, shape, watch, torch.float32, notes)
     assert [cell.contender.decay for cell in cells] == [d for d in (*DECAYS, "softmax") for _ in range(2)]
-    phases = hiding.phases(shape, watch, torch.float32, Budget(math.inf), notes)
+    phases = overlap_model.measure_phases(shape, watch, torch.float32, Budget(math.inf), notes)
     assert len(phases) == 12 and all(phase.values for phase in phases) and notes == []
 
 
@@ -110,8 +129,8 @@ def test_goals_are_held_on_the_shape_that_is_the_furthest_from_them() -> None:
     ours = Contender(name="ours, scalar", decay="scalar", call=torch.add)
     peer = Contender(name="fla chunk_simple_gla", decay="scalar", call=torch.add)
     cells = [
-        kernels.Cell(contender=one, heads=16, length=length, way=way, values=[seconds])
-        for one, length, way, seconds in (
+        operators.Cell(contender=one, heads=16, length=length, passes=passes, values=[seconds])
+        for one, length, passes, seconds in (
             (ours, 4096, "forward", 1.0), (peer, 4096, "forward", 1.1),
             (ours, 65536, "forward", 10.0), (peer, 65536, "forward", 12.0),
             (ours, 4096, "forward + backward", 3.0), (peer, 4096, "forward + backward", 3.0),
@@ -121,12 +140,14 @@ def test_goals_are_held_on_the_shape_that_is_the_furthest_from_them() -> None:
     moved = cells[0].work(128, 2)[0]
     assert moved == 16 * 4096 * (4 * 128 * 2 + 4)
     limits = Ceilings(copy=moved, matmul=1.0)
-    faster, both, longer, none, fixed, share = (claim.line() for claim in kernels.goals(cells, limits, 128, 2))
-    assert faster.startswith("| scalar decay, times faster than fla-core, forward; worst at H=16, T=4096 | 1.10 |")
-    assert "worst at H=16, T=4096 | 1.00 | at least 1 | yes" in both
-    assert "T >= 32K; worst at H=16, T=65536 | 1.20 | at least 1.3 | NO" in longer
-    assert "worst at H=16, T=4096 | 1.00 | at least 0.5 | yes" in share
-    assert none.endswith("worst at no shape: it failed | nan | at least 0.5 | NO |") and "fixed" in fixed
+    faster, both, longer, none, fixed, share = (
+        " | ".join(claim.cells()) for claim in operators.goals(cells, limits, 128, 2)
+    )
+    assert faster.startswith("scalar decay, times faster than fla-core, forward; worst at H=16, T=4096 | 1.10 |")
+    assert both.endswith("worst at H=16, T=4096 | 1.00 | at least 1 | yes")
+    assert longer.endswith("T >= 32K; worst at H=16, T=65536 | 1.20 | at least 1.3 | NO")
+    assert share.endswith("worst at H=16, T=4096 | 1.00 | at least 0.5 | yes")
+    assert none.endswith("worst at no shape: it failed | nan | at least 0.5 | NO") and "fixed" in fixed
 
 
 def test_a_contender_that_fails_is_noted_and_the_others_go_on() -> None:
@@ -137,34 +158,25 @@ def test_a_contender_that_fails_is_noted_and_the_others_go_on() -> None:
     bad = Contender(name="fla chunk_linear_attn", decay="none", call=fails)
     notes: list[str] = []
     watch = Stopwatch(torch.device("cpu"))
-    cells, _ = kernels.measured([good, bad], QUICK.kernels, watch, torch.float32, Budget(math.inf), notes)
+    cells, _ = operators.measure_operators([bad, good], QUICK.kernels, watch, torch.float32, notes)
     assert {cell.contender.name for cell in cells} == {"ours, none"} and all(cell.values for cell in cells)
     assert notes == ["failed: fla chunk_linear_attn: RuntimeError: no kernel image"]
-    assert kernels.measured([good], QUICK.kernels, watch, torch.float32, Budget(0.0), notes)[0] == []
-    assert "not measured, out of time: ours, none" in notes
+    for seconds, what in (((0.0, 9.0), "ours, none"), ((9.0, 0.0), "H=2, T=96")):
+        shape = replace(QUICK.kernels, seconds=(*seconds, 0.0, 0.0))
+        assert operators.measure_operators([good], shape, watch, torch.float32, notes)[0] == []
+        assert notes[-1] == f"not measured, out of time: {what}"
 
 
 def test_the_modelled_exchange_is_the_ledgers_formula() -> None:
     summary = Summary(heads=16, key=128, value=128, transition="scalar")
-    assert hiding.received(summary, 8, 2, "forward") == 7 * 2 * 16 * (128 * 128 + 1) * 4
-    assert hiding.received(summary, 64, 1, "backward") == 63 * 16 * 128 * 128 * 4
-
-
-@pytest.mark.slow
-def test_delta_and_mixers_measure_every_contender(tmp_path: Path) -> None:
-    main(["delta", "mixers", "--quick", "--out", str(tmp_path)])
-    delta, mixers = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("delta", "mixers"))
-    contenders = {row["contender"] for row in delta["rows"]}
-    assert {"delta_rule [B,T,H]", "transformers torch_chunk_gated_delta_rule"} <= contenders
-    linear = {name for name, spec in MIXERS.items() if spec.letter == "L"}
-    assert {row["contender"] for row in mixers["rows"]} == linear
-    assert len(mixers["claims"]) == len(linear)
+    assert overlap_model.received(summary, 8, 2, "forward") == 7 * 2 * 16 * (128 * 128 + 1) * 4
+    assert overlap_model.received(summary, 64, 1, "backward") == 63 * 16 * 128 * 128 * 4
 
 
 @pytest.mark.slow
 def test_model_compares_two_ranks_with_one_process(tmp_path: Path) -> None:
     main(["model", "--quick", "--out", str(tmp_path)])
-    results = json.loads((tmp_path / "model" / "results.json").read_text())
+    results = read(tmp_path, "model")
     sp, one = (row["values"] for row in results["rows"])
     assert len(sp) == len(one) == 1
     assert results["claims"][0]["measured"] == pytest.approx(sp[0] / one[0])
@@ -174,38 +186,37 @@ def test_model_compares_two_ranks_with_one_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_every_strategy_is_measured_on_every_kind_of_layer(tmp_path: Path) -> None:
-    """Four hosts where namespaces can be made, a pretended link elsewhere."""
-    main(["strategies", "--quick", "--out", str(tmp_path)])
-    results = json.loads((tmp_path / "strategies" / "results.json").read_text())
-    measured = {row["contender"] for row in results["rows"]}
-    assert len(measured) == len(LINEAR) * 3 - 1 + len(SOFTMAX) and all(row["values"] for row in results["rows"])
-    shares = [claim for claim in results["claims"] if "bytes received" in claim["what"]]
-    assert len(shares) == 3 and all(claim["measured"] <= claim["at_most"] for claim in shares)
-    with Image.open(tmp_path / "strategies" / "strategies.png") as picture:
-        assert min(picture.size) > 300
-
-
-@pytest.mark.slow
 def test_schedules_are_measured_on_a_pretended_link_where_none_can_be_had(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(network, "impossible", lambda: "no root here")
-    main(["overlap", "flat", "balance", "--quick", "--out", str(tmp_path)])
-    for name, rows in (("overlap", 4), ("flat", 4), ("balance", 2)):
-        results = json.loads((tmp_path / name / "results.json").read_text())
+    main(["overlap", "exchange_vs_length", "balance", "--quick", "--out", str(tmp_path)])
+    for name, rows in (("overlap", 4), ("exchange_vs_length", 4), ("balance", 2)):
+        results = read(tmp_path, name)
         assert len(results["rows"]) == rows and all(claim["measured"] > 0 for claim in results["claims"])
-    for name in ("overlap", "flat"):
+    for name in ("overlap", "exchange_vs_length"):
         report = (tmp_path / name / "report.md").read_text()
         assert "a pretended link of 200 Mbit/s and 0.1 ms (no root here)" in report
-    with Image.open(tmp_path / "flat" / "flat.png") as picture:
+    with Image.open(tmp_path / "exchange_vs_length" / "exchange_vs_length.png") as picture:
+        assert min(picture.size) > 300
+
+
+def test_the_figure_of_strategies_is_drawn() -> None:
+    rows = [Row(contender=f"{layer}: ring", length=8, values=[1e-3, 2e-3]) for layer in strategies.LAYERS]
+    with Image.open(io.BytesIO(strategies._draw(rows, "four ranks"))) as picture:
         assert min(picture.size) > 300
 
 
 def test_a_claim_says_whether_it_holds() -> None:
-    assert Claim(what="faster", measured=3.6, at_least=3.5).line() == "| faster | 3.60 | at least 3.5 | yes |"
-    assert Claim(what="faster", measured=3.4, at_least=3.5).line().endswith("NO |")
-    assert Claim(what="growth", measured=1.3, at_most=1.2).line().endswith("NO |")
+    assert Claim(what="faster", measured=3.6, at_least=3.5).cells() == ("faster", "3.60", "at least 3.5", "yes")
+    assert Claim(what="faster", measured=3.4, at_least=3.5).cells()[-1] == "NO"
+    assert Claim(what="growth", measured=1.3, at_most=1.2).cells()[-1] == "NO"
+
+
+def test_the_first_rank_that_fails_ends_the_others() -> None:
+    code = "import os, sys, time; os.environ['RANK'] == '1' and sys.exit('no such thing'); time.sleep(3600)"
+    with pytest.raises(RuntimeError, match="rank 1, exit code 1:\nno such thing"):
+        launch([sys.executable, "-c", code], network.loopback(2))
 
 
 def test_unknown_benchmarks_are_named(capsys: pytest.CaptureFixture[str]) -> None:

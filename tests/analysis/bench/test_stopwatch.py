@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from analysis.bench.device import AHEAD, LONGEST_PAUSE, Budget, Stopwatch, ceilings
+from analysis.bench.device import ceilings
+from analysis.bench.stopwatch import AHEAD, LONGEST_PAUSE, Budget, Stopwatch
 
 RATE = 2e9  # cycles a second of the pretended device
 
@@ -48,7 +49,7 @@ class _Event:
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> Pretended:
     device = Pretended()
-    monkeypatch.setattr("analysis.bench.device.time", SimpleNamespace(perf_counter=lambda: device.host))
+    monkeypatch.setattr("analysis.bench.stopwatch.time", SimpleNamespace(perf_counter=lambda: device.host))
     monkeypatch.setattr(torch.cuda, "Event", device.Event)
     monkeypatch.setattr(torch.cuda, "_sleep", device.sleep)
     for name, value in (("memory_allocated", 100), ("max_memory_allocated", 350)):
@@ -89,7 +90,7 @@ def test_a_cpu_has_ceilings_and_a_peak_of_memory() -> None:
 
 def test_a_budget_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr("analysis.bench.device.time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr("analysis.bench.stopwatch.time", SimpleNamespace(monotonic=lambda: now))
     budget = Budget(60.0)
     now = 150.0
     assert Budget(0.0).over and not budget.over and budget.left == 10.0

@@ -1,0 +1,26 @@
+"""The origin of a benchmark's numbers."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Any
+
+from analysis.bench.device import device_facts
+from recipes import provenance as origin
+
+PACKAGES = ("triton", "fla-core", "flash-attn", "transformers")  # of the kernels and of their peers
+
+
+def provenance(commit: str | None = None) -> dict[str, Any]:
+    """The command, versions, machine, time and commit; `commit` names it where the tree is a copy without git."""
+    return {
+        "command": " ".join(["python -m analysis.bench", *sys.argv[1:]]),
+        "commit": commit or origin.commit(),
+        "uncommitted_changes": origin.is_modified(),
+        "versions": {name: found for name, found in origin.versions(PACKAGES).items() if found is not None},
+        "machine": {**origin.machine(), "load_before": os.getloadavg()[0]},
+        "device": device_facts(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }

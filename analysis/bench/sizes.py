@@ -1,0 +1,82 @@
+"""The sizes of every benchmark: those of the published tables, and tiny ones that only show that it works."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelSizes:
+    """The sizes of `kernels` on a CUDA device; without one it takes the quick sizes, in fp32."""
+
+    lengths: tuple[int, ...] = tuple(2**n for n in range(12, 19))  # 4K to 256K tokens
+    heads: tuple[int, ...] = (16, 32)
+    width: int = 128
+    softmax_until: int = 65536  # its cost is quadratic
+    tuned_at: int = 32768  # tokens at which fla-core chooses its configurations
+    repetitions: int = 15
+    copied: int = 2**32  # bytes
+    side: int = 8192  # of the matrices whose product is the ceiling
+    model: dict[str, Any] = field(
+        default_factory=lambda: {"vocab": 128256, "dim": 2048, "depth": 16, "heads": 16, "mlp_dim": 8192}
+    )
+    model_lengths: tuple[int, ...] = (16384, 65536)  # tokens per rank
+    model_steps: int = 5
+    # Budgets for compiling and tuning, the operators, the model's steps, and the phases: ten minutes in all.
+    seconds: tuple[float, float, float, float] = (200.0, 220.0, 120.0, 30.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """The sizes of the published tables."""
+
+    lengths: tuple[int, ...] = (4096, 16384, 65536)
+    compared: tuple[int, ...] = (4096, 16384)  # other packages need quadratic time or memory beyond
+    repetitions: int = 7
+    mixer_repetitions: int = 3
+    model_length: int = 16384
+    model_steps: int = 5
+    model_repetitions: int = 3
+    rank_length: int = 16384  # tokens of the whole sequence, where ranks are compared
+    rank_repetitions: int = 15
+    slow_repetitions: int = 2  # of contenders that take seconds
+    tokens_per_rank: tuple[int, ...] = (4096, 8192, 16384, 32768, 65536)
+    megabits: float = 40.0  # per second, of every rank's link
+    overlap_repetitions: int = 20
+    overlap_megabits: float = 120.0
+    memory_lengths: tuple[int, int] = (4096, 8192)  # memory per token is equal at both
+    kernels: KernelSizes = KernelSizes()
+
+
+QUICK = Sizes(
+    lengths=(128, 256),
+    compared=(128,),
+    repetitions=2,
+    mixer_repetitions=1,
+    model_length=128,
+    model_steps=2,
+    model_repetitions=1,
+    rank_length=256,
+    rank_repetitions=2,
+    slow_repetitions=1,
+    tokens_per_rank=(64, 128),
+    megabits=200.0,
+    overlap_repetitions=2,
+    overlap_megabits=200.0,
+    memory_lengths=(128, 256),
+    kernels=KernelSizes(
+        lengths=(48, 96),
+        heads=(1, 2),
+        width=16,
+        softmax_until=48,
+        tuned_at=48,
+        repetitions=2,
+        copied=2**20,
+        side=64,
+        model={"vocab": 64, "dim": 32, "depth": 4, "heads": 2, "mlp_dim": 64},
+        model_lengths=(48, 96),
+        model_steps=2,
+        seconds=(600.0, 600.0, 600.0, 600.0),
+    ),
+)
