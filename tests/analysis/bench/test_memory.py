@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 from analysis.bench.ranks.memory import AT_MOST, KEY_HEADS, KINDS, RANKS, WIDTH, Meter, Use, measure_all
