@@ -13,28 +13,18 @@ from analysis import cost
 from analysis.points import Point
 from analysis.runs import Run
 from analysis.tables import Table
+from hybrid_sp.baselines import BASELINES
 from hybrid_sp.comm.link import Link
-from hybrid_sp.exchange import auto
-from hybrid_sp.shard import BASELINES
-from layers.cost import Attention, Cost, Summary
+from hybrid_sp.exchange import EXCHANGES, Sizes, choose_by, kv
+from hybrid_sp.exchange.strategy import GRADIENT, TokenSizes, TokenStrategy
+from hybrid_sp.shard import LAYOUTS
+from layers.cost import Attention, Cost, Summary, transition_elements
 from layers.spec import ModelConfig, block_specs, expand_pattern
 from recipes.config import TrainConfig, recomputed_blocks
 
 C = TypeVar("C", ModelConfig, TrainConfig)
 LONG = 65_536  # a second length, for comparison
-STATES = {  # what the exchanges of states are called in a table
-    "all_gather": "all-gather of states, LASP-2",
-    "ring": "ring of states, LASP-1",
-    "pipeline": "ring of states in blocks, ZeCO",
-    "doubling": "doubling of composed states",
-}
-TOKENS = {  # and the exchanges of tokens
-    "all_gather": "AllGather-KV",
-    "ring": "ring attention",
-    "ring_attention": "ring attention by left product",
-    "ulysses": "all-to-all of heads, Ulysses",
-    "megatron": "gathers of all heads, Megatron-SP",
-}
+SOFTMAX: dict[str, TokenStrategy] = {"all_gather": kv.STRATEGY, **BASELINES["softmax"]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +48,10 @@ class Setting:
     keep_kv: bool = True
     wide: int = 1  # 2 in fp64, where everything travels as in fp32 at twice the size
     recomputed: frozenset[int] = frozenset()  # blocks whose forward runs again in backward
+
+    @property
+    def layout(self) -> str:
+        return LAYOUTS[self.spans - 1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,22 +149,30 @@ def volume(facts: Cost, cut: Setting, rank: int = 0, again: bool = False) -> Vol
 
 
 def _linear(summary: Summary, cut: Setting, rank: int) -> tuple[int, int]:
-    ranks: dict[str, Any] = {"P": cut.P, "B": cut.B, "spans": cut.spans}
     chosen = exchange(summary, cut)
-    if chosen in BASELINES["linear"]:
-        state = _state(summary)
-        del state["normalize"]  # it is summed where the queries are
-        tokens: dict[str, Any] = {"L": cut.L, "G": summary.groups or summary.heads, "element_bytes": cut.kv_bytes}
-        return cost.linear_baseline(chosen, **ranks, **state, **tokens, gates=summary.gates)
-    return cost.linear_exchange(chosen, **ranks, **_state(summary), rank=rank)
+    if chosen not in BASELINES["linear"]:
+        return EXCHANGES[chosen].received(_sizes(summary, cut), rank)
+    groups, heads = summary.groups or summary.heads, summary.heads
+    keys, values = groups * summary.key, heads * summary.value
+    numbers = (keys, keys, values, values)
+    gates, decays = heads * summary.gates, heads * transition_elements(summary.transition, summary.key)
+    sizes = TokenSizes(cut.P, cut.layout, cut.B, cut.L, *numbers, cut.kv_bytes, gates, decays, heads, groups)
+    return BASELINES["linear"][chosen].received(sizes)
+
+
+def _sizes(summary: Summary, cut: Setting, wide: int = 1) -> Sizes:
+    """The sizes of a layer's states; `wide` as in `Setting`."""
+    state, transition = (cut.B * summary.heads * GRADIENT * wide * numbers for numbers in summary.numbers)
+    return Sizes(cut.P, cut.layout, state, transition)
 
 
 def _softmax(keys: Attention, cut: Setting) -> tuple[int, int]:
     """Without the few tokens of a window, which are a halo."""
-    heads = {"H": keys.heads, "G": keys.kv_heads, "D": keys.width}
-    return cost.softmax_exchange(
-        cut.softmax, P=cut.P, B=cut.B, L=cut.L, **heads, kv_bytes=cut.kv_bytes, keep_kv=cut.keep_kv
-    )
+    queries, kv_width = keys.heads * keys.width, keys.kv_heads * keys.width
+    numbers = (queries, kv_width, kv_width, queries)
+    heads = {"heads": keys.heads, "groups": keys.kv_heads}
+    sizes = TokenSizes(cut.P, cut.layout, cut.B, cut.L, *numbers, cut.kv_bytes, keep_kv=cut.keep_kv, **heads)
+    return SOFTMAX[cut.softmax].received(sizes)
 
 
 def exchange(summary: Summary, cut: Setting) -> str:
@@ -179,18 +181,12 @@ def exchange(summary: Summary, cut: Setting) -> str:
         return cut.linear
     if cut.link is None:
         raise ValueError('the link by which linear="auto" has chosen is neither in the recipe nor in the provenance')
-    state, transition = (cut.B * summary.heads * cost.STATE_BYTES * cut.wide * n for n in summary.numbers)
-    return auto.fastest(auto.seconds(cut.link, cut.P, cut.spans, state, transition, final=False))
+    return choose_by(cut.link, _sizes(summary, cut, cut.wide)).strategy
 
 
 def _as_halo(keys: Attention, cut: Setting) -> bool:
     """Whether only the tokens of a window travel."""
     return keys.window is not None and cut.softmax == "all_gather"
-
-
-def _state(summary: Summary) -> dict[str, Any]:
-    sizes = {"H": summary.heads, "K": summary.key, "V": summary.value}
-    return {**sizes, "transition": summary.transition, "normalize": summary.normalize}
 
 
 def cost_tables(points: Sequence[Point]) -> tuple[tuple[str, Table], ...]:
@@ -225,10 +221,10 @@ def _layer_table(points: Sequence[Point]) -> tuple[str, Table]:
             row(name, f"{used} (used here)", volumes(facts, each))
         for one in facts.attention:
             if one.window is None and all(other.softmax != "ring" for other in strategies):
-                row(name, TOKENS["ring"], volumes(Cost(attention=(one,)), replace(cut, softmax="ring")))
+                row(name, SOFTMAX["ring"].label, volumes(Cost(attention=(one,)), replace(cut, softmax="ring")))
         chosen = {exchange(one, each) for one in facts.summaries for each in strategies}
-        for other in [other for other in STATES if facts.summaries and other not in chosen]:
-            row(name, STATES[other], volumes(Cost(summaries=facts.summaries), replace(cut, linear=other)))
+        for other in [other for other in EXCHANGES if facts.summaries and other not in chosen]:
+            row(name, EXCHANGES[other].label, volumes(Cost(summaries=facts.summaries), replace(cut, linear=other)))
         for summary in facts.summaries:
             if full is not None:
                 tokens = cost.break_even_tokens(
@@ -256,8 +252,8 @@ def _used(facts: Cost, cut: Setting) -> str:
     again = "" if cut.keep_kv or cut.softmax != "all_gather" else ", again in backward"
     return " and ".join(
         [
-            *[(TOKENS if one in BASELINES["linear"] else STATES)[one] for one in chosen],
-            *[f"{TOKENS[cut.softmax]}{again}" for one in facts.attention if not _as_halo(one, cut)],
+            *[(EXCHANGES | BASELINES["linear"])[one].label for one in chosen],
+            *[f"{SOFTMAX[cut.softmax].label}{again}" for one in facts.attention if not _as_halo(one, cut)],
             *["halo" for _ in facts.halos],
             *[f"halo{again}" for one in facts.attention if _as_halo(one, cut)],
         ]

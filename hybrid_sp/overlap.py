@@ -31,20 +31,20 @@ from .shard import Shard
 class Exchange(Protocol):
     """What `start` and `finish` do with the summaries of one call of an operator.
 
-    `launch` sends them; `arrive` makes of what is received the entering states, the final state, and what else backward
-    needs to keep, such as transitions. `launch_backward` sends the gradients of the first two, and `arrive_backward`
-    makes of what is received those of the states that leave this rank's spans and, this rank's part, of the initial
-    state. Transitions get none: the gradient of a decay needs only the states at both ends of a span, which the
-    operator then has.
+    `launch` sends them; `receive` makes of what is received the entering states, the final state, and what else
+    backward needs to keep, such as transitions. `launch_backward` sends the gradients of the first two, and
+    `receive_backward` makes of what is received those of the states that leave this rank's spans and, this rank's part,
+    of the initial state. Transitions get none: the gradient of a decay needs only the states at both ends of a span,
+    which the operator then has.
     """
 
     def launch(self, header: Header, state: Tensor, transition: Tensor | None, initial: Tensor | None) -> Pending: ...
 
-    def arrive(self, received: Any) -> tuple[Tensor, Tensor, Tensor | None]: ...
+    def receive(self, received: Any) -> tuple[Tensor, Tensor, Tensor | None]: ...
 
     def launch_backward(self, header: Header, d_entering: Tensor, d_final: Tensor, kept: Tensor | None) -> Pending: ...
 
-    def arrive_backward(self, received: Any, kept: Tensor | None) -> tuple[Tensor, Tensor | None]: ...
+    def receive_backward(self, received: Any, kept: Tensor | None) -> tuple[Tensor, Tensor | None]: ...
 
 
 class Call:
@@ -133,7 +133,7 @@ class _Start(torch.autograd.Function):
     def backward(ctx: Any, d_token: Tensor) -> tuple[None, None, Tensor, None, Tensor | None]:
         received = ctx.call.backward_result()
         with ctx.call.phase("fold", "backward", d_token):
-            grads = ctx.exchange.arrive_backward(*received)
+            grads = ctx.exchange.receive_backward(*received)
         d_state, d_initial = grads
         return None, None, d_state, None, d_initial if ctx.needs_input_grad[4] else None
 
@@ -143,12 +143,12 @@ class _Finish(torch.autograd.Function):
     def forward(ctx: Any, call: Call, exchange: Exchange, token: Tensor) -> tuple[Tensor, Tensor]:
         ctx.call, ctx.exchange = call, exchange
 
-        def arrive() -> tuple[Tensor, Tensor, Tensor | None]:
+        def receive() -> tuple[Tensor, Tensor, Tensor | None]:
             received = call.forward_result()
             with call.phase("fold", "forward", token):
-                return exchange.arrive(received)
+                return exchange.receive(received)
 
-        entering, final, kept = recorded(arrive)
+        entering, final, kept = recorded(receive)
         ctx.save_for_backward(kept)
         return entering, final
 

@@ -33,7 +33,7 @@ LAYOUTS = ("contiguous", "zigzag")
 CHECKS = ("sequence", "calls", False)
 
 # The names of strategies. Exchanges of states are in exchange/; baselines, other forms of the operator, in baselines/.
-STATE_EXCHANGES = ("all_gather", "ring", "pipeline", "doubling")
+STATE_EXCHANGES = ("all_gather", "ring", "pipeline", "doubling", "star")
 BASELINES = {"linear": ("ulysses", "megatron", "ring_attention"), "softmax": ("ring", "ulysses", "megatron")}
 NO_LABEL = -100  # label of a token that has no next token; torch's cross_entropy ignores it
 
@@ -41,6 +41,13 @@ NO_LABEL = -100  # label of a token that has no next token; torch's cross_entrop
 def spans_of(rank: int, ranks: int, layout: str) -> tuple[int, ...]:
     """Indices of the spans that a rank owns, ascending: (r,) of P spans, or (r, 2P-1-r) of 2P."""
     return (rank,) if layout == "contiguous" else (rank, 2 * ranks - 1 - rank)
+
+
+def neighbours(rank: int, ranks: int, layout: str) -> tuple[int, int]:
+    """Count the spans of a rank that another rank's span precedes, and those that another rank's span follows."""
+    own, last = spans_of(rank, ranks, layout), len(spans_of(rank, ranks, layout)) * ranks - 1
+    before = sum(span > 0 and span - 1 not in own for span in own)
+    return before, sum(span < last and span + 1 not in own for span in own)
 
 
 def _shortened(values: Sequence[int]) -> str:
@@ -56,7 +63,8 @@ class SequenceParallel:
               rank the same work in causal softmax attention
     linear    exchange of states: "all_gather" is LASP-2 (arXiv 2502.07563), "ring" LASP (2404.02882), "pipeline"
               ZeCO (2507.01004), "doubling" a scan in ceil(log2(spans)) rounds; "auto" is the one of these that is the
-              fastest on the link (`exchange.choose`). All give the same results
+              fastest on the link (`exchange.choose`); "star", to compare with, folds on one rank. All give the same
+              results
     softmax   exchange of keys and values: "all_gather" is AllGather-KV (arXiv 2407.21783)
               Baselines, in their original form: "ulysses" (arXiv 2309.14509) and "megatron" (Megatron-SP's volumes) cut
               heads inside the operator, for both; Ring Attention (arXiv 2310.01889) is softmax="ring", and with the

@@ -10,7 +10,7 @@ from hybrid_sp.comm import collectives
 from hybrid_sp.comm.groups import Group
 from hybrid_sp.comm.link import Link
 from hybrid_sp.exchange import choose
-from hybrid_sp.exchange.auto import Choice, measured
+from hybrid_sp.exchange.auto import Choice, measure_link
 from layers.spec import block_specs, expand_pattern
 from recipes.config import Recipe
 
@@ -20,7 +20,7 @@ def with_link(sp: hsp.SequenceParallel, group: Group) -> hsp.SequenceParallel:
     it together, and agree on the slowest link of all, so that replicas choose the same exchanges."""
     if sp.linear != "auto" or sp.link is not None or sp.size == 1:
         return sp
-    links = collectives.gather_objects(measured(sp.group), group)
+    links = collectives.gather_objects(measure_link(sp.group), group)
     return replace(
         sp, link=Link(latency=max(one.latency for one in links), bandwidth=min(one.bandwidth for one in links))
     )

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from ..checks import require
 from ..comm import collectives
 from ..comm.pending import Header, Pending
+from ..exchange.strategy import GRADIENT, TokenSizes, TokenStrategy
 from ..overlap import Call
 from ..shard import SequenceParallel, Shard
 
@@ -177,3 +178,18 @@ def _all(ways: list[Callable[[Header, Tensor], Pending]], header: Header, xs: tu
     """All are under way before the first is waited for."""
     started = [way(header, x) for way, x in zip(ways, xs, strict=True)]
     return tuple(pending.wait() for pending in started)
+
+
+def _received(sizes: TokenSizes, shares: int) -> tuple[int, int]:
+    """(P-1)/P B T times all numbers of q, k, v, o and gates, each way, of which `shares` heads' shares come."""
+    if sizes.heads % sizes.ranks or sizes.groups % sizes.ranks:
+        heads = f"{sizes.heads} and {sizes.groups} key-value heads"
+        raise ValueError(f"Ulysses cuts heads: {sizes.ranks} ranks must divide {heads}; take fewer")
+    numbers = sizes.queries + sizes.keys + sizes.values + sizes.outputs
+    row = numbers * sizes.element + sizes.gates * GRADIENT
+    way = (sizes.ranks - 1) * sizes.rows * row // sizes.ranks * shares
+    return way, way
+
+
+ULYSSES = TokenStrategy("all-to-all of heads, Ulysses", lambda sizes: _received(sizes, 1))
+MEGATRON = TokenStrategy("gathers of all heads, Megatron-SP", lambda sizes: _received(sizes, sizes.ranks))

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from ..checks import compute_dtype, require
 from ..comm import collectives
 from ..comm.pending import Header
+from ..exchange.strategy import GRADIENT, TokenSizes, TokenStrategy
 from ..kernels.softmax.tiles import Part
 from ..overlap import Call
 from ..shard import Shard, spans_of
@@ -275,3 +276,17 @@ def _by_span(function: Callable[[Tensor], Tensor], x: Tensor, shard: Shard, rank
 
 def _expanded(fixed: Tensor, batch: int, tokens: int) -> Tensor:
     return fixed[None, :, None].expand(batch, -1, tokens)
+
+
+def received(sizes: TokenSizes) -> tuple[int, int]:
+    """As in ring attention of softmax layers. A decay of every token travels too, and the totals of m spans a rank."""
+    if sizes.decays > sizes.heads:
+        raise ValueError('linear="ring_attention" takes no decay per key channel and no delta rule')
+    numbers, decays, ranks = sizes.keys + sizes.values, sizes.decays * GRADIENT, sizes.ranks
+    totals = sizes.batch * len(spans_of(0, ranks, sizes.layout)) * decays
+    around = (ranks - 1) * (sizes.rows * (numbers * sizes.element + decays) + totals)
+    home = ranks * sizes.rows * (numbers * GRADIENT + decays) if ranks > 1 else 0
+    return around, around + home
+
+
+STRATEGY = TokenStrategy("ring attention by left product", received)

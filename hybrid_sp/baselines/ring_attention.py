@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from ..checks import compute_dtype
 from ..comm import messages
 from ..comm.pending import Header, Pending
+from ..exchange.strategy import GRADIENT, TokenSizes, TokenStrategy
 from ..exchange.visible import own_parts, parts_by_rank
 from ..kernels.softmax.tiled import attend_parts, attend_parts_backward
 from ..kernels.softmax.tiles import Part
@@ -126,3 +127,13 @@ class _Softmax(torch.autograd.Function):
         block = (call.shard.pad(torch.stack([k, v]), 2),)
         dk, dv = Ring(call, call.header("backward"), block).collect(block, visit)[:, :, : k.shape[1]]
         return None, None, dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
+
+
+def received(sizes: TokenSizes) -> tuple[int, int]:
+    """(P-1) B T (k + v) numbers forward; in backward as many again, and gradients that take P hops to come home."""
+    numbers, ranks = sizes.rows * (sizes.keys + sizes.values), sizes.ranks
+    forward = (ranks - 1) * numbers * sizes.element
+    return forward, forward + (ranks * numbers * GRADIENT if ranks > 1 else 0)
+
+
+STRATEGY = TokenStrategy("ring attention", received)

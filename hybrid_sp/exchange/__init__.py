@@ -1,37 +1,55 @@
-"""How ranks learn the state that enters their spans. One file per strategy, one line each here."""
+"""The exchanges by which ranks learn the states that enter their spans: one file per strategy, one line each here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 from torch import Tensor
 
+from ..comm.link import Link
 from ..overlap import Exchange
-from ..shard import Shard
-from .all_gather import AllGather, AllGatherSum
-from .auto import BLOCKS, choose
-from .chain import Chain
-from .doubling import Doubling
-from .scan import Scanned
+from ..shard import SequenceParallel, Shard
+from . import all_gather, chain, doubling, star
+from .all_gather import AllGatherSum
+from .auto import Choice, fastest, measure_link
+from .strategy import Request, Sizes, Strategy
 
-__all__ = ["EXCHANGES", "AllGatherSum", "choose", "make_exchange"]
+__all__ = ["EXCHANGES", "AllGatherSum", "Request", "Sizes", "Strategy", "choose", "choose_by", "make_exchange"]
 
-# Made of a shard, the log decays of all spans if every rank knows them, whether an initial state is given, and whether
-# the final state is wanted. Without a mask there is no order to fold in, and every strategy uses `AllGatherSum`.
-EXCHANGES: dict[str, Callable[[Shard, Tensor | None, bool, bool], Exchange]] = {
-    "all_gather": AllGather,
-    "ring": partial(Scanned, name="ring", travel=partial(Chain, blocks=1), aside=False),
-    "pipeline": partial(Scanned, name="pipeline", travel=partial(Chain, blocks=BLOCKS), aside=True),
-    "doubling": partial(Scanned, name="doubling", travel=Doubling, aside=True),
+# Without a mask there is no order to fold in, and every strategy uses `AllGatherSum`.
+EXCHANGES: dict[str, Strategy] = {
+    "all_gather": all_gather.STRATEGY,
+    "ring": chain.RING,
+    "pipeline": chain.PIPELINE,
+    "doubling": doubling.STRATEGY,
+    "star": star.STRATEGY,
 }
 
 
-def make_exchange(
-    shard: Shard, state: Tensor, transition: Tensor | None, *, known: Tensor | None, entered: bool, final: bool
-) -> Exchange:
-    """The exchange of a call with the summaries state [s,B,H,K,V] and transition [s,B,H(,K(,K))]: that of `sp.linear`,
-    for "auto" the one that these shapes choose, so that a recomputation chooses the same."""
-    sent = 0 if transition is None or known is not None else transition[0].nbytes
+def choose(sp: SequenceParallel, *, state_bytes: int, transition_bytes: int = 0, final: bool = False) -> Choice:
+    """Choose the strategy of a linear layer, the same on all ranks: `sp.linear`, for "auto" the fastest on the link.
+
+    A span's state [B,H,K,V] has `state_bytes`, the transition that is sent with it `transition_bytes`. With
+    linear="auto" and no `sp.link`, the first call measures the link: all ranks make it together, at the start of a run.
+    Later calls communicate nothing.
+    """
+    if sp.linear != "auto":
+        return Choice(sp.linear)
+    if sp.size == 1:
+        return Choice("all_gather")
+    sizes = Sizes(sp.size, sp.layout, state_bytes, transition_bytes, final)
+    return choose_by(sp.link or measure_link(sp.group), sizes)
+
+
+def choose_by(link: Link, sizes: Sizes) -> Choice:
+    """Choose the fastest strategy on a link."""
+    return fastest(EXCHANGES, link, sizes)
+
+
+def make_exchange(shard: Shard, state: Tensor, transition: Tensor | None, request: Request) -> Exchange:
+    """Make the exchange of a call with the summaries state [s,B,H,K,V] and transition [s,B,H(,K(,K))].
+
+    The choice depends on their sizes alone, so that a recomputation chooses the same.
+    """
+    sent = 0 if transition is None or request.known_decays is not None else transition[0].nbytes
+    final = request.needs_final_state
     choice = choose(shard.sp, state_bytes=state[0].nbytes, transition_bytes=sent, final=final)
-    return EXCHANGES[choice.strategy](shard, known, entered, final)
+    return EXCHANGES[choice.strategy].make(shard, request)

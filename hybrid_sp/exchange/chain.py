@@ -11,18 +11,24 @@ of its spans that another rank's precedes, in backward: follows. Transitions nev
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..comm import groups
+from ..comm.link import Link
 from ..comm.pending import Pending
+from ..shard import neighbours
 from .affine import AffineState, compose
-from .scan import Scan
+from .scan import Scan, ScanExchange, final_bytes, final_seconds
+from .strategy import Sizes, Strategy
+
+BLOCKS = 4  # of a state in the pipeline
 
 
 class Chain:
-    """The way of values in `blocks` blocks, position by position. See `scan.Travel`.
+    """Pass values on in `blocks` blocks, position by position. See `scan.ScanAlgorithm`.
 
     A rank asks for what enters a position when it has sent what left its position before, so that the messages between
     two ranks keep one order.
@@ -43,14 +49,14 @@ class Chain:
             entered, leaving = [], []
             for block, (x, b) in enumerate(zip(arriving, self._cut(state), strict=True)):
                 entered.append(x)
-                if position < end or scan.wanted:
+                if position < end or scan.needs_last:
                     leaving.append(compose(AffineState(transition, b), AffineState(None, x)).state)
                 if position < end and scan.owners[position + 1] != scan.here:
                     sends.append(scan.send(leaving[-1], scan.owners[position + 1], self._number(position + 1, block)))
             entering.append(torch.cat(entered, -1))
         for send in sends:
             send.wait()
-        return entering, torch.cat(leaving, -1) if end in scan.maps and scan.wanted else None
+        return entering, torch.cat(leaving, -1) if end in scan.maps and scan.needs_last else None
 
     def _entering(self, position: int, first: Tensor | None, leaving: Sequence[Tensor]) -> Iterable[Tensor]:
         """Blocks of the value that enters a position; those of messages are waited for one by one."""
@@ -74,3 +80,25 @@ class Chain:
 
     def _number(self, position: int, block: int) -> int:
         return groups.size(self.scan.group) + position * self.blocks + block
+
+
+def received(sizes: Sizes, rank: int) -> tuple[int, int]:
+    """h s bytes, with h of the rank's spans that another rank precedes, in backward: follows; and a final state."""
+    before, after = neighbours(rank, sizes.ranks, sizes.layout)
+    final, d_final = final_bytes(sizes, rank)
+    return before * sizes.state + final, after * sizes.state + d_final
+
+
+def seconds(link: Link, sizes: Sizes, *, blocks: int) -> float:
+    """h + m (b-1) turns each way, in b blocks, of s / b bytes each; h are the hops between ranks."""
+    turns = sizes.hops + sizes.spans * (blocks - 1)
+    return 2 * link.seconds(turns, turns * sizes.state / blocks) + final_seconds(link, sizes)
+
+
+def _strategy(label: str, name: str, blocks: int, background: bool) -> Strategy:
+    make = partial(ScanExchange, name=name, algorithm=partial(Chain, blocks=blocks), background=background)
+    return Strategy(label, make, received, partial(seconds, blocks=blocks))
+
+
+RING = _strategy("ring of states, LASP-1", "ring", 1, background=False)
+PIPELINE = _strategy("ring of states in blocks, ZeCO", "pipeline", BLOCKS, background=True)

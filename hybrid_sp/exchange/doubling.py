@@ -12,19 +12,22 @@ sent again.
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import takewhile
 
 import torch
 from torch import Tensor
 
 from ..comm import groups
+from ..comm.link import Link
 from ..comm.pending import Pending
 from .affine import AffineState, compose, packed, unpacked
-from .scan import Scan
+from .scan import Scan, ScanExchange, final_bytes, final_seconds
+from .strategy import Sizes, Strategy
 
 
 class Doubling:
-    """The way of windows. See `scan.Travel`."""
+    """Compose windows of growing length. See `scan.ScanAlgorithm`."""
 
     def __init__(self, scan: Scan) -> None:
         self.scan = scan
@@ -43,7 +46,7 @@ class Doubling:
                     windows[p] = compose(windows[p], earlier)
         entering = {p: before[p].state if p else start for p in scan.maps}
         last = count - 1
-        leaving = self._leaving(last, entering[last]) if last in scan.maps and scan.wanted else None
+        leaving = self._leaving(last, entering[last]) if last in scan.maps and scan.needs_last else None
         return list(entering.values()), leaving
 
     def _round(self, d: int, windows: dict[int, AffineState]) -> dict[int, AffineState]:
@@ -65,8 +68,8 @@ class Doubling:
         for p, message in arriving.items():
             q, like = p - d, scan.maps[p]
             transition, state = unpacked(message.wait(), self._sent(q, d, like))
-            if scan.known is not None and q >= d:
-                transition = scan.known[q - d + 1 : q + 1].sum(0)
+            if scan.known_decays is not None and q >= d:
+                transition = scan.known_decays[q - d + 1 : q + 1].sum(0)
             earlier[p] = AffineState(transition, state)
         for send in sends:
             send.wait()
@@ -74,7 +77,38 @@ class Doubling:
 
     def _sent(self, q: int, d: int, window: AffineState) -> AffineState:
         """What is sent of the window that ends with q in round d: one that has reached position 0 has no transition."""
-        return window if q >= d and self.scan.known is None else AffineState(None, window.state)
+        return window if q >= d and self.scan.known_decays is None else AffineState(None, window.state)
 
     def _leaving(self, position: int, entering: Tensor) -> Tensor:
         return compose(self.scan.maps[position], AffineState(None, entering)).state
+
+
+def received(sizes: Sizes, rank: int) -> tuple[int, int]:
+    """For each of the rank's positions p and each d = 1, 2, 4 ... <= p, if another rank owns position p - d: s bytes,
+    and t unless p < 2 d. Backward is the same in the other order of spans; and a final state."""
+    (forward, backward), (final, d_final) = (_windows(sizes, rank, way) for way in (1, -1)), final_bytes(sizes, rank)
+    return forward + final, backward + d_final
+
+
+def _windows(sizes: Sizes, rank: int, way: int) -> int:
+    owners = [sizes.owner(span) for span in range(sizes.ranks * sizes.spans)][::way]
+    total = 0
+    for p in (p for p, owner in enumerate(owners) if owner == rank):
+        far = [d for d in (1 << r for r in range(p.bit_length())) if owners[p - d] != rank]
+        total += len(far) * sizes.state + sum(p >= 2 * d for d in far) * sizes.transition
+    return total
+
+
+def seconds(link: Link, sizes: Sizes) -> float:
+    """R = ceil(log2 n) rounds each way, of m states, and in R - 1 rounds of transitions too."""
+    m, rounds = sizes.spans, (sizes.ranks * sizes.spans - 1).bit_length()
+    bytes_ = m * (rounds * sizes.state + (rounds - 1) * sizes.transition)
+    return 2 * link.seconds(rounds, bytes_) + final_seconds(link, sizes)
+
+
+STRATEGY = Strategy(
+    "doubling of composed states",
+    partial(ScanExchange, name="doubling", algorithm=Doubling, background=True),
+    received,
+    seconds,
+)

@@ -1,7 +1,8 @@
-"""How ranks learn the keys and values that their queries see on other ranks: all of them, or the ranges they need.
+"""The exchanges of keys and values that queries see on other ranks: all of them, or the ranges that they need.
 
-`Whole` is AllGather-KV: an all-gather forward, a reduce-scatter of the gradients backward. `Ranges` is for queries that
-see little, of a window or of packed documents: an all-to-all each way, of a size that does not depend on the sequence.
+`AllGatherKV` is an all-gather forward, and a reduce-scatter of the gradients backward. `FetchKV` is for queries that
+see little, of a window or of packed documents. It is an all-to-all each way, of a size that does not depend on the
+length.
 """
 
 from __future__ import annotations
@@ -14,27 +15,28 @@ from torch import Tensor
 from ..comm import collectives
 from ..comm.pending import Header, Pending
 from ..shard import Shard
-from .halo import Plan, Range
+from .fetch import FetchPlan, Range
+from .strategy import GRADIENT, TokenSizes, TokenStrategy
 
 
-class Keys(Protocol):
-    """One call of softmax attention: k, v [B,T,G,D] of this rank go out, those that it reads come in [2,B,S,G,D]."""
+class KVExchange(Protocol):
+    """The exchange of one call of softmax attention: k, v [B,T,G,D] of this rank go out, [2,B,S,G,D] come in."""
 
     def launch(self, header: Header, k: Tensor, v: Tensor) -> Pending:
-        """The result is what this rank reads of K and V."""
+        """Launch; the result holds the K and V that this rank reads."""
 
     def places(self, ranges: list[Range]) -> list[int]:
-        """Where each of this rank's ranges begins in it."""
+        """Return the place in the result at which each of this rank's ranges begins."""
 
     def launch_backward(self, header: Header, d_kv: Tensor) -> Pending:
-        """From its gradient; the result is for `add`."""
+        """Launch the way back of the result's gradient; what comes is for `add`."""
 
     def add(self, dk: Tensor, dv: Tensor, received: Tensor) -> None:
-        """Add what the other ranks' queries give to dk and dv [B,T,G,D] of this rank, in place."""
+        """Add the gradients that other ranks' queries give to dk and dv [B,T,G,D] of this rank, in place."""
 
 
-class Whole:
-    """K and V of the whole sequence."""
+class AllGatherKV:
+    """The exchange of K and V of the whole sequence (arXiv 2407.21783, section 3.3.2; 2502.07563, algorithm 7)."""
 
     def __init__(self, shard: Shard) -> None:
         self.shard = shard
@@ -55,10 +57,10 @@ class Whole:
             grad += others[:, : grad.shape[1]]
 
 
-class Ranges:
-    """K and V of the ranges that a plan asks for, one after the other."""
+class FetchKV:
+    """The exchange of K and V of the ranges that a plan asks for, one after the other."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: FetchPlan) -> None:
         self.plan = plan
 
     def launch(self, header: Header, k: Tensor, v: Tensor) -> Pending:
@@ -75,3 +77,13 @@ class Ranges:
     def add(self, dk: Tensor, dv: Tensor, received: Tensor) -> None:
         self.plan.add(dk, received[:, 0])
         self.plan.add(dv, received[:, 1])
+
+
+def received(sizes: TokenSizes) -> tuple[int, int]:
+    """(P-1) B T (k + v) numbers forward, and as many of gradients backward; without keep_kv the forward's again."""
+    numbers = (sizes.ranks - 1) * sizes.rows * (sizes.keys + sizes.values)
+    forward = numbers * sizes.element
+    return forward, numbers * GRADIENT + (0 if sizes.keep_kv else forward)
+
+
+STRATEGY = TokenStrategy("AllGather-KV", received)

@@ -6,9 +6,9 @@ Forward and backward are one scan of affine maps x -> T_p x + b_p over positions
     backward    position p is span n-1-p:    T = A^T,  b = dS_in,  x_0 = dS_final,  what leaves the last is dS_0
 
 The value that enters a position is the state that enters its span, or the gradient of the state that leaves it. A
-`Travel` says how the values get there. Around it, the owner of the last span is sent dS_final by every rank before the
-backward scan, and sends S_final to every rank after the forward one. Every rank has S_0, and dS_0 stays whole with the
-owner of span 0, whose part of it is all there is.
+`ScanAlgorithm` brings the values there. Before the backward scan every rank sends dS_final to the owner of the last
+span. After the forward scan that owner sends S_final to every rank. Every rank has S_0. The owner of span 0 keeps all
+of dS_0; the parts of the other ranks are zero.
 """
 
 from __future__ import annotations
@@ -20,27 +20,30 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..comm import background, groups, messages
+from ..comm import groups, messages
+from ..comm.background import run_in_background
 from ..comm.groups import Group
+from ..comm.link import Link
 from ..comm.pending import Header, Pending
 from ..shard import Shard
 from .affine import AffineState
+from .strategy import Request, Sizes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scan:
     """One scan, as this rank sees it.
 
-    owners  the rank of each position; both ends of a message compute from it that it is due
-    maps    those of this rank's positions, in the order of the scan
-    known   log decays [n, ...] of all positions where every rank can compute them
-    wanted  whether what leaves the last position is wanted, by its owner
+    owners        the rank of each position; both ends of a message compute from it that it is due
+    maps          those of this rank's positions, in the order of the scan
+    known_decays  log decays [n, ...] of all positions, where every rank can compute them
+    needs_last    the owner of the last position needs the value that leaves it
     """
 
     owners: tuple[int, ...]
     maps: dict[int, AffineState]
-    known: Tensor | None
-    wanted: bool
+    known_decays: Tensor | None
+    needs_last: bool
     group: Group
     header: Header
 
@@ -62,53 +65,54 @@ class Scan:
         return messages.start_receive(like, source, number, self.group, self.header)
 
 
-class Travel(Protocol):
-    """A way through a scan. What it can ask for at once it asks for when it is made, by every rank at the same place in
-    the program; `run` does the rest, beside other work or when its result is waited for.
+class ScanAlgorithm(Protocol):
+    """An algorithm that runs a scan over ranks.
 
-    It numbers its messages from the number of ranks on; those below are `Scanned`'s.
+    The constructor posts every receive whose sender is known by then. All ranks construct it at the same point of the
+    program. It numbers its messages from the number of ranks on; `ScanExchange` uses the numbers below.
     """
 
     def run(self, first: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
-        """The values that enter this rank's positions, and if it is wanted and here what leaves the last one; `first`
-        enters position 0, and its owner alone is asked for it."""
+        """Return the values that enter this rank's positions, and the one that leaves the last position.
+
+        The latter is None unless this rank owns the last position and `Scan.needs_last`. `first` enters position 0;
+        only its owner needs it.
+        """
 
 
-class Scanned:
-    """The exchange of one call of a linear operator by a scan each way. `known`, `entered` and `final` are those of
-    `AllGather`. With `aside` a thread drives it while the operator computes, else whoever waits for its result."""
+class ScanExchange:
+    """The exchange of one call by a scan each way. In the background a thread drives it while the operator computes;
+    otherwise the caller that waits for its result does."""
 
     def __init__(
         self,
         shard: Shard,
-        known: Tensor | None,
-        entered: bool,
-        final: bool,
+        request: Request,
         *,
         name: str,
-        travel: Callable[[Scan], Travel],
-        aside: bool,
+        algorithm: Callable[[Scan], ScanAlgorithm],
+        background: bool,
     ) -> None:
-        self.shard, self.known, self.entered, self.final = shard, known, entered, final
-        self.name, self.travel, self.aside = name, travel, aside
+        self.shard, self.request = shard, request
+        self.name, self.algorithm, self.background = name, algorithm, background
 
     def launch(self, header: Header, state: Tensor, transition: Tensor | None, initial: Tensor | None) -> Pending:
         """Pass states on, from this rank's summaries, state [s,B,H,K,V] and transition [s,B,H(,K(,K))]."""
-        own, state = list(self.shard.own), state.detach()
-        transition = transition if self.known is None else self.known[own]
+        own, state, known = list(self.shard.own), state.detach(), self.request.known_decays
+        transition = transition if known is None else known[own]
         transition = None if transition is None else transition.detach()
-        scan = self._scan(header, own, state, transition, self.known, self.final)
-        travel = self.travel(scan)
+        scan = self._scan(header, own, state, transition, known, self.request.needs_final_state)
+        algorithm = self.algorithm(scan)
 
         def run() -> tuple[Tensor, Tensor, Tensor | None]:
-            entering, leaving = travel.run(initial)
-            final = _told(scan, leaving) if self.final else state.new_empty(0)
+            entering, leaving = algorithm.run(initial)
+            final = _broadcast_final(scan, leaving) if self.request.needs_final_state else state.new_empty(0)
             return torch.stack(entering), final, transition
 
         return self._launched(run, header, state)
 
-    def arrive(self, received: tuple[Tensor, Tensor, Tensor | None]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """States that enter this rank's spans [s,B,H,K,V], the final state, and this rank's transitions."""
+    def receive(self, received: tuple[Tensor, Tensor, Tensor | None]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the states that enter this rank's spans [s,B,H,K,V], the final state, and this rank's transitions."""
         return received
 
     def launch_backward(self, header: Header, d_entering: Tensor, d_final: Tensor, kept: Tensor | None) -> Pending:
@@ -116,23 +120,25 @@ class Scanned:
         count = self.shard.span_count
         positions = [count - 1 - i for i in reversed(self.shard.own)]
         transposed = None if kept is None else (kept.mT if kept.ndim == d_entering.ndim else kept).flip(0)
-        known = None if self.known is None else self.known.flip(0)
-        scan = self._scan(header, positions, d_entering.flip(0), transposed, known, self.entered)
-        summed = _Summed(scan, d_final) if self.final else None
-        travel = self.travel(scan)
+        known, entered = self.request.known_decays, self.request.has_initial_state
+        known = None if known is None else known.flip(0)
+        scan = self._scan(header, positions, d_entering.flip(0), transposed, known, entered)
+        summed = _ReduceFinal(scan, d_final) if self.request.needs_final_state else None
+        algorithm = self.algorithm(scan)
 
         def run() -> tuple[Tensor, Tensor | None]:
-            d_leaving, d_initial = travel.run(None if summed is None else summed.wait())
-            if self.entered and d_initial is None:
+            d_leaving, d_initial = algorithm.run(None if summed is None else summed.wait())
+            if entered and d_initial is None:
                 d_initial = torch.zeros_like(d_leaving[0])
             return torch.stack(d_leaving[::-1]), d_initial
 
         return self._launched(run, header, d_entering)
 
-    def arrive_backward(
+    def receive_backward(
         self, received: tuple[Tensor, Tensor | None], kept: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Gradients of the states that leave this rank's spans, and its part of that of the initial state."""
+        """Return the gradients of the states that leave this rank's spans, and its part of that of the initial
+        state."""
         return received
 
     def _scan(
@@ -141,8 +147,8 @@ class Scanned:
         positions: list[int],
         states: Tensor,
         transitions: Tensor | None,
-        known: Tensor | None,
-        wanted: bool,
+        known_decays: Tensor | None,
+        needs_last: bool,
     ) -> Scan:
         group, owners = self.shard.sp.group, tuple(rank for rank, _ in self.shard.owners)
         header = messages.open_exchange(header, self.name, states, group)
@@ -152,19 +158,19 @@ class Scanned:
         return Scan(
             owners=owners if header.direction == "forward" else owners[::-1],
             maps=dict(zip(positions, maps, strict=True)),
-            known=known,
-            wanted=wanted,
+            known_decays=known_decays,
+            needs_last=needs_last,
             group=group,
             header=header,
         )
 
     def _launched(self, run: Callable[[], Any], header: Header, x: Tensor) -> Pending:
         what = header.text(self.name, x)
-        return background.run_in_background(run, what, header, x.device) if self.aside else Pending(run, what=what)
+        return run_in_background(run, what, header, x.device) if self.background else Pending(run, what=what)
 
 
-class _Summed:
-    """dS_final, summed over ranks by the rank that it enters."""
+class _ReduceFinal:
+    """The sum of dS_final over ranks, at the rank that it enters."""
 
     def __init__(self, scan: Scan, mine: Tensor) -> None:
         self.mine, owner = mine, scan.owners[0]
@@ -181,8 +187,8 @@ class _Summed:
         return sum(parts[1:], parts[0]) if self.here else None
 
 
-def _told(scan: Scan, leaving: Tensor | None) -> Tensor:
-    """What leaves the last position: its owner tells all other ranks."""
+def _broadcast_final(scan: Scan, leaving: Tensor | None) -> Tensor:
+    """Send the value that leaves the last position from its owner to all other ranks."""
     if leaving is None:
         received: Tensor = scan.receive(scan.like, scan.owners[-1], scan.here).wait()
         return received
@@ -190,3 +196,16 @@ def _told(scan: Scan, leaving: Tensor | None) -> Tensor:
     for send in [scan.send(leaving, rank, rank) for rank in others]:
         send.wait()
     return leaving
+
+
+def final_bytes(sizes: Sizes, rank: int) -> tuple[int, int]:
+    """The bytes of a final state that a rank receives: S_final forward from the owner of the last span, who receives
+    dS_final of every other rank in backward."""
+    if not sizes.final:
+        return 0, 0
+    return (0, (sizes.ranks - 1) * sizes.state) if rank == sizes.last_owner else (sizes.state, 0)
+
+
+def final_seconds(link: Link, sizes: Sizes) -> float:
+    """The time of a final state: the owner of the last span exchanges P-1 states with the others, each way."""
+    return 2 * link.seconds(1, (sizes.ranks - 1) * sizes.state) if sizes.final else 0.0

@@ -13,8 +13,8 @@ from typing import NamedTuple
 from ..kernels.softmax import tiles as parts
 from ..kernels.softmax.tiles import Part
 from ..shard import Shard
-from .halo import Plan, Range, held, rows_of_others
-from .kv import Keys, Ranges, Whole
+from .fetch import FetchPlan, Range, held, rows_of_others
+from .kv import AllGatherKV, FetchKV, KVExchange
 
 
 class Reading(NamedTuple):
@@ -30,14 +30,14 @@ class Mask(NamedTuple):
 
     own: list[Part]
     rest: list[Part]
-    keys: Keys
+    keys: KVExchange
 
 
 def mask_of(shard: Shard, causal: bool, window: int | None, own_keys: int) -> Mask:
     """The mask of this rank's queries over its `own_keys` tokens and over what it receives."""
     everybody = [readings(shard, rank, causal, window) for rank in range(shard.sp.size)]
     wanted = [[read for reading in here for read in reading.ranges] for here in everybody]
-    keys: Keys = Whole(shard) if _somebody_needs_all(shard, wanted) else Ranges(Plan(shard, wanted))
+    keys: KVExchange = AllGatherKV(shard) if _somebody_needs_all(shard, wanted) else FetchKV(FetchPlan(shard, wanted))
     here = everybody[shard.sp.rank]
     reads = [(reading, end - first) for reading in here for first, end in reading.ranges]
     rest = []

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..exchange import make_exchange
+from ..exchange import Request, make_exchange
 from ..kernels.phases import Inputs, Options, Phases, Recurrence
 from ..kernels.pieces import Spans
 from ..overlap import Call, finish, start
@@ -49,9 +49,7 @@ def run_recurrence(
         edge, state, transition, work = _States.apply(backward, x, q_first, x.k, x.v, x.g, x.beta)
         # 2. Send it to the other ranks, unless nobody reads it.
         if options.entered:
-            exchange = make_exchange(
-                shard, state, transition, known=known_decays, entered=initial is not None, final=final
-            )
+            exchange = make_exchange(shard, state, transition, Request(known_decays, initial is not None, final))
             token = start(call, exchange, state, transition, initial)
         # 3. Meanwhile, the output that needs no other rank.
         o, work = _Intra.apply(backward, x, work, edge, q_second, x.bonus)

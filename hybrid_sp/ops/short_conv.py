@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..checks import compute_dtype, operator, require, shard_of
-from ..exchange.halo import Halo, Plan, before, last
+from ..exchange.fetch import FetchPlan, before, last
+from ..exchange.halo import Halo
 from ..kernels.reference import conv as kernel
 from ..kernels.reference.conv import Taps
 from ..overlap import Call, finish, start
@@ -144,13 +145,13 @@ def _causal(
     return y, states[-1].to(x.dtype) if final else None
 
 
-def _plan(shard: Shard, width: int, final: bool) -> Plan:
+def _plan(shard: Shard, width: int, final: bool) -> FetchPlan:
     """Every rank reads the tokens before its spans, and if a final state is wanted the sequence's last ones."""
     ends = [last(shard, width - 1)] if final else []
-    return Plan(shard, [before(shard, rank, width - 1) + ends for rank in range(shard.sp.size)])
+    return FetchPlan(shard, [before(shard, rank, width - 1) + ends for rank in range(shard.sp.size)])
 
 
-def _states(rows: Tensor, plan: Plan, x: Tensor, width: int, initial: Tensor | None) -> list[Tensor]:
+def _states(rows: Tensor, plan: FetchPlan, x: Tensor, width: int, initial: Tensor | None) -> list[Tensor]:
     """The `width` tokens before the end of every range [B,width,D]: its rows, and before them zeros, or the initial
     state where it is the begin of the sequence that cuts the range."""
     states = []

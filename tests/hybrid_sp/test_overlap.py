@@ -172,7 +172,7 @@ def initial_state_alone(group: Any, exchange: str) -> tuple[int, int]:
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_gradient_of_the_initial_state_alone_leaves_nothing_in_flight(exchange: str) -> None:
-    launched = {"all_gather": [1, 1], "ring": [1, 0], "pipeline": [4, 0], "doubling": [1, 0]}[exchange]
+    launched = {"all_gather": [1, 1], "ring": [1, 0], "pipeline": [4, 0], "doubling": [1, 0], "star": [1, 1]}[exchange]
     assert run_ranks(initial_state_alone, 2, exchange) == [(calls, 0) for calls in launched]
 
 
@@ -339,8 +339,9 @@ def test_a_recomputed_forward_asks_nobody_again() -> None:
 @pytest.mark.parametrize("exchange", [name for name in EXCHANGES if name != "all_gather"])
 def test_a_recomputed_forward_sends_no_message_again(exchange: str) -> None:
     each = 2 * (4 if exchange == "pipeline" else 1)  # messages of two layers, from rank 0 to rank 1 and back
+    want = [(each, each, each), (each, 2 * each, each)] if exchange != "star" else [(4, 6, 4)] * 2
     layers = ["linear", "delta"]
-    assert run_ranks(checkpointed, 2, layers, False, exchange) == [(each, each, each), (each, 2 * each, each)]
+    assert run_ranks(checkpointed, 2, layers, False, exchange) == want
     for plain, again, recorded in run_ranks(checkpointed, 3, layers, False, exchange, "zigzag"):
         assert plain == recorded < again
 

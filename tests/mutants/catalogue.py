@@ -71,8 +71,8 @@ MUTANTS = [
     Mutant(
         name="one rank's dS_final",
         file="hybrid_sp/exchange/all_gather.py",
-        old="x_Ps[:, -1].sum(0) if self.final",
-        new="x_Ps[0, -1] if self.final",
+        old="x_Ps[:, -1].sum(0) if final",
+        new="x_Ps[0, -1] if final",
         test=f"{PARITY}[2-contiguous-linear]",
     ),
     Mutant(
@@ -392,7 +392,7 @@ MUTANTS = [
     # The halo.
     Mutant(
         name="halo of an earlier document",
-        file="hybrid_sp/exchange/halo.py",
+        file="hybrid_sp/exchange/fetch.py",
         old="(max(start - width, shard.document_start(start)), start)",
         new="(max(start - width, 0), start)",
         test=f"{HALO}::test_parity_of_short_spans_and_documents[3-contiguous]",
@@ -420,7 +420,7 @@ MUTANTS = [
     ),
     Mutant(
         name="rows of the halo in the order in which they arrive",
-        file="hybrid_sp/exchange/halo.py",
+        file="hybrid_sp/exchange/fetch.py",
         old="arrived[place[i]]",
         new="arrived[i]",
         test=f"{PARITY}[4-zigzag-halo]",

@@ -40,8 +40,8 @@ EXCHANGE_MUTANTS = [
     Mutant(
         name="known decays of the window before",
         file="hybrid_sp/exchange/doubling.py",
-        old="scan.known[q - d + 1 : q + 1]",
-        new="scan.known[q - d : q]",
+        old="scan.known_decays[q - d + 1 : q + 1]",
+        new="scan.known_decays[q - d : q]",
         test=f"{SCAN}[4-contiguous-doubling]",
     ),
     Mutant(
@@ -81,9 +81,9 @@ EXCHANGE_MUTANTS = [
     ),
     Mutant(
         name="a pipeline that nobody drives during the local work",
-        file="hybrid_sp/exchange/__init__.py",
-        old="travel=partial(Chain, blocks=BLOCKS), aside=True",
-        new="travel=partial(Chain, blocks=BLOCKS), aside=False",
+        file="hybrid_sp/exchange/chain.py",
+        old="BLOCKS, background=True",
+        new="BLOCKS, background=False",
         test=f"{EXCHANGE}::test_a_thread_sends_during_the_local_work_and_a_ring_after_it[pipeline]",
     ),
     Mutant(
@@ -170,5 +170,19 @@ EXCHANGE_MUTANTS = [
         old='"RANK" not in found and found.get("WORLD_SIZE", "1") == "1"',
         new='"RANK" not in found',
         test="tests/hybrid_sp/comm/test_collectives.py::test_half_of_what_a_launcher_sets",
+    ),
+    Mutant(
+        name="star: every rank given the states of the centre",
+        file="hybrid_sp/exchange/star.py",
+        old="strict=True) if owner == rank]",
+        new="strict=True) if owner == CENTRE]",
+        test=f"{SCAN}[2-contiguous-star]",
+    ),
+    Mutant(
+        name="star: one rank's dS_final",
+        file="hybrid_sp/exchange/star.py",
+        old="rows[self.shard.span_count :].sum(0)",
+        new="rows[self.shard.span_count]",
+        test=f"{SCAN}[4-contiguous-star]",
     ),
 ]
