@@ -176,7 +176,7 @@ EXCHANGE_MUTANTS = [
         file="hybrid_sp/exchange/star.py",
         old="strict=True) if owner == rank]",
         new="strict=True) if owner == CENTRE]",
-        test=f"{SCAN}[2-contiguous-star]",
+        test=f"{SCAN}[2-zigzag-star]",
     ),
     Mutant(
         name="star: one rank's dS_final",
