@@ -1,9 +1,13 @@
-"""The cost model of one layer: what it receives over the network, what it holds in memory, as closed formulas.
+"""The cost model of one layer: closed formulas for the bytes that a rank receives over the network.
 
-Everything is per rank, for one layer and one pass, and counts received bytes, as the ledger does. P ranks, B sequences,
-L tokens in the sequence, T = ceil(L / P) tokens on a rank, H heads, G key-value heads, K and V head dims, D the head
-dim of softmax layers; n spans on a rank (1 contiguous, 2 zigzag). States and gradients travel as fp32, keys and values
-in the model's dtype of `kv_bytes` per element. Send and receive buffers of the network library are not counted.
+Each formula is for one rank, one layer and one pass, and counts received bytes, as the ledger does. Its letters are
+
+    P  ranks               T  tokens on a rank, ceil(L / P)     K, V  head dims of linear layers
+    B  sequences           H  heads                             D     head dim of softmax layers
+    L  tokens in each      G  key-value heads                   n     spans on a rank: 1 contiguous, 2 zigzag
+
+States and gradients travel as fp32. Keys and values travel in the model's dtype, with `kv_bytes` per element. The
+formulas leave out the buffers of the network library.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ STATE_BYTES = 4  # fp32
 
 
 def span_tokens(L: int, P: int) -> int:
-    """Tokens of the longest rank, T = ceil(L / P). Raises ValueError where a rank would have none."""
+    """Return the tokens of the longest rank, T = ceil(L / P). Raises ValueError if a rank would have none."""
     if not 1 <= P <= L:
         raise ValueError(f"{P} ranks for a sequence of {L} tokens; take 1 to {L} ranks")
     return ceil(L / P)
@@ -325,9 +329,10 @@ def _own_heads(P: int, H: int, G: int) -> int:
 def break_even_tokens(
     *, H: int, K: int, V: int, G: int, D: int, transition: str = "none", spans: int = 1, kv_bytes: int = 2
 ) -> float:
-    """Tokens per rank T above which a linear layer's forward gather is smaller than a softmax layer's.
+    """Return the tokens per rank, T, above which a linear layer's forward gather is smaller than a softmax layer's.
 
-    n * H * (K V + a) * 4 = 2 * T * G * D * kv_bytes, solved for T. Neither P nor B matters; the sequence is L = P T.
+    It solves n * H * (K V + a) * 4 = 2 * T * G * D * kv_bytes for T; a is the transition. P and B cancel, and the
+    sequence has L = P T tokens.
     """
     state = spans * H * (K * V + transition_elements(transition, K)) * STATE_BYTES
     return state / (2 * G * D * kv_bytes)
@@ -339,29 +344,3 @@ def break_even_tokens(
 def gradient_all_reduce(*, P: int, parameters: int) -> int:
     """The sum of all gradients over P ranks, once a step: 2 (P-1) / P * parameters * 4, by ring or halving."""
     return 2 * (P - 1) * parameters * STATE_BYTES // P
-
-
-# Memory
-
-
-def linear_gather_memory(
-    *, P: int, B: int, H: int, K: int, V: int, transition: str = "none", spans: int = 1, normalize: bool = False
-) -> int:
-    """Bytes of one gathered buffer of summaries: P * n * B * H * (K V + a + z) * 4. Does not depend on L."""
-    z = K if normalize else 0
-    return P * spans * B * H * (K * V + transition_elements(transition, K) + z) * STATE_BYTES
-
-
-def softmax_gather_memory(*, P: int, B: int, L: int, G: int, D: int, kv_bytes: int = 2) -> int:
-    """Bytes of the gathered keys and values, kept for backward by default: 2 * B * P T * G * D * kv_bytes."""
-    return 2 * B * P * span_tokens(L, P) * G * D * kv_bytes
-
-
-def decode_state(*, B: int, H: int, K: int, V: int) -> int:
-    """Bytes that a linear layer keeps while decoding: B * H * K V * 4, at any length."""
-    return B * H * K * V * STATE_BYTES
-
-
-def decode_kv(*, B: int, L: int, G: int, D: int, kv_bytes: int = 2) -> int:
-    """Bytes that a softmax layer keeps while decoding after L tokens: 2 * B * L * G * D * kv_bytes."""
-    return 2 * B * L * G * D * kv_bytes
