@@ -1,4 +1,4 @@
-"""The model of overlap: from one device's times, the part of a linear layer's exchange that work would hide.
+"""The model of overlap: it takes one device's times and computes how much of a linear layer's exchange work would hide.
 
 The timeline records the phases of a layer of Linear-Llama3-1B between CUDA events: states | intra | inter forward,
 inter | intra | states backward. In both directions the exchange runs during intra. Its time is modelled, not measured:
@@ -50,7 +50,7 @@ class Phase:
 def measure_phases(
     shape: KernelSizes, watch: Stopwatch, dtype: torch.dtype, budget: Budget, notes: list[str]
 ) -> list[Phase]:
-    """Measure all phases of one layer, at every decay and length; states enter, as on a rank that is not the first."""
+    """Measure all phases of one layer at every decay and length, with an initial state like any rank but the first."""
     done: list[Phase] = []
     for decay in DECAYS:
         for length in shape.model_lengths:
@@ -108,7 +108,7 @@ def _measure(
 
 
 def phase_tables(done: list[Phase], shape: KernelSizes) -> Iterator[str | Table]:
-    """Yield the table of the phases and that of the time that an exchange would leave to wait for."""
+    """Yield the table of the phases, and the table of the time that an exchange would still make a rank wait."""
     if done:
         yield "Phases of one linear layer of that model, ms:"
         yield _phases(done)
