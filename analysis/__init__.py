@@ -1,1 +1,1 @@
-"""The readers: cost model, tables, plots and reports, made from run folders. Nothing here trains or needs a GPU."""
+"""The readers of run folders: reports, tables, figures and the cost model; and the benchmarks, in `bench`."""

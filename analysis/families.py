@@ -1,7 +1,7 @@
-"""The mixers of a sweep by family, with what each is and weighs beside its loss.
+"""The mixers of a sweep by family: the loss of each, its parameters, the size of its state, and its convolution.
 
-`python -m analysis.families FOLDER` writes `families.md` beside the `runs.json` of a report that is kept there, from
-that file alone; the report of a sweep over many mixers has the same table.
+`python -m analysis.families FOLDER` reads `runs.json` from the folder of a report and writes `families.md` next to it.
+It needs no other file. The report of a sweep over many mixers begins with the same table.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Block = tuple[str, MixerSpec, Place]
 
 
 def family(spec: MixerSpec, place: Place) -> str:
-    """What a mixer's state is multiplied by, or what stands in its place."""
+    """Name the mixer's family: the kind of its decay, or softmax, the delta rule or polynomial features instead."""
     facts = spec.cost(place)
     if facts.attention:
         return "softmax"
@@ -48,7 +48,7 @@ def family(spec: MixerSpec, place: Place) -> str:
 
 
 def state(facts: Cost) -> str:
-    """The numbers that a layer keeps of one sequence, its short convolution's inputs aside."""
+    """Count the numbers that a layer keeps of one sequence, without the inputs of its short convolution."""
     if not facts.attention:
         return f"{facts.state:,}"
     return ", ".join(
@@ -57,14 +57,14 @@ def state(facts: Cost) -> str:
 
 
 def convolution(facts: Cost) -> str:
-    """The tokens that a short convolution reads, its own among them."""
+    """Count the tokens that a short convolution reads, its own token included."""
     return ", ".join(str(halo.tokens + 1) for halo in facts.halos) or "none"
 
 
 def table(points: Sequence[Point]) -> Table:
-    """A row per kind of linear mixer, and one for pure softmax, with the bits per byte at each share of softmax blocks.
+    """Return a row per kind of linear mixer and one for pure softmax, with bits per byte at each share of softmax.
 
-    Its columns are arithmetic on the recipe, by the mixers' own cost facts.
+    The columns before the losses follow from the recipe and the cost facts of the mixers.
     """
     shares = sorted({point.softmax for point in points})
     rows = []
@@ -89,7 +89,7 @@ def table(points: Sequence[Point]) -> Table:
 
 
 def _mixers(model: ModelConfig, kind: str | None) -> list[Block]:
-    """The last block of each linear mixer, or of softmax for None."""
+    """Return the last block of each linear mixer; for None, the last softmax block."""
     blocks = zip(expand_pattern(model), block_specs(model), strict=True)
     found = {name: (name, spec, place) for name, (spec, place) in blocks if (spec.letter == "N") == (kind is None)}
     return list(found.values())
@@ -100,7 +100,7 @@ def _each(blocks: Iterable[Block], fact: Callable[[MixerSpec, Place], str]) -> s
 
 
 def read(file: Path) -> list[Run]:
-    """The runs of a report that is kept, without their curves."""
+    """Read the runs of a report from its `runs.json`, without their curves."""
     records = json.loads(file.read_text())
     return [
         Run(**record | {"softmax": Fraction(record["softmax"]), "train": (), "validation": ()}) for record in records
@@ -108,12 +108,12 @@ def read(file: Path) -> list[Run]:
 
 
 def as_text(table: Table) -> str:
-    """The table and what its columns are, as Markdown."""
+    """Return the table and the legend of its columns as Markdown."""
     return f"{tables.as_markdown(table)}\n{LEGEND}\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m analysis.families", description="The mixers of a report by family."
     )

@@ -16,7 +16,7 @@ from analysis.points import Point, kinds
 from analysis.runs import Run, TrainPoint
 
 ABREAST = 4  # columns of loss curves in one row
-BINS = 25  # windows over a run, in each of which the training loss is averaged
+BINS = 25  # windows over a run; the figure averages the training loss in each
 
 
 def loss_against_ratio(points: Sequence[Point]) -> bytes:
@@ -46,7 +46,8 @@ def loss_against_ratio(points: Sequence[Point]) -> bytes:
         axes.set_xlabel("softmax blocks / all blocks")
         axes.set_ylabel("validation loss (bits per byte)")
         axes.margins(y=0.12)
-        nats = axes.secondary_yaxis("right", functions=(_as_nats, _as_bits))
+        as_nats_and_back = (lambda bits: bits * math.log(2), lambda nats: nats / math.log(2))
+        nats = axes.secondary_yaxis("right", functions=as_nats_and_back)
         nats.set_ylabel("validation loss (nats per byte)")
         nats.yaxis.set_major_formatter("{x:.3g}")
         axes.grid(axis="x", visible=False)
@@ -58,7 +59,7 @@ def loss_against_ratio(points: Sequence[Point]) -> bytes:
 def loss_by_kind(points: Sequence[Point]) -> bytes:
     """Draw the validation loss of every kind of linear block, a row each, the best at the top, a mark per share.
 
-    It serves more kinds than `loss_against_ratio` has lines. The pure softmax model is a vertical reference.
+    It holds more kinds than `loss_against_ratio` can give lines to. The pure softmax model is a vertical reference.
     """
     mixed = [point for point in points if point.linear is not None]
     best = {kind: min(point.bits_per_byte for point in mixed if point.linear == kind) for kind in kinds(points)}
@@ -87,14 +88,6 @@ def loss_by_kind(points: Sequence[Point]) -> bytes:
         axes.set_title(_title(points), loc="left", x=-0.2)
         figure.legend(loc="outside lower center", ncols=len(shares) + 1)
         return plots.png(figure)
-
-
-def _as_nats(bits: Any) -> Any:
-    return bits * math.log(2)
-
-
-def _as_bits(nats: Any) -> Any:
-    return nats / math.log(2)
 
 
 def _line_with_spread(
@@ -127,17 +120,14 @@ def _share_label(share: Fraction) -> str:
 def _title(points: Sequence[Point]) -> str:
     unigram = points[0].runs[0].unigram_bits_per_byte
     tokens = points[0].runs[0].tokens
-    return f"Loss after {_count(tokens)} bytes; unigram entropy {unigram:.3f} bits per byte (not drawn)"
-
-
-def _count(tokens: float) -> str:
-    return f"{tokens / 1e6:.2f} million" if tokens >= 1e6 else f"{tokens:,.0f}"
+    count = f"{tokens / 1e6:.2f} million" if tokens >= 1e6 else f"{tokens:,}"
+    return f"Loss after {count} bytes; unigram entropy {unigram:.3f} bits per byte (not drawn)"
 
 
 def loss_curves(runs: Sequence[Run]) -> bytes:
     """Draw training and validation loss of every run against bytes read.
 
-    Each kind of linear block has a column, four abreast. Pure softmax runs appear in every column.
+    Each kind of linear block has a column; four columns share a row. Pure softmax runs appear in every column.
     The training loss is the mean over windows of 1/25 of the run.
     """
     columns: list[str | None] = list(dict.fromkeys(run.linear for run in runs if run.linear is not None)) or [None]

@@ -1,7 +1,7 @@
 """The charts of plain numbers, drawn as PNG bytes, and the style of every figure.
 
-They need matplotlib and nothing of the house. Every line has its own marker and line style, so that it reads in
-greyscale.
+They need matplotlib and import no other file of this project. Every line has its own marker and line style, so that
+a print in greyscale shows which is which.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def growth(series: Mapping[str, Mapping[int, float]], xlabel: str, ylabel: str, 
 
 
 def looks(count: int) -> list[Look]:
-    """Return looks for so many lines; raises ValueError if there are more lines than looks."""
+    """Return a look for each of `count` lines; raises ValueError if there are more lines than looks."""
     if count > len(LOOKS):
         raise ValueError(
             f"{count} lines in one figure, but {len(LOOKS)} looks that read in greyscale; report fewer kinds"

@@ -1,4 +1,4 @@
-"""The points of an experiment: runs grouped by what was trained, and the tables of their losses."""
+"""The points of an experiment: runs grouped by the model that they train, and the tables of their losses."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from analysis.tables import Table
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """The runs of one model, a seed each.
+    """The runs of one model, one for each seed.
 
     linear         the kind of its linear blocks; None if there are none
     softmax        the share of softmax blocks
-    strategy       the keys and values by which its computation differs from other points; often empty
+    strategy       the strategy keys whose values differ between points, with their values here; often empty
     axes           the values of everything else that a sweep varies
     bits_per_byte  the mean over seeds; low and high are its extremes
     loss           the mean in nats per byte
@@ -53,7 +53,7 @@ def group_runs(runs: Sequence[Run], axes: Sequence[str] = ()) -> list[Point]:
     """Group runs by kind of linear mixer, share of softmax blocks, strategy and the values of `axes`.
 
     The points are sorted by the first two; pure softmax comes last. Raises ValueError if two runs of one point have the
-    same seed: then something else differs, and a mean would hide it.
+    same seed, because then something else differs and a mean would hide it.
     """
     Values = tuple[tuple[str, str], ...]
     groups: dict[tuple[str | None, Fraction, Values, Values], list[Run]] = {}

@@ -1,8 +1,15 @@
 """The report of a sweep over mixers, ratios, strategies or others: `python -m analysis.report FOLDER [--out DIR]`.
 
-It writes `loss.md` and `loss.csv` (a row per model), `runs.csv` (a row per run), `runs.json` (recipe, provenance and
-curves of each run), `loss_against_ratio.png`, `loss_curves.png` and `report.html`, one page that holds all of it and
-links to nothing. Of runs that differ in strategy `strategies.csv` and `strategies.png` say what each of them costs.
+It writes these files:
+
+    loss.md, loss.csv  the facts, and a row for each model
+    runs.csv           a row for each run
+    runs.json          the recipe, provenance and curves of each run
+    loss_curves.png    the loss during training
+    report.html        all of the above as one page that loads no other file
+
+A second figure is named after the comparison: loss_against_ratio.png, loss_by_kind.png, loss_by_axes.png or
+strategies.png. If the runs differ in strategy, `strategies.csv` gives the cost of each strategy.
 """
 
 from __future__ import annotations
@@ -23,7 +30,7 @@ from omegaconf import OmegaConf
 
 from analysis import families, loss_plots, plots, points, strategies, tables, traffic
 from analysis.points import Point
-from analysis.runs import STRATEGY_KEYS, Folder, Run, axes, differing_keys, read_folder
+from analysis.runs import STRATEGY_KEYS, Folder, Run, axes, differing_keys, is_under, read_folder
 from analysis.tables import Table
 
 CSS = """
@@ -48,15 +55,15 @@ CURVES = "loss_curves.png"
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a report says, before it is written: sentences, tables and figures (PNG bytes by file name)."""
+    """The content of a report before it is written: sentences, tables, and figures (PNG bytes by file name)."""
 
     name: str
     facts: tuple[str, ...]
     warnings: tuple[str, ...]
     commands: tuple[str, ...]
     settings: dict[str, str]
-    question: str  # what is compared
-    strategic: bool  # whether runs differ in strategy, which `main` then compares; else it compares ratios
+    question: str  # for the title: the comparison that this report makes
+    strategic: bool  # True if the runs differ in strategy; `main` then compares strategies
     main: Table
     losses: Table
     runs: Table
@@ -66,17 +73,14 @@ class Report:
 
 
 def build(folder: Folder, command: str) -> Report:
-    """Turn a sweep's folder into a report. `command` is the line that made it, to be printed in it.
+    """Turn a sweep's folder into a report, which prints `command`, the line that made it.
 
-    Raises ValueError if its runs differ in more than mixers, seed, strategy and the axes of the sweep's plan, for then
-    no single cause explains a difference.
+    Raises ValueError if the runs differ in more than mixers, seed, strategy and the axes of the sweep's plan. No
+    single cause would then explain a difference.
     """
     varied = axes(folder)
     known = (*STRATEGY_KEYS, *varied)
-    differing = [
-        key for key in differing_keys(folder.runs) if not any(key == one or key.startswith(f"{one}.") for one in known)
-    ]
-    if differing:
+    if differing := [key for key in differing_keys(folder.runs) if not is_under(key, known)]:
         raise ValueError(
             f"the runs in {folder.path} also differ in {', '.join(differing)}; this report compares kinds and shares "
             "of mixers, strategies, and the axes of a sweep, so put runs that are equal in all else into one folder"
@@ -100,7 +104,7 @@ def build(folder: Folder, command: str) -> Report:
         main=_main_table(found),
         losses=points.loss_table(found),
         runs=points.run_table(runs),
-        costs=() if varied else traffic.cost_tables(found),  # which are of layers of one size
+        costs=() if varied else traffic.cost_tables(found),  # these need layers of one size
         figures={
             **_main_figure(found),
             CURVES: (
@@ -159,12 +163,12 @@ def _title(point: Point) -> str:
 
 
 def _many(found: Sequence[Point]) -> bool:
-    """Whether there are more kinds of mixers than lines that can be told apart."""
+    """Return True if there are more kinds of mixers than lines that a reader can tell apart."""
     return len(points.kinds(found)) > len(plots.LOOKS)
 
 
 def _main_table(found: Sequence[Point]) -> Table:
-    """The table that the report begins with: strategies, a sweep's axes, many kinds by family, or shares."""
+    """Choose the first table of the report: strategies, a sweep's axes, many kinds by family, or shares."""
     if found[0].strategy:
         return strategies.table(found)
     if found[0].axes:
@@ -173,7 +177,7 @@ def _main_table(found: Sequence[Point]) -> Table:
 
 
 def _main_figure(found: Sequence[Point]) -> dict[str, tuple[bytes, str]]:
-    """The figure that the report begins with: lines over shares, or for many kinds or strategies a row each."""
+    """Draw the first figure of the report: lines over shares, or a row for each strategy, axis value or kind."""
     if found[0].strategy:
         rows = [" ".join(row[: -len(strategies.NUMBERS)]) for row in strategies.table(found).rows]
         columns = {"tokens a second": [*map(strategies.speed, found)], "ms exposed": [*map(strategies.exposed, found)]}
@@ -240,7 +244,7 @@ def _settings(runs: Sequence[Run]) -> dict[str, str]:
 
 
 def as_page(report: Report) -> str:
-    """The report as one HTML page: style and images inside, nothing loaded from elsewhere."""
+    """Return the report as one HTML page with style and images inside; it loads nothing from elsewhere."""
 
     def figure(name: str) -> str:
         data, caption = report.figures[name]
@@ -283,7 +287,7 @@ def as_page(report: Report) -> str:
 
 
 def as_text(report: Report) -> str:
-    """The report's words and loss tables as Markdown."""
+    """Return the report's sentences and tables as Markdown."""
     parts = [f"# {report.name}"]
     if report.warnings:
         parts.append("Incomplete or uneven:\n\n" + "\n".join(f"- {line}" for line in report.warnings))
@@ -326,7 +330,7 @@ def _record(run: Run) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code: 0 complete, 1 written but runs are missing, 2 not written."""
+    """Run the command and return its exit code: 0 complete, 1 written but runs are missing, 2 not written."""
     parser = argparse.ArgumentParser(prog="python -m analysis.report", description="Report the runs of a sweep.")
     parser.add_argument("folder", help="the folder of a sweep, such as runs/hybrid_ratio")
     parser.add_argument("--out", help="where to write; by default FOLDER/report")

@@ -1,8 +1,8 @@
-"""Run folders, read into plain frozen records. The one place that knows the files of a run and of a sweep.
+"""The reader of run folders. It turns them into frozen records, and only it knows the files of a run and of a sweep.
 
 A run folder holds `recipe.yaml`, `provenance.json`, `diff.patch`, `metrics.jsonl` and, once the run has ended,
-`summary.json`; a sweep folder holds run folders and `sweep.json`, its plan. What cannot be used is a `Fault` with its
-reason, never left out in silence.
+`summary.json`. A sweep folder holds run folders and `sweep.json`, its plan. A run or plan that the
+reader cannot use becomes a `Fault` with the reason; the reader leaves out nothing in silence.
 """
 
 from __future__ import annotations
@@ -26,19 +26,20 @@ from recipes.sweep import PLAN
 
 RUN_FILES = ("recipe.yaml", "provenance.json", "metrics.jsonl", "summary.json", "train.log")
 SECTIONS = tuple(one.name for one in fields(config.Recipe) if is_dataclass(one.default_factory))  # of a recipe
-PROVENANCE: dict[str, Any] = {  # what a report says of how a run was made
+PROVENANCE: dict[str, Any] = {  # the entries that a report needs, and their types
     "commit": (str, type(None)), "dp": int, "sp": int, "machine.cpus": (int, type(None)), "versions.torch": str,
     "corpus.fingerprint": str, "corpus.files": int, "corpus.bytes": int,
 }  # fmt: skip
 FREE_KEYS = ("name", "out", "wandb", "model.linear", "model.ratio", "model.pattern", "model.mixers", "train.seed")
-STRATEGY_KEYS = (*config.STRATEGY_KEYS, "train.recompute", "train.recompute_blocks")  # how a training is computed
+# The keys that change how a training is computed; its result stays the same up to rounding.
+STRATEGY_KEYS = (*config.STRATEGY_KEYS, "train.recompute", "train.recompute_blocks")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainPoint:
-    """One training step: loss in nats per token, tokens read so far over all ranks, bytes that rank 0 received.
+    """The record of one training step: loss in nats per token, tokens read by all ranks, bytes that rank 0 received.
 
-    What older runs have not recorded is None, or missing in `received_by_kind` of layer.
+    A number that an older run did not record is None. `received_by_kind`, bytes by kind of layer, then lacks its entry.
     """
 
     step: int
@@ -54,7 +55,7 @@ class TrainPoint:
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationPoint:
-    """One validation: loss in nats per byte and in bits per byte."""
+    """The record of one validation: loss in nats per byte and in bits per byte."""
 
     step: int
     tokens: int
@@ -64,10 +65,11 @@ class ValidationPoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A finished run.
+    """The record of a finished run.
 
-    `softmax` is the share of softmax blocks; `linear` names the linear mixers, None if there are none; `modified` says
-    whether its code differed from the commit in the provenance.
+    softmax   the share of softmax blocks
+    linear    the names of the linear mixers; None if there are none
+    modified  True if its code differed from the commit in the provenance
     """
 
     name: str
@@ -90,14 +92,16 @@ class Run:
 
     @property
     def below_unigram(self) -> float:
-        """1 - bits_per_byte / unigram_bits_per_byte, the share of the entropy of single bytes that a model has saved;
-        NaN for a text whose bytes are all equal."""
+        """Return the share of the unigram entropy that the model saves, 1 - bits_per_byte / unigram_bits_per_byte.
+
+        It is NaN for a text whose bytes are all equal.
+        """
         return 1 - self.bits_per_byte / self.unigram_bits_per_byte if self.unigram_bits_per_byte else math.nan
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """A run that the report cannot use, and why."""
+    """The name of a run that the report cannot use, and the reason."""
 
     name: str
     reason: str
@@ -105,7 +109,7 @@ class Fault:
 
 @dataclass(frozen=True, kw_only=True)
 class Folder:
-    """A sweep's folder: its finished runs, its faults, and its plan (None if the runs were started by hand)."""
+    """The content of a sweep's folder: finished runs, faults, and the plan (None if runs were started by hand)."""
 
     path: Path
     runs: tuple[Run, ...]
@@ -114,7 +118,7 @@ class Folder:
 
 
 def read_folder(path: str | Path) -> Folder:
-    """Read every run of a sweep folder, but not those that a later start has moved aside to NAME.old-1.
+    """Read every run of a sweep folder, except those that a later start moved aside to NAME.old-1.
 
     Raises ValueError if there is no such folder or it holds no finished run.
     """
@@ -149,7 +153,7 @@ def read_folder(path: str | Path) -> Folder:
 
 
 def read_run(folder: Path) -> Run:
-    """Read one finished run. Raises ValueError that says what is missing, half-written or contradictory."""
+    """Read one finished run. Raises a ValueError that names each missing, half-written or contradictory part."""
     train, validation = _read_metrics(folder / "metrics.jsonl")
     if not (folder / "summary.json").is_file():
         last = max((point.step for point in train), default=0)
@@ -260,7 +264,10 @@ def _read_plan(file: Path) -> dict[str, Any] | None:
 
 
 def _read_metrics(file: Path) -> tuple[tuple[TrainPoint, ...], tuple[ValidationPoint, ...]]:
-    """The points of metrics.jsonl by step. After a resume a step may stand there twice: the later line is the run's."""
+    """Read the points of metrics.jsonl, sorted by step.
+
+    After a resume the file may hold a step twice; the later line counts.
+    """
     if not file.is_file():
         raise ValueError("half-written: there is no metrics.jsonl")
     lines = file.read_text(errors="replace").splitlines()
@@ -290,26 +297,28 @@ def _read_metrics(file: Path) -> tuple[tuple[TrainPoint, ...], tuple[ValidationP
     return tuple(train[step] for step in sorted(train)), tuple(validation[step] for step in sorted(validation))
 
 
-# What several runs share
+# Comparisons of several runs
 
 
 def strategies(runs: Sequence[Run]) -> list[dict[str, str]]:
-    """The strategy of each run, in the keys in which they differ, its values spelled as behind `key=`."""
+    """Return each run's values of the strategy keys that differ between runs, spelled as after `key=`."""
     keys = [key for key in differing_keys(runs) if key in STRATEGY_KEYS]
     values = [dict(_flatten(run.recipe)) for run in runs]
     return [{key: _text(one[key]) if key in one else "not recorded" for key in keys} for one in values]
 
 
 def axes(folder: Folder) -> list[str]:
-    """The axes of a sweep, by its plan, that are neither mixers and their share nor seeds nor strategies."""
+    """Return the axes of a sweep's plan, except mixers, their share, seeds and strategies."""
     cells = folder.plan["cells"] if folder.plan else ()
     keys = dict.fromkeys(key for cell in cells for place in cell.get("covers", ()) for key in place)
     return [key for key in keys if key not in (*FREE_KEYS, *STRATEGY_KEYS)]
 
 
 def value_of(run: Run, key: str) -> str:
-    """What stands in a run's recipe under a dotted key, as behind `key=`; empty if nothing does, and for options of
-    mixers where no block is linear."""
+    """Return the value of a dotted key in a run's recipe, spelled as after `key=`.
+
+    The value is empty if the recipe lacks the key, and for options of mixers if no block is linear.
+    """
     value: Any = {} if run.linear is None and key.startswith("model.mixers") else run.recipe
     for part in key.split("."):
         value = value.get(part, "") if isinstance(value, Mapping) else ""
@@ -321,14 +330,17 @@ def _text(value: Any) -> str:
 
 
 def differing_keys(runs: Sequence[Run]) -> list[str]:
-    """Recipe keys whose values differ between runs, other than the kind and share of mixers and the seed."""
+    """Return the recipe keys whose values differ between runs, except the kind and share of mixers and the seed."""
     flat = [dict(_flatten(run.recipe)) for run in runs]
     keys = sorted({key for one in flat for key in one})
-    return [key for key in keys if not _is_free(key) and any(one.get(key) != flat[0].get(key) for one in flat)]
+    return [
+        key for key in keys if not is_under(key, FREE_KEYS) and any(one.get(key) != flat[0].get(key) for one in flat)
+    ]
 
 
-def _is_free(key: str) -> bool:
-    return any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
+def is_under(key: str, parents: Iterable[str]) -> bool:
+    """Return True if a dotted key is one of `parents` or lies under one."""
+    return any(key == parent or key.startswith(f"{parent}.") for parent in parents)
 
 
 def _flatten(record: Mapping[Any, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

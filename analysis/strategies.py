@@ -1,9 +1,9 @@
-"""Strategies side by side: what one training costs by each way to exchange, and how equal its losses are."""
+"""The comparison of strategies: the cost of the same training under each of them, and the differences of its losses."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from statistics import median
 
@@ -12,7 +12,7 @@ from analysis.points import Point
 from analysis.runs import Run, TrainPoint
 from analysis.tables import Table
 
-WARM = 3  # steps that are left out of medians, where a run has more
+WARM = 3  # steps that a median leaves out, if a run has more
 NUMBERS = (
     "tokens/s",
     "exposed (ms)",
@@ -29,13 +29,13 @@ LEGEND = (
     f"the first {WARM}, on rank 0; exchanges are those of linear, softmax and convolution layers; memory is the peak."
 )
 ABSENT = "not recorded"
-ROUNDING = 1e-3, 1e-2  # of the first loss and of the final one, by which runs of one training may differ
+ROUNDING = 1e-3, 1e-2  # runs of one training may differ by these parts of the first and of the final loss
 
 
 def table(points: Sequence[Point]) -> Table:
-    """One row per point: its strategy, the median step's speed and communication on rank 0, its memory and its loss.
+    """Return a row per point: strategy, speed and communication of the median step on rank 0, memory and loss.
 
-    The mixers are named where they differ too. What older runs have not recorded is said to be so.
+    The table names the mixers only if they differ. It prints "not recorded" for a number that an older run lacks.
     """
     mixed = len({(point.linear, point.softmax) for point in points}) > 1
     rows = []
@@ -62,12 +62,12 @@ def table(points: Sequence[Point]) -> Table:
 
 
 def speed(point: Point) -> float:
-    """Tokens in a second of the median step."""
+    """Return the tokens per second of the median step."""
     return _median(point, lambda row: row.tokens_per_second) or 0.0
 
 
 def exposed(point: Point) -> float:
-    """Milliseconds of the median step in which rank 0 stood still for others."""
+    """Return the milliseconds of the median step in which rank 0 waited for other ranks."""
     return _median(point, lambda row: row.exposed_ms) or 0.0
 
 
@@ -82,15 +82,15 @@ def _text(number: float | None) -> str:
 
 
 def sameness(runs: Sequence[Run]) -> str:
-    """The sentence that says how equal the losses are of runs that differ in strategy alone."""
+    """Write the sentence on the largest difference of losses between runs that differ in strategy alone."""
     models: dict[tuple[str | None, Fraction, int], list[Run]] = {}
     for run in runs:
         models.setdefault((run.linear, run.softmax, run.seed), []).append(run)
     groups = [group for group in models.values() if len(group) > 1]
     if not groups:
         return "No model has one seed under two strategies, so nothing here says whether their training is the same."
-    first = max(_spread(run.train[0].loss / math.log(2) for run in group) for group in groups)
-    final = max(_spread(run.bits_per_byte for run in group) for group in groups)
+    first = max(_spread([run.train[0].loss / math.log(2) for run in group]) for group in groups)
+    final = max(_spread([run.bits_per_byte for run in group]) for group in groups)
     sums = f"the first step's losses differ by at most {first:.2g} bits per byte, the final ones by {final:.2g}"
     lowest = min(run.train[0].loss / math.log(2) for run in runs), min(run.bits_per_byte for run in runs)
     if first > ROUNDING[0] * lowest[0] or final > ROUNDING[1] * lowest[1]:
@@ -98,6 +98,5 @@ def sameness(runs: Sequence[Run]) -> str:
     return f"All strategies compute the same training up to rounding: {sums}; which strategy's is lowest is chance."
 
 
-def _spread(numbers: Iterable[float]) -> float:
-    known = list(numbers)
-    return max(known) - min(known)
+def _spread(numbers: Sequence[float]) -> float:
+    return max(numbers) - min(numbers)

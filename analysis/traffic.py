@@ -1,4 +1,4 @@
-"""What a sweep's models send: the cost model applied to their layers, beside what the ledger counted in training."""
+"""The traffic of a sweep's models: bytes by the cost model, next to the bytes that the ledger counted in training."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ SOFTMAX: dict[str, TokenStrategy] = {"all_gather": kv.STRATEGY, **BASELINES["sof
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """How one run is cut: P ranks in its sp group, n spans on each, B sequences in one pass, L tokens in a sequence.
+    """The cut of one run: P ranks in its sp group, `spans` on each, B sequences in one pass, L tokens in a sequence.
 
-    linear is the exchange of states, or "auto", and link the network by which that has chosen; softmax is the exchange
-    of keys. Both may be a baseline.
+    linear   the exchange of states, "auto", or a baseline
+    link     the network by which "auto" chose
+    softmax  the exchange of keys and values, or a baseline
     """
 
     P: int
@@ -46,7 +47,7 @@ class Setting:
     link: Link | None = None
     softmax: str = "all_gather"
     keep_kv: bool = True
-    wide: int = 1  # 2 in fp64, where everything travels as in fp32 at twice the size
+    wide: int = 1  # 2 in fp64, where every message is twice its size in fp32
     recomputed: frozenset[int] = frozenset()  # blocks whose forward runs again in backward
 
     @property
@@ -56,19 +57,19 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class Volume:
-    """Bytes that one rank receives for one layer, in the forward and in the backward pass."""
+    """The bytes that one rank receives for one layer, in the forward and in the backward pass."""
 
     forward: int
     backward: int
 
 
 def setting(run: Run) -> Setting:
-    """Read from the run's resolved recipe and provenance how its sequences were cut."""
+    """Read the cut of a run's sequences from its resolved recipe and its provenance."""
     recipe, dp, P = run.recipe, int(run.provenance["dp"]), int(run.provenance["sp"])
     layout, passes = recipe["parallel"]["layout"], int(recipe["train"]["accumulation"])
     zigzag = layout == "zigzag" or (layout == "auto" and "N" in run.pattern)
     B, L = int(recipe["train"]["batch"]) // dp // passes, int(recipe["data"]["length"])
-    if recipe["data"].get("pack"):  # one row of documents, whose softmax layers receive at most what is said here
+    if recipe["data"].get("pack"):  # one row of documents: the model is then an upper bound for softmax layers
         B, L = 1, B * L
     train = _config(TrainConfig, recipe["train"])
     link = recipe["parallel"].get("link") or run.provenance.get("exchange", {}).get("link")
@@ -89,41 +90,40 @@ def setting(run: Run) -> Setting:
     )
 
 
-def layer_volumes(run: Run, cut: Setting) -> list[Volume]:
-    """The predicted volume of every block's mixer in the run's model, on rank 0."""
-    return [volume(facts, cut, again=number in cut.recomputed) for number, (_, facts) in enumerate(_layers(run))]
-
-
 def exchanged(run: Run) -> int:
-    """The predicted bytes that rank 0 receives in one step in the exchanges of all blocks."""
+    """Predict the bytes that rank 0 receives in one step in the exchanges of all blocks."""
     cut = setting(run)
-    if cut.P == 1:  # nor is there a link by which "auto" chooses
+    if cut.P == 1:  # and "auto" has no link to choose by
         return 0
-    return cut.passes * sum(one.forward + one.backward for one in layer_volumes(run, cut))
+    volumes = [volume(facts, cut, again=number in cut.recomputed) for number, (_, facts) in enumerate(_layers(run))]
+    return cut.passes * sum(one.forward + one.backward for one in volumes)
 
 
 def _layers(run: Run) -> list[tuple[str, Cost]]:
-    """Every block's mixer by name, with its cost."""
+    """Return the name of every block's mixer, with its cost facts."""
     model = model_config(run)
     blocks = zip(expand_pattern(model), block_specs(model), strict=True)
     return [(name, spec.cost(place)) for name, (spec, place) in blocks]
 
 
 def model_config(run: Run) -> ModelConfig:
-    """The shape of the run's model."""
+    """Return the shape of the run's model."""
     return _config(ModelConfig, run.recipe["model"])
 
 
 def _config(kind: type[C], values: Any) -> C:
-    """A part of a recipe, with the defaults of what an older run did not know."""
+    """Read a part of a recipe, with defaults for the options that an older run did not have."""
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values))
     assert isinstance(config, kind)
     return config
 
 
 def volume(facts: Cost, cut: Setting, rank: int = 0, again: bool = False) -> Volume:
-    """What one layer with these cost facts receives where sequences are cut so. `again`: its forward runs again in
-    backward, where only the baselines that are another form of the operator communicate a second time."""
+    """Compute the bytes that a rank receives for one layer with these cost facts.
+
+    `again` means that backward runs the layer's forward again. Only the baselines then communicate a second time; they
+    are other forms of the operator.
+    """
     forward = backward = repeated = 0
     ranks: dict[str, Any] = {"P": cut.P, "B": cut.B, "spans": cut.spans}
     for one in facts.summaries:
@@ -161,13 +161,13 @@ def _linear(summary: Summary, cut: Setting, rank: int) -> tuple[int, int]:
 
 
 def _sizes(summary: Summary, cut: Setting, wide: int = 1) -> Sizes:
-    """The sizes of a layer's states; `wide` as in `Setting`."""
+    """Return the sizes of a layer's states; `wide` as in `Setting`."""
     state, transition = (cut.B * summary.heads * GRADIENT * wide * numbers for numbers in summary.numbers)
     return Sizes(cut.P, cut.layout, state, transition)
 
 
 def _softmax(keys: Attention, cut: Setting) -> tuple[int, int]:
-    """Without the few tokens of a window, which are a halo."""
+    """Compute the bytes of a softmax layer, unless its window travels as a halo."""
     queries, kv_width = keys.heads * keys.width, keys.kv_heads * keys.width
     numbers = (queries, kv_width, kv_width, queries)
     heads = {"heads": keys.heads, "groups": keys.kv_heads}
@@ -176,7 +176,7 @@ def _softmax(keys: Attention, cut: Setting) -> tuple[int, int]:
 
 
 def exchange(summary: Summary, cut: Setting) -> str:
-    """The exchange of a linear layer with such summaries; "auto" chooses by the link, as the run has done."""
+    """Name the exchange of a linear layer with these summaries; "auto" chooses by the link, as it did in the run."""
     if cut.linear != "auto":
         return cut.linear
     if cut.link is None:
@@ -185,12 +185,12 @@ def exchange(summary: Summary, cut: Setting) -> str:
 
 
 def _as_halo(keys: Attention, cut: Setting) -> bool:
-    """Whether only the tokens of a window travel."""
+    """Return True if only the tokens of a window travel."""
     return keys.window is not None and cut.softmax == "all_gather"
 
 
 def cost_tables(points: Sequence[Point]) -> tuple[tuple[str, Table], ...]:
-    """The report's two tables with the sentence above each: one layer by kind of exchange, and whole steps."""
+    """Return the report's two tables, one layer by kind of exchange and whole steps, with a sentence above each."""
     cut = setting(points[0].runs[0])
     if cut.P == 1:
         return ()
@@ -209,7 +209,7 @@ def _layer_table(points: Sequence[Point]) -> tuple[str, Table]:
         rows.append((name, exchange, *(f"{value:,}" for value in at)))
 
     def volumes(facts: Cost, cut: Setting) -> list[int]:
-        """Forward and backward at both lengths, on the rank that receives the most."""
+        """Compute forward and backward bytes at both lengths, on the rank that receives the most."""
         return [
             max(getattr(volume(facts, replace(cut, L=length), rank), way) for rank in range(cut.P))
             for length in (cut.L, LONG)
@@ -247,7 +247,7 @@ def _layer_table(points: Sequence[Point]) -> tuple[str, Table]:
 
 
 def _used(facts: Cost, cut: Setting) -> str:
-    """What the exchanges of a layer are called."""
+    """Name the exchanges of a layer, for the table."""
     chosen = [exchange(one, cut) for one in facts.summaries]
     again = "" if cut.keep_kv or cut.softmax != "all_gather" else ", again in backward"
     return " and ".join(

@@ -16,7 +16,7 @@ def default_device() -> torch.device:
 
 
 def linear_backend() -> str:
-    """Return the backend that suits the device, or ours if Triton is set to interpret its kernels."""
+    """Return the backend that suits the device, or our own if Triton interprets its kernels."""
     return "triton" if interpreted() else "auto"
 
 
@@ -35,7 +35,7 @@ def device_facts() -> dict[str, Any] | None:
 
 
 class Ceilings(NamedTuple):
-    """The most that the device does, as measured: bytes read plus bytes written a second, and FLOPs a second."""
+    """The measured limits of the device: bytes read plus bytes written per second, and FLOPs per second."""
 
     copy: float
     matmul: float

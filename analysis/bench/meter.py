@@ -12,12 +12,12 @@ from torch.utils._pytree import tree_leaves
 
 
 class Meter(TorchDispatchMode):
-    """Counts the bytes of storages that are made while it is open, forward and backward, as long as they live.
+    """Count the bytes of storages made while the meter is open, forward and backward, as long as they live.
 
     live  the bytes alive now
     peak  the most bytes alive after any operation since it was opened or `restart`ed
 
-    It does not see memory within one operation, nor copies made by a backend of collectives.
+    The meter does not see memory within one operation, nor copies made by a backend of collectives.
     """
 
     def __init__(self) -> None:

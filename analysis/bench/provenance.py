@@ -10,11 +10,11 @@ from typing import Any
 from analysis.bench.device import device_facts
 from recipes import provenance as origin
 
-PACKAGES = ("triton", "fla-core", "flash-attn", "transformers")  # of the kernels and of their peers
+PACKAGES = ("triton", "fla-core", "flash-attn", "transformers")  # our kernels' compiler, and peers
 
 
 def provenance(commit: str | None = None) -> dict[str, Any]:
-    """The command, versions, machine, time and commit; `commit` names it where the tree is a copy without git."""
+    """Record command, versions, machine, time and commit; `commit` names the commit of a copy without git."""
     return {
         "command": " ".join(["python -m analysis.bench", *sys.argv[1:]]),
         "commit": commit or origin.commit(),

@@ -30,7 +30,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """The measured value of a ratio and the bound that it must keep."""
+    """The measured value of a ratio, and its bound."""
 
     what: str
     measured: float
@@ -38,7 +38,7 @@ class Claim:
     at_most: float | None = None
 
     def cells(self) -> tuple[str, ...]:
-        """Return the claim's line of the table: ratio, value, bound, and whether it holds."""
+        """Return the claim's line of the table: ratio, value, bound, and yes or NO."""
         holds = (self.at_least is None or self.measured >= self.at_least) and (
             self.at_most is None or self.measured <= self.at_most
         )
@@ -53,7 +53,7 @@ class Result:
     unit     the unit of the values in `rows`
     body     the report's tables and paragraphs, in order
     facts    further entries of results.json
-    figures  for each file name a function that draws the PNG; it may import matplotlib
+    figures  a function that draws the PNG, for each file name; it may import matplotlib
     """
 
     title: str
@@ -66,7 +66,7 @@ class Result:
 
 
 def growth(rows: Mapping[tuple[str, int], Row], name: str, lengths: Sequence[int]) -> Claim:
-    """Claim that a token of the longest sequence takes at most 1.2 times that of the shortest."""
+    """Claim that a token of the longest sequence takes at most 1.2 times a token of the shortest."""
     first, last = (rows[name, length].median / length for length in (lengths[0], lengths[-1]))
     what = f"{name}, time per token at T={lengths[-1]} over T={lengths[0]}"
     return Claim(what=what, measured=last / first, at_most=1.2)

@@ -1,4 +1,4 @@
-"""The sizes of every benchmark: those of the published tables, and tiny ones that only show that it works."""
+"""The sizes of every benchmark: one set for the published tables, and a tiny set to see that the programs work."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class KernelSizes:
-    """The sizes of `kernels` on a CUDA device; without one it takes the quick sizes, in fp32."""
+    """The sizes of `kernels` on a CUDA device; on a CPU it takes the quick sizes, in fp32."""
 
     lengths: tuple[int, ...] = tuple(2**n for n in range(12, 19))  # 4K to 256K tokens
     heads: tuple[int, ...] = (16, 32)
     width: int = 128
-    softmax_until: int = 65536  # its cost is quadratic
+    softmax_until: int = 65536  # tokens; the cost of softmax is quadratic
     tuned_at: int = 32768  # tokens at which fla-core chooses its configurations
     repetitions: int = 15
     copied: int = 2**32  # bytes
-    side: int = 8192  # of the matrices whose product is the ceiling
+    side: int = 8192  # rows of the square matrices whose product gives the ceiling
     model: dict[str, Any] = field(
         default_factory=lambda: {"vocab": 128256, "dim": 2048, "depth": 16, "heads": 16, "mlp_dim": 8192}
     )
@@ -32,17 +32,17 @@ class Sizes:
     """The sizes of the published tables."""
 
     lengths: tuple[int, ...] = (4096, 16384, 65536)
-    compared: tuple[int, ...] = (4096, 16384)  # other packages need quadratic time or memory beyond
+    compared: tuple[int, ...] = (4096, 16384)  # other packages need quadratic time or memory, so stop here
     repetitions: int = 7
     mixer_repetitions: int = 3
     model_length: int = 16384
     model_steps: int = 5
     model_repetitions: int = 3
-    rank_length: int = 16384  # tokens of the whole sequence, where ranks are compared
+    rank_length: int = 16384  # tokens of the whole sequence, in comparisons of strategies
     rank_repetitions: int = 15
-    slow_repetitions: int = 2  # of contenders that take seconds
+    slow_repetitions: int = 2  # for contenders that take seconds
     tokens_per_rank: tuple[int, ...] = (4096, 8192, 16384, 32768, 65536)
-    megabits: float = 40.0  # per second, of every rank's link
+    megabits: float = 40.0  # per second, on every rank's link
     overlap_repetitions: int = 20
     overlap_megabits: float = 120.0
     memory_lengths: tuple[int, int] = (4096, 8192)  # memory per token is equal at both

@@ -13,7 +13,7 @@ from torch import Tensor
 from analysis.bench.meter import Meter
 from analysis.bench.result import Row
 
-THREADS = 2  # of a process that measures alone
+THREADS = 2  # in a process that measures alone
 FLUSHED = 2**28  # bytes written between two calls, several times any L2
 AHEAD = 1.5  # the pause before a timed call, in multiples of the time that its launches take the host
 LONGEST_PAUSE = 0.02  # seconds
@@ -60,17 +60,17 @@ class Budget:
 
 
 class Time(NamedTuple):
-    """The seconds that a call takes the device, and those that its launches take the host."""
+    """The seconds of a call on the device, and the seconds of its launches on the host."""
 
     device: float
     host: float
 
 
 class Stopwatch:
-    """Times calls on a device.
+    """Time calls on a device.
 
-    On CUDA it reads two events, flushes the caches before, and queues the launches behind a pause. The time is then the
-    device's, without that of launching. On a CPU both are the same.
+    On CUDA the stopwatch flushes the caches, queues the launches behind a pause, and reads the time between two events.
+    This is the time of the device; it leaves out the launching. On a CPU the two times are the same.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -95,7 +95,7 @@ class Stopwatch:
             torch.cuda._sleep(int(min(seconds, LONGEST_PAUSE) * self._cycles_per_second))
 
     def time(self, run: Timed, launching: float = 0.0) -> Time:
-        """Time one call; `launching` is the host's time for an earlier one."""
+        """Time one call; `launching` is the host's time for an earlier call."""
         if self.device.type != "cuda":
             start = time.perf_counter()
             run()
@@ -119,7 +119,7 @@ class Stopwatch:
         return statistics.median(self.time(run, launching).device for _ in range(repetitions))
 
     def peak_bytes(self, run: Timed) -> int:
-        """Return the most memory that a call holds at once, without the memory in use before it."""
+        """Return the peak memory of a call in bytes, without the memory in use before it."""
         if self.device.type != "cuda":
             with Meter() as meter:
                 run()

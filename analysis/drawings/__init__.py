@@ -1,1 +1,1 @@
-"""Drawings that explain: the imports of the engine, and a hybrid model over ranks. `python -m analysis.drawings`."""
+"""The drawings: the imports of the engine, and a hybrid model over ranks. `python -m analysis.drawings` makes both."""

@@ -1,4 +1,4 @@
-"""Draws ``imports`` (hybrid_sp/imports.png) and ``hybrid`` (analysis/results/figures/hybrid.png) of this checkout."""
+"""Draw ``imports`` (hybrid_sp/imports.png) and ``hybrid`` (analysis/results/figures/hybrid.png) of this checkout."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DRAWINGS = {"imports": (imports, "hybrid_sp/imports.png"), "hybrid": (hybrid, "a
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(prog="python -m analysis.drawings", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(DRAWINGS)}; both if none is given")
     parser.add_argument("--out", type=Path, default=ROOT, help="the folder to write into, instead of this checkout")

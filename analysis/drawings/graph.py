@@ -1,6 +1,6 @@
 """The import graph of the engine, read from its source: which wing or top file imports which.
 
-A wing is a folder of `hybrid_sp`. A top file stands beside the wings, `__init__` among them.
+A wing is a folder of `hybrid_sp`. A top file is a file directly in `hybrid_sp`, such as `__init__`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 ENGINE = Path(__file__).parents[2] / "hybrid_sp"
-LEVELS: tuple[frozenset[str], ...] = tuple(  # the lowest first: a wing imports its own level or one before it
+LEVELS: tuple[frozenset[str], ...] = tuple(  # the lowest first: a wing may import its own level and lower ones
     frozenset(names.split())
     for names in (
         "comm kernels backends",
@@ -27,12 +27,12 @@ Arrow = tuple[str, str]  # importer, imported
 
 
 def wings(package: Path = ENGINE) -> set[str]:
-    """The names of wings and top files that the package has."""
+    """Return the names of the package's wings and top files."""
     return {_wing(file, package) for file in package.rglob("*.py")}
 
 
 def arrows(package: Path = ENGINE) -> set[Arrow]:
-    """Every (importer, imported) pair of different wings, from imports anywhere in their files."""
+    """Return every (importer, imported) pair of different wings, from imports anywhere in their files."""
     known = wings(package)
     found = set()
     for file in package.rglob("*.py"):
@@ -45,12 +45,12 @@ def arrows(package: Path = ENGINE) -> set[Arrow]:
 
 
 def upward(found: Iterable[Arrow]) -> list[Arrow]:
-    """The arrows that lead to a higher level than they come from."""
+    """Return the arrows that lead to a higher level than they start from."""
     return sorted(arrow for arrow in found if level(arrow[1]) > level(arrow[0]))
 
 
 def level(wing: str) -> int:
-    """The place of the wing's level, 0 for the lowest; raises ValueError if no level has it."""
+    """Return the number of the wing's level, 0 for the lowest; raises ValueError if no level has it."""
     for place, names in enumerate(LEVELS):
         if wing in names:
             return place
@@ -60,9 +60,9 @@ def level(wing: str) -> int:
 
 
 def downward(names: Iterable[str], found: Iterable[Arrow]) -> list[str]:
-    """All wings from the highest to the lowest, so that every arrow leads to a later one.
+    """Sort wings from the highest level to the lowest, so that every arrow leads to a later one.
 
-    Levels come one after the other. Within a level importers come first, else the order is that of the alphabet. Raises
+    Within a level an importer comes before the wings that it imports; otherwise the order is alphabetical. Raises
     ValueError if an arrow leads upward, or if wings of one level import each other.
     """
     found, left = set(found), sorted(names, key=lambda name: (-level(name), name))
@@ -84,7 +84,7 @@ def _wing(file: Path, package: Path) -> str:
 
 
 def _modules(tree: ast.AST, above: list[str]) -> Iterator[str]:
-    """Dotted names that a file imports; `above` is the package that it stands in."""
+    """Yield the dotted names that a file imports; `above` is the package of the file."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

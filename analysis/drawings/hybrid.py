@@ -1,6 +1,6 @@
-"""The drawing of a hybrid model over four ranks: what each kind of layer sends, and what is computed meanwhile.
+"""The drawing of a hybrid model over four ranks: the messages of each kind of layer, and the work during them.
 
-The upper half is four blocks, a rank a column. The lower half is the schedule of one linear layer
+The upper half has four blocks, with a column for each rank. The lower half is the schedule of one linear layer
 on one rank, and its mirror image in backward.
 """
 
@@ -10,28 +10,28 @@ from analysis.drawings.sheet import Sheet
 
 RANKS = 4
 WIDTH, MARGIN = 8.0, 0.12  # inches
-LABEL = 1.5  # of the column that names the blocks
+LABEL = 1.5  # width of the column that names the blocks
 GAP = 0.14  # between ranks
-TALL = 1.1  # of a block
+TALL = 1.1  # height of a block
 CELL = (WIDTH - LABEL - MARGIN - GAP * (RANKS - 1)) / RANKS
 LINEAR, SOFTMAX, TRAVEL, CALM = "#cfe0f1", "#f3c98b", "#14406f", "#ececec"
 REST = "In backward the gradients of the W-1 tokens travel back. Norms, projections and MLPs work on each token alone."
 FOLD = """fold: of the states that all ranks sent, each rank makes the one that enters its own span; in backward, the
 gradient of the one that leaves it. In softmax layers the attention to a rank's own keys hides the gather."""
-PHASES = {  # of a linear layer: what is computed, how long it looks, and its fill
+PHASES = {  # of a linear layer: the words in the box, its length and its colour
     "states": ("chunk\nstates", 1.05, LINEAR),
     "intra": ("intra-chunk work,\nneeds no other rank", 2.55, "white"),
     "fold": ("fold", 0.6, "#b5b5b5"),
     "inter": ("inter-\nchunk", 0.9, CALM),
 }
-WAYS = {  # the order of phases, and what is gathered
+WAYS = {  # the order of the phases, and the words of the gather
     "forward": (("states", "intra", "fold", "inter"), "AllGather of S"),
     "backward, the mirror image (gradients)": (("inter", "intra", "fold", "states"), "AllGather of dS"),
 }
 
 
 def draw() -> Sheet:
-    """The whole drawing."""
+    """Draw the whole sheet."""
     sheet = Sheet(WIDTH, 8.46)
     _title(sheet, sheet.height - 0.2, "A hybrid model, its sequence cut over four ranks: what each kind of layer sends")
     top = sheet.height - 0.7
@@ -46,7 +46,7 @@ def draw() -> Sheet:
 
 
 def description() -> str:
-    """What the drawing shows, in a sentence."""
+    """Describe the drawing in a sentence."""
     return "Blocks L L S L over four ranks, what each sends, and the schedule of a linear layer."
 
 
@@ -59,7 +59,7 @@ def _left(rank: int) -> float:
 
 
 def _tokens(sheet: Sheet, y: float) -> None:
-    """The sequence, a span of tokens on each rank."""
+    """Draw the sequence, with a span of tokens on each rank."""
     sheet.text(MARGIN, y + 0.13, "sequence of 4 T")
     for rank, tokens in enumerate(("0 to T-1", "T to 2T-1", "2T to 3T-1", "3T to 4T-1")):
         sheet.box(_left(rank), y, CELL, 0.26, f"rank {rank}: {tokens}", facecolor=CALM, size=8.5)
@@ -73,7 +73,7 @@ def _block(sheet: Sheet, y: float, number: int, name: str, fill: str, sends: str
 
 
 def _linear(sheet: Sheet, y: float, number: int) -> None:
-    """A short convolution that reads its neighbour's last tokens, and one gather of states."""
+    """Draw a short convolution, which reads its neighbour's last tokens, and one gather of states."""
     _block(
         sheet, y, number, "linear", LINEAR, "sends one state S of\nfixed size, and W-1\ntokens if it convolves\nover W"
     )
@@ -96,7 +96,7 @@ def _linear(sheet: Sheet, y: float, number: int) -> None:
 
 
 def _softmax(sheet: Sheet, y: float, number: int) -> None:
-    """One gather of all keys and values."""
+    """Draw one gather of all keys and values."""
     _block(sheet, y, number, "softmax", SOFTMAX, "sends K and V of\nall its T tokens")
     for rank in range(RANKS):
         x = _left(rank)
@@ -109,18 +109,21 @@ def _softmax(sheet: Sheet, y: float, number: int) -> None:
 
 
 def _both_ways(sheet: Sheet, x: float, y: float) -> None:
-    """An arrow between a rank and the bus below it."""
+    """Draw an arrow between a rank and the bus below it."""
     sheet.arrow((x, y), (x, y - 0.14), arrowstyle="<|-|>", mutation_scale=6, zorder=4)
 
 
 def _bus(sheet: Sheet, y: float, words: str) -> None:
-    """The collective that all ranks of a block take part in."""
+    """Draw the collective that joins all ranks of a block."""
     width = WIDTH - LABEL - MARGIN
     sheet.box(LABEL, y + 0.07, width, 0.21, words, facecolor=TRAVEL, color="white", size=8, linewidth=0)
 
 
 def _timeline(sheet: Sheet, y: float) -> None:
-    """One linear layer, forward and then backward; the launch stands where the wait's mirror image would be."""
+    """Draw one linear layer, forward and then backward, with the launch and the wait of each gather.
+
+    Backward mirrors forward, but launch and wait keep their order in time.
+    """
     _title(sheet, y, "One linear layer on one rank: its gather travels while the intra-chunk work is done")
     between, tall, left = 0.3, 0.42, 0.85
     unit = (WIDTH - left - MARGIN - between) / (2 * sum(length for _, length, _ in PHASES.values()))

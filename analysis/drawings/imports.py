@@ -1,4 +1,4 @@
-"""The drawing of the engine's imports: a staircase of boxes, whose lines go right and then down."""
+"""The drawing of the engine's imports: a staircase of boxes, with lines that go right and then down."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ boxes of its own level or of lower ones."""
 
 
 def draw() -> Sheet:
-    """The drawing of the source as it is; raises ValueError if an import leads upward."""
+    """Draw the imports of the source as it is; raises ValueError if one leads upward."""
     return staircase(downward(wings(), arrows()), arrows())
 
 
 def staircase(order: list[str], found: set[Arrow]) -> Sheet:
-    """A box a row and a column, in this order, of which every arrow leads to a later one.
+    """Draw the boxes in this order, in which every arrow leads to a later box.
 
-    A row and a column have one box each, so that no line can meet another box, however many there are.
+    Each row and each column holds one box, so that no line can cross another box, however many boxes there are.
     """
     margin = 0.12
     sheet = Sheet(WIDTH, len(order) * ROW + 2 * margin)
@@ -51,5 +51,5 @@ def staircase(order: list[str], found: set[Arrow]) -> Sheet:
 
 
 def description() -> str:
-    """The arrows that are drawn, a line each."""
+    """List the arrows of the drawing, one on a line."""
     return "\n".join(f"{importer} -> {imported}" for importer, imported in sorted(arrows()))

@@ -1,4 +1,4 @@
-"""The sheet that a drawing is made on: inches from the lower left corner, a few shapes, PNG bytes at the end."""
+"""The sheet of a drawing: positions in inches from the lower left corner, a few shapes, and PNG bytes at the end."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 DPI = 200  # 8 inches are 1600 pixels, which read well at 800
-SHADES = 64  # colours of a file: flat fills and the edges of letters need no more
+SHADES = 64  # colours in a file; flat fills and the edges of letters need no more
 INK = "#1a1a1a"
 STYLE: Any = {"font.family": "DejaVu Sans", "font.size": 9, "hatch.linewidth": 0.6, "text.color": INK}
 
 
 class Sheet:
-    """A page of this many inches; the names of what can be drawn on it are those of its methods."""
+    """The page of a drawing, `width` by `height` inches. Each method draws one kind of shape on it."""
 
     def __init__(self, width: float, height: float) -> None:
         self.width, self.height = width, height
@@ -31,10 +31,10 @@ class Sheet:
             self.axes = self.figure.add_axes((0, 0, 1, 1))
         self.axes.set(xlim=(0, width), ylim=(0, height))
         self.axes.axis("off")
-        self._inside: list[tuple[Text, Any]] = []  # words and the box that they stand in
+        self._inside: list[tuple[Text, Any]] = []  # words, and the box around them
 
     def text(self, x: float, y: float, words: str, *, size: float = 9, **options: Any) -> Text:
-        """Words whose left end, at half height, is at (x, y), if the options do not say otherwise."""
+        """Write words with their left end, at half height, at (x, y), unless the options say otherwise."""
         given: Any = {
             "ha": "left",
             "va": "center",
@@ -47,7 +47,7 @@ class Sheet:
             return self.axes.text(x, y, words, **given)
 
     def box(self, x: float, y: float, width: float, height: float, words: str = "", **options: Any) -> None:
-        """A box with its lower left corner at (x, y), and words in its middle."""
+        """Draw a box with its lower left corner at (x, y) and words in its middle."""
         text = {key: options.pop(key) for key in ("size", "color", "weight") if key in options}
         rounded = options.pop("rounded", 0.0)
         given: Any = {"facecolor": "white", "edgecolor": INK, "linewidth": 1.0, "zorder": 3} | options
@@ -61,21 +61,21 @@ class Sheet:
             self._inside.append((self.text(x + width / 2, y + height / 2, words, ha="center", **text), shape))
 
     def line(self, points: Sequence[tuple[float, float]], **options: Any) -> None:
-        """A line through the points."""
+        """Draw a line through the points."""
         given: Any = {"color": INK, "linewidth": 1.0, "zorder": 2, "solid_capstyle": "butt"} | options
         self.axes.plot([x for x, _ in points], [y for _, y in points], **given)
 
-    def dot(self, x: float, y: float, size: float = 4) -> None:
-        """A dot that joins lines."""
-        self.axes.plot([x], [y], marker="o", color=INK, markersize=size, zorder=4)
+    def dot(self, x: float, y: float) -> None:
+        """Draw a dot that joins lines."""
+        self.axes.plot([x], [y], marker="o", color=INK, markersize=4, zorder=4)
 
     def arrow(self, begin: tuple[float, float], end: tuple[float, float], **options: Any) -> None:
-        """An arrow from one point to another."""
+        """Draw an arrow from one point to another."""
         given: Any = {"color": INK, "linewidth": 1.1, "arrowstyle": "-|>", "mutation_scale": 9, "zorder": 5} | options
         self.axes.add_patch(FancyArrowPatch(begin, end, shrinkA=0, shrinkB=0, **given))
 
     def faults(self) -> list[str]:
-        """The texts that lie on each other, or reach over the edge of their box or of the sheet."""
+        """List the texts that overlap each other, or cross the edge of their box or of the sheet."""
         FigureCanvasAgg(self.figure)
         shown = [(text.get_text(), text.get_window_extent()) for text in self.axes.texts]
         page = self.figure.bbox
@@ -93,7 +93,7 @@ class Sheet:
         ]
 
     def png(self, description: str) -> bytes:
-        """The sheet as PNG; equal drawings give equal bytes. The description is kept in the file."""
+        """Return the sheet as a PNG file with the description inside; equal drawings give equal bytes."""
         with rc_context(STYLE):
             self.figure.set_dpi(DPI)
             canvas = FigureCanvasAgg(self.figure)

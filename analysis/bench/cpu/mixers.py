@@ -1,4 +1,4 @@
-"""The growth of every linear mixer, forward and backward on one device: does a token of a long sequence cost more?"""
+"""The growth of every linear mixer: does a token of a long sequence cost more, forward and backward on one device?"""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ PEERS = {  # functions of other packages, by contender
     NAIVE: ("fla.ops.simple_gla.naive", "naive_chunk_simple_gla"),
     CHUNKED: ("transformers.models.qwen3_next.modeling_qwen3_next", "torch_chunk_gated_delta_rule"),
 }
-TIMES_FASTER = {  # the least that ours must be, by length; 0 stands for any other length
+TIMES_FASTER = {  # the bound on our speed-up, by length; 0 is any other length
     NAIVE: {4096: 3.5, 16384: 10.0, 0: 1.0},
     SDPA: {0: 1.0},
     CHUNKED: {4096: 2.3, 16384: 5.0, 0: 0.5},
@@ -47,7 +47,7 @@ def delta(sizes: Sizes, out: Path) -> Result:
 
 
 def _compare(operator: str, ours: str, make: Callable[[int, bool], dict[str, Timed]], sizes: Sizes) -> Result:
-    """Time what `make` returns for every length; peers take part at the lengths `sizes.compared`."""
+    """Time the contenders that `make` returns for every length; peers take part at the lengths `sizes.compared`."""
     rows = time_in_turns(
         {length: make(length, length in sizes.compared) for length in sizes.lengths}, sizes.repetitions
     )

@@ -17,7 +17,7 @@ PROCESSES = {"sp=2, one thread each": 2, "one process, two threads": 1}  # on tw
 
 
 def model(sizes: Sizes, out: Path) -> Result:
-    """Compare the quickstart's training on two sequence-parallel ranks with that on one process."""
+    """Compare the quickstart's training on two sequence-parallel ranks with training on one process."""
     length = sizes.model_length
     rows = {name: Row(contender=name, length=length) for name in PROCESSES}
     for repetition in range(sizes.model_repetitions):
@@ -40,7 +40,7 @@ def model(sizes: Sizes, out: Path) -> Result:
 
 
 def _tokens_per_second(folder: Path, processes: int, sizes: Sizes) -> float:
-    """Train in a fresh run folder and return the median speed of all steps but the first."""
+    """Train in a fresh run folder and return the median speed of all steps except the first."""
     threads = 2 // processes
     command = [sys.executable, "-m", "recipes.train", str(ROOT / "recipes/quickstart.yaml")]
     command += [f"out={folder.parent.absolute()}", f"name={folder.name}", f"data.length={sizes.model_length}"]

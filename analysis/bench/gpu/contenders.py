@@ -17,9 +17,9 @@ import hybrid_sp as hsp
 from analysis.bench.device import linear_backend
 
 DECAYS = ("none", "fixed", "scalar", "vector")
-LAYERS = 16  # of the model whose first layer has the fixed decays below
+LAYERS = 16  # layers of the model; `fixed_decay` returns the decays of its first one
 
-Forms = dict[str, list[Tensor]]  # inputs by the decay of their contender
+Forms = dict[str, list[Tensor]]  # inputs by the contender's decay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,13 +27,13 @@ class Contender:
     """The operator of a row; `call` takes the inputs of its decay and returns the output."""
 
     name: str
-    decay: str  # of DECAYS; "softmax" for an operator without a state
+    decay: str  # one of DECAYS, or "softmax" for an operator without a state
     call: Callable[..., Tensor]
-    until: int | None = None  # the longest sequence that it is given
+    until: int | None = None  # the longest sequence to run it on
 
 
 def find_contenders(device: torch.device, softmax_until: int) -> tuple[list[Contender], list[str]]:
-    """Return every contender that can run on the device, ours first, and a note on those that cannot."""
+    """Return every contender that can run on the device, ours first, and a note on the others."""
     ours = [Contender(name=f"ours, {decay}", decay=decay, call=_ours(decay)) for decay in DECAYS]
     flash = Contender(name="torch flash attention", decay="softmax", call=_softmax, until=softmax_until)
     if missing := _fla_missing(device):
@@ -78,14 +78,14 @@ def fixed_decay(heads: int, device: torch.device) -> Tensor:
 
 
 def _fla_missing(device: torch.device) -> str:
-    """Return the reason why fla-core's kernels cannot run; empty if they can."""
+    """Return the reason that stops fla-core's kernels from running; empty if they can run."""
     if importlib.util.find_spec("fla") is None:
         return "fla-core is not installed"
     if device.type != "cuda":
         return "fla-core's kernels need a CUDA device"
     try:
         import fla.ops  # noqa: F401
-    except Exception as error:  # whatever an import of it may raise on this machine
+    except Exception as error:  # its import may raise anything on this machine
         return f"fla-core cannot be imported: {type(error).__name__}: {error}"
     return ""
 

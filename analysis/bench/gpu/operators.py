@@ -1,4 +1,4 @@
-"""The speed of linear attention on the device, forward and backward, beside fla-core and flash attention.
+"""The speed of linear attention on the device, forward and backward, compared with fla-core and flash attention.
 
 An ideal pass reads or writes each tensor once, keeps states on the chip and computes whole C x C tiles. With sizes K
 and V, chunks of C = 64 tokens and s bytes a number, it moves and computes per head and token:
@@ -9,8 +9,8 @@ and V, chunks of C = 64 tokens and s bytes a number, it moves and computes per h
              backward   q k^T again, do v^T, dq, dk, dv; four products
                         with states                                      2 C (3K + 2V) + 8 K V
 
-D is the number of decays: 0, 1 or K. Causal softmax attention takes 2 (K + V) FLOPs for each pair of tokens that see
-each other, and 2.5 times that backward; its bytes are those without decay.
+D is the number of decays: 0, 1 or K. Causal softmax attention takes 2 (K + V) FLOPs for each pair of a query and a key
+that it sees, and 2.5 times as many backward. It moves the same bytes as linear attention without decay.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from analysis.tables import Table
 from hybrid_sp.kernels.reference.chunks import CHUNK
 
 FORWARD, BOTH = PASSES = ("forward", "forward + backward")
-AGREEMENT = 2e-2  # relative difference of two outputs in bf16 that are the same mathematics
-LONG = 32768  # tokens from which the goal is the higher one
+AGREEMENT = 2e-2  # allowed relative difference of two outputs in bf16 with the same mathematics
+LONG = 32768  # tokens; from here on the higher goal applies
 
 
 @dataclass(kw_only=True)
@@ -46,7 +46,7 @@ class Cell:
     contender: Contender
     heads: int
     length: int
-    passes: str  # of PASSES
+    passes: str  # one of PASSES
     values: list[float] = field(default_factory=list)
     host: list[float] = field(default_factory=list)
     peak_bytes: int = 0
@@ -115,7 +115,7 @@ def kernels(sizes: Sizes, out: Path) -> Result:
 
 
 def _report_progress(what: str) -> None:
-    """Print a line with the time: the report comes at the end, and a machine may be lent for less."""
+    """Print a line with the time, because the report comes at the end and a loan of the machine may end before."""
     print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
 
 
@@ -124,7 +124,7 @@ def measure_operators(
 ) -> tuple[list[Cell], list[Claim]]:
     """Measure every contender on every shape, in turns, and claim that peers compute the same as ours.
 
-    A contender that fails, or whose turn comes after the budget of compiling, is noted and left out.
+    It drops a contender that fails, or whose turn comes after the budget for compiling, and adds a note.
     """
     tuning = Budget(shape.seconds[0])
     drawn = {heads: draw_inputs(heads, shape.tuned_at, shape.width, dtype, watch.device) for heads in shape.heads}
@@ -170,14 +170,14 @@ def _call(one: Contender, leaves: list[Tensor], do: Tensor, passes: str) -> Time
 
 
 def _warm_up(one: Contender, leaves: list[Tensor], do: Tensor, notes: list[str], budget: Budget) -> bool:
-    """Compile and tune a contender by its first call, and return whether it works."""
+    """Compile and tune a contender by its first call, and return True if it works."""
     if budget.over:
         notes.append(f"not measured, out of time: {one.name}")
         return False
     _report_progress(f"compiling and tuning {one.name}, H={leaves[0].shape[2]}")
     try:
         _call(one, leaves, do, BOTH)()
-    except Exception as error:  # whatever a package raises on this device: the others go on
+    except Exception as error:  # a package may raise anything on this device; the others go on
         notes.append(f"failed: {one.name}: {_first_line(error)}")
         return False
     return True
@@ -198,7 +198,7 @@ def _measure_in_turns(
             run()
             cell.peak_bytes = watch.peak_bytes(run)
             cell.host.append(watch.time(run).host)
-        except Exception as error:  # out of memory, say
+        except Exception as error:  # such as out of memory
             notes.append(f"failed: {cell.contender.name}, {where}, {cell.passes}: {_first_line(error)}")
             continue
         works.append((cell, run))
@@ -247,7 +247,7 @@ COUNTED = (
 
 
 def operator_lines(cells: list[Cell], limits: Ceilings, width: int, itemsize: int) -> Iterator[tuple[str, ...]]:
-    """Yield a line under HEADER for each contender and shape that was measured in both ways."""
+    """Yield a line under HEADER for each contender and shape with a measurement of both passes."""
     by_place = {(c.contender.name, c.heads, c.length, c.passes): c for c in cells}
     for cell in cells:
         name, place = cell.contender.name, (cell.heads, cell.length)

@@ -1,4 +1,4 @@
-"""The model of overlap: from one device's times, the part of a linear layer's exchange that work would hide.
+"""The model of overlap: it takes one device's times and computes how much of a linear layer's exchange work would hide.
 
 The timeline records the phases of a layer of Linear-Llama3-1B between CUDA events: states | intra | inter forward,
 inter | intra | states backward. In both directions the exchange runs during intra. Its time is modelled, not measured:
@@ -19,6 +19,9 @@ from analysis.bench.device import linear_backend
 from analysis.bench.sizes import KernelSizes
 from analysis.bench.stopwatch import Budget, Stopwatch
 from analysis.tables import Table
+from hybrid_sp.exchange import EXCHANGES, Sizes
+from hybrid_sp.exchange.strategy import GRADIENT
+from hybrid_sp.shard import LAYOUTS
 from layers.cost import Summary
 
 DECAYS = ("none", "scalar")
@@ -50,7 +53,7 @@ class Phase:
 def measure_phases(
     shape: KernelSizes, watch: Stopwatch, dtype: torch.dtype, budget: Budget, notes: list[str]
 ) -> list[Phase]:
-    """Measure all phases of one layer, at every decay and length; states enter, as on a rank that is not the first."""
+    """Measure all phases of one layer at every decay and length, with an initial state like any rank but the first."""
     done: list[Phase] = []
     for decay in DECAYS:
         for length in shape.model_lengths:
@@ -108,7 +111,7 @@ def _measure(
 
 
 def phase_tables(done: list[Phase], shape: KernelSizes) -> Iterator[str | Table]:
-    """Yield the table of the phases and that of the time that an exchange would leave to wait for."""
+    """Yield the table of the phases, and the table of the time that an exchange would still make a rank wait."""
     if done:
         yield "Phases of one linear layer of that model, ms:"
         yield _phases(done)
@@ -126,10 +129,10 @@ def _phases(done: list[Phase]) -> Table:
     return Table(header=header, rows=rows, numbers=frozenset(header[1:]))
 
 
-def received(summary: Summary, ranks: int, spans: int, direction: str) -> int:
-    """Return the bytes that a rank receives in the all-gather of states in fp32, for one row of the batch."""
-    state, transition = summary.numbers
-    return (ranks - 1) * spans * summary.heads * (state + (transition if direction == "forward" else 0)) * 4
+def received(summary: Summary, ranks: int, layout: str) -> tuple[int, int]:
+    """Return the bytes that a rank receives each way in the all-gather of states, for one row of the batch."""
+    state, transition = (summary.heads * numbers * GRADIENT for numbers in summary.numbers)
+    return EXCHANGES["all_gather"].received(Sizes(ranks, layout, state, transition), 0)
 
 
 def _exposed(done: list[Phase], shape: KernelSizes) -> Table:
@@ -141,10 +144,10 @@ def _exposed(done: list[Phase], shape: KernelSizes) -> Table:
         summary = Summary(heads=heads, key=width, value=width, transition=decay)
         hidden = [intra[decay, length, direction] for direction in DIRECTIONS]
         for ranks in RANKS:
-            for spans in (1, 2):  # contiguous and zigzag
+            for spans, layout in enumerate(LAYOUTS, 1):
                 cells = [decay, str(length), str(ranks), str(spans)]
                 for rate in LINKS.values():
-                    exchange = [received(summary, ranks, spans, direction) / rate for direction in DIRECTIONS]
+                    exchange = [bytes_ / rate for bytes_ in received(summary, ranks, layout)]
                     exposed = [max(0.0, x - work) for x, work in zip(exchange, hidden, strict=True)]
                     cells += [" + ".join(f"{x * 1e3:.3f}" for x in times) for times in (exchange, exposed)]
                 rows.append(tuple(cells))

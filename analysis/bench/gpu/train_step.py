@@ -27,13 +27,13 @@ from layers.model import HybridLM
 from layers.spec import ModelConfig, model_facts
 
 RATIOS = {"pure": "0", "1/4 hybrid": "1/4"}
-RECOMPUTED = {"none": 0, "every second block": 2, "every block": 1}  # one block in so many, tried in this order
+RECOMPUTED = {"none": 0, "every second block": 2, "every block": 1}  # every n-th block, 0: none; tried in this order
 DATASHEET = 989e12  # FLOPs a second of an H100 or H200 SXM in dense bf16
 
 
 @dataclass(kw_only=True)
 class Step:
-    """The steps of one model at one length; `flops` counts one of them."""
+    """The steps of one model at one length; `flops` counts the FLOPs of one step."""
 
     name: str
     length: int
@@ -81,7 +81,10 @@ def measure_steps(
 
 
 class UninitializedLM(HybridLM):
-    """The HybridLM with the weights of torch's layers, drawn on the device; its own come from a CPU in minutes."""
+    """The HybridLM with the initial weights of torch's layers, drawn on the device.
+
+    The weights of HybridLM itself are drawn on a CPU, which takes minutes.
+    """
 
     def init_weights(self, seed: int) -> None:
         pass
@@ -122,7 +125,10 @@ def _measure(name: str, model: HybridLM, length: int, repetitions: int, watch: S
 
 
 def _fits(run: Timed) -> bool:
-    """Warm up, which makes AdamW's moments; the tensors of a failed run are freed when this returns."""
+    """Warm up, which makes AdamW's moments, and return False if memory runs out.
+
+    The tensors of a failed run are free once this function returns.
+    """
     try:
         run()
     except torch.OutOfMemoryError:

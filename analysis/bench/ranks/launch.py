@@ -1,4 +1,4 @@
-"""The launcher of rank processes: a command on every rank of a network, and questions that the ranks answer."""
+"""The launcher of rank processes: it runs a command on every rank of a network, or asks the ranks a question."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from hybrid_sp.comm import collectives, groups
 from hybrid_sp.comm.groups import Group
 
 ROOT = Path(__file__).parents[3]
-TIMEOUT = timedelta(minutes=5)  # of a collective
+TIMEOUT = timedelta(minutes=5)  # for a collective
 QUESTION, ANSWER = "question.json", "answer.json"
 
 
 def launch(command: Sequence[str], network: Network, threads: int = 1) -> None:
     """Run the command on every rank of the network, with the variables of torchrun, from the root of the tree.
 
-    The first failure ends all ranks. It raises RuntimeError with the last output of each of them.
+    The first failure ends all ranks and raises RuntimeError with the last output of each rank.
     """
     shared = {"WORLD_SIZE": str(len(network.ranks)), "MASTER_PORT": str(_free_port()), "OMP_NUM_THREADS": str(threads)}
     with contextlib.ExitStack() as stack:
@@ -63,7 +63,7 @@ def _free_port() -> int:
 def ask(module: str, question: Any, network: Network) -> Any:
     """Run a module on every rank and return the answer of rank 0; the module calls `answer` as a program.
 
-    Question and answer are values that JSON can hold.
+    Question and answer must be values that JSON can hold.
     """
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, QUESTION).write_text(json.dumps(question))

@@ -25,7 +25,7 @@ from hybrid_sp.comm.groups import Group
 RANKS, KEY_HEADS, WIDTH = 4, 8, 8
 REPETITIONS = 3
 LET_GO_SECONDS = 0.02
-AT_MOST = 0.35  # of the memory of all key heads at once
+AT_MOST = 0.35  # the bound on one head at a time, over all key heads at once
 KINDS = [(layout, keep) for layout in ("contiguous", "zigzag") for keep in (True, False)]
 AT_A_TIME = {"all heads at once": None, "one head": 1}  # key heads in a gather
 
@@ -35,7 +35,7 @@ class Use(NamedTuple):
 
     kept      bytes alive after forward, the output among them
     forward   the most bytes alive during forward, without `kept`
-    backward  the same of backward; it counts the gradients of q, k and v
+    backward  the most bytes alive during backward, without `kept`; they include the gradients of q, k and v
     """
 
     kept: int
@@ -48,7 +48,10 @@ class Use(NamedTuple):
 
 
 def measure_use(sp: hsp.SequenceParallel, length: int) -> Use:
-    """Measure one call on this rank; the least of a few, because a collective's thread may free its tensors late."""
+    """Measure one call on this rank.
+
+    It returns the least of a few calls, because a collective's thread may free its tensors late.
+    """
     shard = sp.shard(length)
     q, k, v, do = (torch.randn(1, shard.tokens, KEY_HEADS, WIDTH) for _ in range(4))
     leaves = [x.requires_grad_() for x in (q, k, v)]
@@ -67,7 +70,7 @@ def measure_use(sp: hsp.SequenceParallel, length: int) -> Use:
 
 
 def measure_kind(group: Group, length: int, layout: str, keep: bool) -> list[Use]:
-    """Measure one layout, keys kept or not, at every choice of AT_A_TIME; the use of the rank that uses most."""
+    """Measure one layout, with keys kept or not, at every choice of AT_A_TIME, on the rank with the greatest use."""
     uses = []
     for heads in AT_A_TIME.values():
         sp = hsp.SequenceParallel(group, layout=layout, kv_heads_per_gather=heads, keep_kv=keep)

@@ -3,7 +3,7 @@
     h0 --- veth, tbf --- bridge --- veth, tbf --- h1 ...
 
 Each namespace is a host. A token-bucket filter on its end of the link limits its sending rate (tc-tbf(8)). This needs
-root and iproute2; without them a slow link is pretended by waiting.
+root and iproute2; without them the ranks pretend a slow link by waiting.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from hybrid_sp.comm.link import Link
 
 NETWORK = "10.77.0.0/24"
 BURST_SECONDS = 1e-3  # the burst after a pause, in seconds at the full rate, and at least ...
-LEAST_BURST = 5 * 1024  # ... so many bytes, several packets
-QUEUE = "4000ms"  # of packets waiting to be sent: long, so that none is dropped
+LEAST_BURST = 5 * 1024  # ... this number of bytes, several packets
+QUEUE = "4000ms"  # how long a packet may wait to be sent; long, so that the link drops none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ def loopback(ranks: int) -> Network:
 
 @contextmanager
 def slow_link(ranks: int, megabits: float) -> Iterator[Network]:
-    """Yield a network where each rank is a host behind a link of that rate, or pretends to be one."""
+    """Yield a network in which each rank is a host behind a link of this rate, or pretends to be one."""
     reason = impossible()
     if reason is None:
         with hosts(ranks, megabits) as found:
@@ -74,7 +74,7 @@ class Host:
 
 
 def impossible() -> str | None:
-    """Return the reason why this process cannot make namespaces, or None if it can."""
+    """Return the reason that stops this process from making namespaces, or None if it can make them."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     missing = [program for program in ("ip", "tc", "sysctl") if shutil.which(program) is None]
@@ -90,7 +90,7 @@ def impossible() -> str | None:
 
 @contextmanager
 def hosts(count: int, megabits: float, base: str = "hsp") -> Iterator[list[Host]]:
-    """Make so many hosts that each send at most `megabits` per second, and remove them at the end in any case.
+    """Make `count` hosts that each send at most `megabits` per second, and remove them at the end in any case.
 
     Their names begin with `base` and the number of this process.
     """
@@ -111,7 +111,7 @@ def hosts(count: int, megabits: float, base: str = "hsp") -> Iterator[list[Host]
             _ip("-n", name, "link", "set", "net0", "up")
             _ip("-n", switch, "link", "set", port, "master", "bridge0", "up")
             shape = ["root", "tbf", "rate", f"{megabits:g}mbit", "burst", str(burst), "latency", QUEUE]
-            # The rate is then the limit, and not TCP's caution after a pause.
+            # Otherwise TCP restarts slowly after a pause, and the rate is not the limit.
             _run(["ip", "netns", "exec", name, "sysctl", "-qw", "net.ipv4.tcp_slow_start_after_idle=0"])
             _ip("-n", name, "route", "change", NETWORK, "dev", "net0", "quickack", "1")
             _run(["tc", "-n", name, "qdisc", "add", "dev", "net0", *shape])

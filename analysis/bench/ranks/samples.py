@@ -37,26 +37,26 @@ OPERATORS: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """The operator of a row under one strategy; `options` are those of hsp.SequenceParallel."""
+    """The operator of a row under one strategy; `options` go to hsp.SequenceParallel."""
 
     name: str
-    layer: str  # of OPERATORS
+    layer: str  # a key of OPERATORS
     length: int  # tokens of the whole sequence
     options: dict[str, Any] = field(default_factory=dict)
     heads: int = 4
-    kv_heads: int | None = None  # of softmax; None: heads
-    width: int = 64  # of keys and values
+    kv_heads: int | None = None  # for softmax; None means heads
+    width: int = 64  # channels of keys and values
     decay: str = "none"  # none, scalar or vector
-    repetitions: int | None = None  # fewer than the others', without one that warms up
+    repetitions: int | None = None  # fewer than for others, and without a warm-up
 
 
 class PassTiming(NamedTuple):
     """The timing of one direction of one call, on one rank.
 
     seconds             the time of the pass
-    waited              the part of it in which the rank stood still for others
+    waited              the part of the pass in which the rank stood still for others
     launched, arrived   the times at which it asked for its first message and had its last, by the machine's clock;
-                        None if it receives nothing, as the first rank of a ring
+                        None if it receives nothing, like the first rank of a ring
     bytes, calls        the bytes received, and the collectives and messages
     """
 
@@ -93,7 +93,7 @@ class Sample:
         )
 
     def most(self, direction: str, what: str) -> float:
-        """Return a field of PassTiming, of the rank with the most of it."""
+        """Return the greatest value of a field of PassTiming over the ranks."""
         return max(getattr(one, what) for one in getattr(self, direction))
 
     def total(self, what: str) -> float:

@@ -23,12 +23,12 @@ LAYERS: dict[str, dict[str, Any]] = {
     "delta rule, decay [B,T,H]": {"layer": "delta", "decay": "scalar"},
     "softmax": {"layer": "softmax", "kv_heads": 4},
 }
-MARGINS = {  # of LASP-2 over other strategies, by the LASP-2 paper
+MARGINS = {  # the LASP-2 paper's speed-ups of LASP-2 over other strategies
     "ring": ("the ring of states, LASP", 1.15),
     "ring_attention": ("Ring Attention without the right product", 1.37),
 }
 WORDS = {"megatron": "megatron (its volumes, inside the operator)"}
-SLOW = ("megatron", "ring_attention")  # minutes, not milliseconds
+SLOW = ("megatron", "ring_attention")  # they take tens of seconds a call, not milliseconds
 
 
 def strategies(sizes: Sizes, out: Path) -> Result:
@@ -73,7 +73,7 @@ def _contenders(sizes: Sizes) -> Iterator[Contender]:
         softmax = options["layer"] == "softmax"
         for strategy in SOFTMAX if softmax else LINEAR:
             if strategy == "ring_attention" and options["layer"] == "delta":
-                continue  # refused: the delta rule is no sum over earlier tokens
+                continue  # the operator refuses it: the delta rule is not a sum over earlier tokens
             slow = strategy in SLOW or softmax
             yield Contender(
                 name=_name(layer, strategy),
