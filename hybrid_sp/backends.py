@@ -34,7 +34,7 @@ DTYPES = {
 WIDEST = 256  # key and value dim of the kernels
 
 
-def backend_of(operator: str, requested: str, x: Tensor, *widths: int, only_torch: str = "") -> str:
+def select_backend(operator: str, requested: str, x: Tensor, *widths: int, only_torch: str = "") -> str:
     """The backend of one call: `requested`, or for "auto" what suits the device and dtype of x and the key and value
     dims; `only_torch` says why no other has the form that this call asks for. On a CPU "auto" is torch; elsewhere it
     says on stderr what it chooses, every choice once per process. Raises ValueError for a backend that the operator

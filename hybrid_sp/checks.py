@@ -18,7 +18,7 @@ R = TypeVar("R")
 FLOORS = {torch.float32: -104.0, torch.float64: -768.0}  # of log decays: exp is 0; every float dtype holds them
 
 
-def operator(function: Callable[P, R]) -> Callable[P, R]:
+def public_operator(function: Callable[P, R]) -> Callable[P, R]:
     """Run with autocast off and outside torch.compile's graph: one graph break, the order of collectives kept.
 
     Raises ValueError for a tensor as a keyword that takes none: autograd would not see it.
@@ -71,7 +71,7 @@ def require_state(name: str, state: tuple[Tensor, ...], shapes: list[tuple[int, 
     require(set(dtypes) == {dtype}, name, f"initial_state must be {dtype}, got {dtypes}")
 
 
-def shard_of(shard: Shard | None, x_BTHD: Tensor) -> Shard:
+def default_shard(shard: Shard | None, x_BTHD: Tensor) -> Shard:
     """The shard, on which all ranks agree, or for one device the one that holds all tokens of x."""
     if shard is None:
         return Shard(SequenceParallel(None), x_BTHD.shape[1])
@@ -84,11 +84,11 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def floored(name: str, log_decay: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def floor_decays(name: str, log_decay: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Log decays, none below the floor of `dtype`, that of sums. What is cut off decays to exactly 0, with a gradient
     of 0; and no sum grows so large that a difference of two loses what lies between them.
 
-    Raises ValueError for -inf on a CPU. Elsewhere the host must not wait for values, and -inf is floored too.
+    Raises ValueError for -inf on a CPU. Elsewhere the host must not wait for values, and -inf is floor_decays too.
     """
     if log_decay is None:
         return None

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 from hybrid_sp.backends import BACKENDS
-from hybrid_sp.baselines.head_parallel import FORMS
+from hybrid_sp.baselines.head_parallel import HEAD_PARALLEL
 from hybrid_sp.shard import CHECKS, KINDS
 from layers.spec import ModelConfig, block_specs, expand_pattern, model_facts
 from recipes.config import NAME_BYTES, Recipe, RecipeError, layout, sequence_parallel
@@ -158,7 +158,7 @@ def _validate_strategies(recipe: Recipe, sp: int) -> None:
             "softmax": [one.kv_heads for one in facts.attention],
         }
         for kind, strategy in chosen.items():
-            for count in heads[kind] if strategy in FORMS else ():
+            for count in heads[kind] if strategy in HEAD_PARALLEL else ():
                 _require(
                     count % sp == 0,
                     f"parallel.{kind}={strategy}",

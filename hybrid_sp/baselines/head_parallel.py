@@ -3,8 +3,8 @@
     tokens of this rank, all heads -> all tokens, heads of this rank -> the operator on one device -> and back
 
 They are baselines to compare with: what a rank receives grows with its tokens, and no more ranks can take part than
-there are key heads. Nothing is computed while the tensors are on their way. In backward each turn is its mirror image,
-since the adjoint of one direction is the other.
+there are key heads. Nothing is computed while the tensors are on their way. In backward each reshard is its mirror
+image, since the adjoint of one direction is the other.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..overlap import Call
 from ..shard import SequenceParallel, Shard
 
 
-class Turn(Protocol):
+class Reshard(Protocol):
     """A way between x [B,T,H,...], all heads of this rank's tokens, and y [B,L,h,...], all tokens of its h = H/P."""
 
     def to_heads(self, header: Header, x: Tensor) -> Pending:
@@ -79,7 +79,7 @@ class Megatron:
         return scatter.then(lambda x: x[:, : self.shard.tokens])
 
 
-class States:
+class GatherStates:
     """Final states of all heads [B,H,...], equal on all ranks, from those of this rank's heads [B,h,...]. The way back
     sums over ranks."""
 
@@ -95,10 +95,10 @@ class States:
         return gather.then(lambda y_P: rearrange(y_P, "P B h ... -> B (P h) ..."))
 
 
-FORMS: dict[str, Callable[[Shard], Turn]] = {"ulysses": Ulysses, "megatron": Megatron}
+HEAD_PARALLEL: dict[str, Callable[[Shard], Reshard]] = {"ulysses": Ulysses, "megatron": Megatron}
 
 
-def by_heads(
+def run_head_parallel(
     name: str,
     operator: Callable[..., Any],
     shard: Shard,
@@ -122,8 +122,8 @@ def by_heads(
     for key, x in given.items():
         message = f'{tag}="{form}" cuts heads: {ranks} ranks must divide the {x.shape[2]} heads of {key}; take fewer'
         require(x.shape[2] % ranks == 0, name, f"{message} ranks, or a strategy that cuts tokens")
-    call, turn = Call(shard, tag), FORMS[form](shard)
-    here = dict(zip(given, _ToHeads.apply(call, turn, *given.values()), strict=True))
+    call, reshard = Call(shard, tag), HEAD_PARALLEL[form](shard)
+    here = dict(zip(given, _ToHeads.apply(call, reshard, *given.values()), strict=True))
     here |= {key: x if x is None else x[_own_heads(shard, len(x))] for key, x in (parameters or {}).items()}
     if states is not None:
         pair = states if isinstance(states, tuple) else (states,)
@@ -132,7 +132,7 @@ def by_heads(
     out = operator(**here, shard=shard.once(_alone))
     o, final = (out, ()) if isinstance(out, Tensor) else out
     parts = (final,) if isinstance(final, Tensor) else final
-    o, *whole = _ToTokens.apply(call, [turn, *(States(shard) for _ in parts)], o, *parts)
+    o, *whole = _ToTokens.apply(call, [reshard, *(GatherStates(shard) for _ in parts)], o, *parts)
     if isinstance(out, Tensor):
         return o
     return o, whole[0] if isinstance(final, Tensor) else tuple(whole)
@@ -151,10 +151,10 @@ def _alone(shard: Shard) -> Shard:
 
 class _ToHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: Call, turn: Turn, *xs: Tensor) -> tuple[Tensor, ...]:
-        ctx.call, ctx.turn = call, turn
+    def forward(ctx: Any, call: Call, reshard: Reshard, *xs: Tensor) -> tuple[Tensor, ...]:
+        ctx.call, ctx.turn = call, reshard
         header = call.header("forward", "grad" if any(ctx.needs_input_grad) else "no grad")
-        return _all([turn.to_heads] * len(xs), header, xs)
+        return _all([reshard.to_heads] * len(xs), header, xs)
 
     @staticmethod
     @once_differentiable
@@ -164,14 +164,14 @@ class _ToHeads(torch.autograd.Function):
 
 class _ToTokens(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: Call, turns: list[Turn], *ys: Tensor) -> tuple[Tensor, ...]:
-        ctx.call, ctx.turns = call, turns
-        return _all([turn.to_tokens for turn in turns], call.header("forward"), ys)
+    def forward(ctx: Any, call: Call, reshards: list[Reshard], *ys: Tensor) -> tuple[Tensor, ...]:
+        ctx.call, ctx.turns = call, reshards
+        return _all([reshard.to_tokens for reshard in reshards], call.header("forward"), ys)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dxs: Tensor) -> tuple[Any, ...]:
-        return None, None, *_all([turn.to_heads for turn in ctx.turns], ctx.call.header("backward"), dxs)
+        return None, None, *_all([reshard.to_heads for reshard in ctx.turns], ctx.call.header("backward"), dxs)
 
 
 def _all(ways: list[Callable[[Header, Tensor], Pending]], header: Header, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.reference.scores import scores
+from ..kernels.reference.decay_mask import decay_mask
 
 QUERIES, KEYS = 256, 2048  # tokens in a tile
 
@@ -72,7 +72,7 @@ def causal_forward(o: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Non
     for t in _tiles(q.shape[2], QUERIES):
         past, (q_, k_, v_, g_) = slice(0, t.start), _rows(t, q, k, v, g)
         full_forward(o[:, :, t], q[:, :, t], k[:, :, past], v[:, :, past], through(g[:, :, t]), after(g[:, :, past]))
-        o[:, :, t] += (scores(g_).weights(q_, k_) @ v_).view_as(o[:, :, t])
+        o[:, :, t] += (decay_mask(g_).scores(q_, k_) @ v_).view_as(o[:, :, t])
 
 
 def causal_backward(
@@ -85,11 +85,11 @@ def causal_backward(
         part = dq[:, :, t], dk[:, :, past], dv[:, :, past]
         sides = through(g[:, :, t]), after(g[:, :, past])
         d_read, d_written = full_backward(part, do[:, :, t], q[:, :, t], k[:, :, past], v[:, :, past], *sides)
-        here = scores(g_)
-        weights = here.weights(q_, k_)
-        dq_, dk_, dg_ = here.backward(do_ @ v_.mT, q_, k_, weights)
+        mask = decay_mask(g_)
+        scores = mask.scores(q_, k_)
+        dq_, dk_, dg_ = mask.backward(do_ @ v_.mT, q_, k_, scores)
         assert dg_ is not None
-        for x, grad in ((dq, dq_), (dk, dk_), (dv, weights.mT @ do_), (dg, dg_)):
+        for x, grad in ((dq, dq_), (dk, dk_), (dv, scores.mT @ do_), (dg, dg_)):
             x[:, :, t] += grad.view_as(x[:, :, t])
         dg[:, :, t] += through_backward(d_read)
         dg[:, :, past] += after_backward(d_written)

@@ -22,11 +22,11 @@ from ..checks import compute_dtype, require
 from ..comm import collectives
 from ..comm.pending import Header
 from ..exchange.strategy import GRADIENT, TokenSizes, TokenStrategy
-from ..kernels.softmax.tiles import Part
+from ..kernels.softmax.tiles import Tile
 from ..overlap import Call
 from ..shard import Shard, spans_of
 from . import left_product as quadratic
-from .ring_attention import Block, Ring, parts_of
+from .ring_attention import Block, Ring, tiles_of
 
 
 def left_product(
@@ -38,7 +38,7 @@ def left_product(
     causal: bool,
     normalize: bool,
     scale: float,
-    others: dict[str, Any],
+    unsupported: dict[str, Any],
 ) -> Tensor:
     """Linear attention as `linear_attention` says: q, k [B,T,G,K], v [B,T,H,V], log_decay None, [H] or [B,T,H].
 
@@ -46,17 +46,17 @@ def left_product(
     receives (P-1) B T (G K + H V) numbers forward, in the dtype of k; backward as many again, and P B T (G K + H V) in
     the dtype of sums. A decay of every token adds H to each (in the dtype of sums), and an exchange of spans' totals.
 
-    Raises ValueError where any of the `others` is given (bonus, states), and for decays of key channels: there is no
-    room for them beside a product of q and k.
+    Raises ValueError where any of the `unsupported` is given (bonus, states), and for decays of key channels: there is
+    no room for them beside a product of q and k.
     """
     name = "linear_attention"
-    for what, given in others.items():
+    for what, given in unsupported.items():
         require(given is None, name, f'linear="ring_attention" takes no {what}')
     per_head = log_decay is None or log_decay.ndim < 4
     require(per_head, name, 'linear="ring_attention" takes log_decay [H] or [B,T,H], not one per key channel')
     g = v.new_zeros(v.shape[2]) if log_decay is None else log_decay
     g = g.to(compute_dtype(q))
-    return _LeftProduct.apply(Call(shard, "linear"), shard.once(parts_of, causal), q, k, v, g, normalize, scale)
+    return _LeftProduct.apply(Call(shard, "linear"), shard.once(tiles_of, causal), q, k, v, g, normalize, scale)
 
 
 class _LeftProduct(torch.autograd.Function):
@@ -64,7 +64,7 @@ class _LeftProduct(torch.autograd.Function):
     def forward(
         ctx: Any,
         call: Call,
-        parts: list[list[Part]],
+        parts: list[list[Tile]],
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -73,7 +73,7 @@ class _LeftProduct(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         header = call.header("forward", "grad" if any(ctx.needs_input_grad) else "no grad")
-        form, decays = _Form(k, v, normalize), _Decays(call.shard, g, len(q), _totals(call.shard, g, header))
+        form, decays = _Layout(k, v, normalize), _Decays(call.shard, g, len(q), _totals(call.shard, g, header))
         q_ = form.heads_first(q) * scale
         o = q_.new_zeros(*q_.shape[:3], v.shape[3] + normalize)
 
@@ -91,7 +91,7 @@ class _LeftProduct(torch.autograd.Function):
 
         block = form.block(call.shard, k, v, decays)
         Ring(call, header, block).around(block, visit)
-        ctx.call, ctx.parts, ctx.form, ctx.scale = call, parts, form, scale
+        ctx.call, ctx.tiles, ctx.form, ctx.scale = call, parts, form, scale
         ctx.save_for_backward(q, k, v, g, decays.totals)
         return rearrange(o, "B H T V -> B T H V")
 
@@ -108,7 +108,7 @@ class _LeftProduct(torch.autograd.Function):
             k_, v_ = form.opened(block[0])
             written = decays.written(source, block)
             dk_, dv_, d_written = (torch.zeros_like(x) for x in (k_, v_, k_[..., 0]))
-            for part in ctx.parts[source]:
+            for part in ctx.tiles[source]:
                 t, s = _runs(part)
                 grads = dq_[:, :, t], dk_[:, :, s], dv_[:, :, s]
                 here = do_[:, :, t], q_[:, :, t], k_[:, :, s], v_[:, :, s]
@@ -129,12 +129,12 @@ class _LeftProduct(torch.autograd.Function):
         return None, None, dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dg, None, None
 
 
-def _runs(part: Part) -> tuple[slice, slice]:
+def _runs(part: Tile) -> tuple[slice, slice]:
     """The queries and the keys of a part."""
     return slice(part.first, part.first + part.queries), slice(part.key, part.key + part.keys)
 
 
-class _Form:
+class _Layout:
     """How q, k and v lie: [B,T,G,D] outside, one row of numbers a token on the way, and heads first, in the dtype of
     sums and as many as value heads, in the products. With `normalize` values have a last column of ones there."""
 
@@ -197,7 +197,7 @@ class _Decays:
         tokens = sum(_lengths(self.shard, source))
         return _by_span(quadratic.after, _expanded(self._fixed, 1, tokens), self.shard, source)
 
-    def between(self, part: Part, source: int) -> Tensor:
+    def between(self, part: Tile, source: int) -> Tensor:
         """Over the spans between those of a part's keys and of its queries, [B,H,1]."""
         return self.totals[_spans_between(self.shard, part, source)].sum(0).unsqueeze(-1)
 
@@ -211,7 +211,7 @@ class _DecaySums:
         self.d_read, self.d_fixed = torch.zeros_like(self.dg), g.new_zeros(g.shape[-1])
         self.d_totals = g.new_zeros(shard.span_count, batch, g.shape[-1])
 
-    def add(self, part: Part, source: int, d_read: Tensor) -> None:
+    def add(self, part: Tile, source: int, d_read: Tensor) -> None:
         """What one part gives to its queries' side, and with it to the spans between."""
         self.d_read[:, :, _runs(part)[0]] += d_read
         self.d_totals[_spans_between(self.shard, part, source)] += d_read.sum(-1)
@@ -249,7 +249,7 @@ def _totals(shard: Shard, g: Tensor, header: Header) -> Tensor:
     return torch.stack([own_P[owner] for owner in shard.owners])
 
 
-def _spans_between(shard: Shard, part: Part, source: int) -> slice:
+def _spans_between(shard: Shard, part: Tile, source: int) -> slice:
     """Spans of the sequence between that of a part's keys, which are the rank `source`'s, and that of its queries."""
     return slice(_span(shard, source, part.key) + 1, _span(shard, shard.sp.rank, part.first))
 

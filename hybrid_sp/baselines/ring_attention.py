@@ -21,9 +21,9 @@ from ..checks import compute_dtype
 from ..comm import messages
 from ..comm.pending import Header, Pending
 from ..exchange.strategy import GRADIENT, TokenSizes, TokenStrategy
-from ..exchange.visible import own_parts, parts_by_rank
-from ..kernels.softmax.tiled import attend_parts, attend_parts_backward
-from ..kernels.softmax.tiles import Part
+from ..exchange.visible import own_tiles, tiles_by_rank
+from ..kernels.softmax.tiled import attend_tiles, attend_tiles_backward
+from ..kernels.softmax.tiles import Tile
 from ..overlap import Call
 from ..shard import Shard
 
@@ -76,18 +76,18 @@ class Ring:
         return Pending(lambda: arrived)
 
 
-def parts_of(shard: Shard, causal: bool, window: int | None = None) -> list[list[Part]]:
-    """What this rank's queries see of every rank's keys; of its own first the parts whose queries are fresh."""
-    parts = parts_by_rank(shard, causal, window)
-    parts[shard.sp.rank] = own_parts(shard, causal, window, shard.tokens) + parts[shard.sp.rank]
-    return parts
+def tiles_of(shard: Shard, causal: bool, window: int | None = None) -> list[list[Tile]]:
+    """What this rank's queries see of every rank's keys; of its own first the tiles whose queries are fresh."""
+    tiles = tiles_by_rank(shard, causal, window)
+    tiles[shard.sp.rank] = own_tiles(shard, causal, window, shard.tokens) + tiles[shard.sp.rank]
+    return tiles
 
 
 def ring_softmax(
     q: Tensor, k: Tensor, v: Tensor, shard: Shard, causal: bool, window: int | None, scale: float, backend: str
 ) -> Tensor:
     """Softmax attention, as `softmax_attention` says; q [B,T,H,D], k and v [B,T,G,D]."""
-    return _Softmax.apply(Call(shard, "softmax"), shard.once(parts_of, causal, window), q, k, v, scale, backend)
+    return _Softmax.apply(Call(shard, "softmax"), shard.once(tiles_of, causal, window), q, k, v, scale, backend)
 
 
 class _Softmax(torch.autograd.Function):
@@ -95,13 +95,13 @@ class _Softmax(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, call: Call, parts: list[list[Part]], q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str
+        ctx: Any, call: Call, tiles: list[list[Tile]], q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str
     ) -> Tensor:
-        ctx.call, ctx.parts, ctx.scale, ctx.backend = call, parts, scale, backend
+        ctx.call, ctx.tiles, ctx.scale, ctx.backend = call, tiles, scale, backend
         o, lse = (q.new_empty(shape, dtype=compute_dtype(q)) for shape in (q.shape, q.shape[:3]))
 
         def visit(source: int, block: Block) -> None:
-            attend_parts(parts[source], o, lse, q, block[0][0], block[0][1], scale, backend)
+            attend_tiles(tiles[source], o, lse, q, block[0][0], block[0][1], scale, backend)
 
         block = (call.shard.pad(torch.stack([k, v]), 2),)
         header = call.header("forward", "grad" if any(ctx.needs_input_grad) else "no grad")
@@ -114,14 +114,14 @@ class _Softmax(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, do: Tensor) -> tuple[Any, ...]:
         q, k, v, o, lse = ctx.saved_tensors
-        call, parts, scale = ctx.call, ctx.parts, ctx.scale
+        call, tiles, scale = ctx.call, ctx.tiles, ctx.scale
         dq = torch.zeros_like(q, dtype=lse.dtype)
 
         def visit(source: int, block: Block) -> Tensor:
             d_kv = torch.zeros_like(block[0], dtype=lse.dtype)
             grads = dq, d_kv[0], d_kv[1]
             k_, v_ = block[0]
-            attend_parts_backward(parts[source], grads, do, q, k_, v_, o, lse, scale, ctx.backend)
+            attend_tiles_backward(tiles[source], grads, do, q, k_, v_, o, lse, scale, ctx.backend)
             return d_kv
 
         block = (call.shard.pad(torch.stack([k, v]), 2),)

@@ -1,6 +1,6 @@
 """Which keys a rank's queries see under a mask, and who holds them: causal or not, a window, packed documents.
 
-A mask is a list of parts (`kernels/softmax/tiles.py`): those over this rank's own keys, and those over keys of other
+A mask is a list of tiles (`kernels/softmax/tiles.py`): those over this rank's own keys, and those over keys of other
 ranks, numbered as they lie in what an exchange of keys receives.
 """
 
@@ -10,8 +10,8 @@ import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ..kernels.softmax import tiles as parts
-from ..kernels.softmax.tiles import Part
+from ..kernels.softmax import tiles
+from ..kernels.softmax.tiles import Tile
 from ..shard import Shard
 from .fetch import FetchPlan, Range, held, rows_of_others
 from .kv import AllGatherKV, FetchKV, KVExchange
@@ -28,12 +28,12 @@ class Reading(NamedTuple):
 class Mask(NamedTuple):
     """What this rank computes with its own keys, and with those that it receives by `keys`."""
 
-    own: list[Part]
-    rest: list[Part]
+    own: list[Tile]
+    rest: list[Tile]
     keys: KVExchange
 
 
-def mask_of(shard: Shard, causal: bool, window: int | None, own_keys: int) -> Mask:
+def plan_mask(shard: Shard, causal: bool, window: int | None, own_keys: int) -> Mask:
     """The mask of this rank's queries over its `own_keys` tokens and over what it receives."""
     everybody = [readings(shard, rank, causal, window) for rank in range(shard.sp.size)]
     wanted = [[read for reading in here for read in reading.ranges] for here in everybody]
@@ -42,35 +42,35 @@ def mask_of(shard: Shard, causal: bool, window: int | None, own_keys: int) -> Ma
     reads = [(reading, end - first) for reading in here for first, end in reading.ranges]
     rest = []
     for (reading, tokens), place in zip(reads, keys.places(wanted[shard.sp.rank]), strict=True):
-        rest += parts.earlier(reading.first, reading.queries, place, tokens, window)
-    return Mask(own_parts(shard, causal, window, own_keys), rest, keys)
+        rest += tiles.earlier(reading.first, reading.queries, place, tokens, window)
+    return Mask(own_tiles(shard, causal, window, own_keys), rest, keys)
 
 
 def readings(shard: Shard, rank: int, causal: bool, window: int | None) -> list[Reading]:
-    """What a rank's queries see besides their own runs, which `own_parts` has."""
+    """What a rank's queries see besides their own runs, which `own_tiles` has."""
     return list(_earlier(shard, rank, window) if causal else _documents(shard, rank))
 
 
-def own_parts(shard: Shard, causal: bool, window: int | None, own_keys: int) -> list[Part]:
-    """Each run of this rank's queries over itself: in these parts every query is fresh, once."""
+def own_tiles(shard: Shard, causal: bool, window: int | None, own_keys: int) -> list[Tile]:
+    """Each run of this rank's queries over itself: in these tiles every query is fresh, once."""
     if causal:
         bounds = {0, *itertools.accumulate(shard.span_lengths), *shard.local_boundaries}
-        return [part for a, b in itertools.pairwise(sorted(bounds)) for part in parts.own(a, b - a, window)]
+        return [tile for a, b in itertools.pairwise(sorted(bounds)) for tile in tiles.own(a, b - a, window)]
     runs = readings(shard, shard.sp.rank, causal, window)
-    own = [Part("full", r.first, r.queries, r.first, r.queries, fresh=True) for r in runs]
+    own = [Tile("full", r.first, r.queries, r.first, r.queries, fresh=True) for r in runs]
     return own if shard.boundaries else [own[0]._replace(keys=own_keys)]
 
 
-def parts_by_rank(shard: Shard, causal: bool, window: int | None) -> list[list[Part]]:
-    """The readings of this rank as parts over the tokens of each rank that holds them, numbered as they lie there; its
+def tiles_by_rank(shard: Shard, causal: bool, window: int | None) -> list[list[Tile]]:
+    """The readings of this rank as tiles over the tokens of each rank that holds them, numbered as they lie there; its
     own row are its spans that see each other."""
-    found: list[list[Part]] = [[] for _ in range(shard.sp.size)]
+    found: list[list[Tile]] = [[] for _ in range(shard.sp.size)]
     for reading in readings(shard, shard.sp.rank, causal, window):
         for first, end in reading.ranges:
             for piece in held(shard, first, end):
                 first += piece.tokens
                 left = None if window is None else window - (end - first)  # of the window, after the tokens between
-                found[piece.rank] += parts.earlier(reading.first, reading.queries, piece.first, piece.tokens, left)
+                found[piece.rank] += tiles.earlier(reading.first, reading.queries, piece.first, piece.tokens, left)
     return found
 
 

@@ -13,9 +13,17 @@ import functools
 
 from torch import Tensor
 
-from ..backends import backend_of
-from ..baselines.head_parallel import FORMS, by_heads
-from ..checks import compute_dtype, floored, operator, require, require_recurrence, require_state, shard_of
+from ..backends import select_backend
+from ..baselines.head_parallel import HEAD_PARALLEL, run_head_parallel
+from ..checks import (
+    compute_dtype,
+    default_shard,
+    floor_decays,
+    public_operator,
+    require,
+    require_recurrence,
+    require_state,
+)
 from ..kernels.gpu import fla_delta as fla
 from ..kernels.phases import Inputs, Options
 from ..kernels.reference import delta as reference
@@ -23,7 +31,7 @@ from ..shard import Shard
 from .recurrence import run_recurrence
 
 
-@operator
+@public_operator
 def delta_rule(
     q: Tensor,
     k: Tensor,
@@ -68,17 +76,17 @@ def delta_rule(
     Sources: the rule, arXiv 2102.11174, section 4.2; its chunkwise form, arXiv 2406.06484, section 3; decays, arXiv
     2412.06464 ([B,T,H]) and 2510.26692 ([B,T,H,K]); the exchange, LASP-2, arXiv 2502.07563, algorithms 2 and 4.
     """
-    shard = shard_of(shard, q)
+    shard = default_shard(shard, q)
     _check(q, k, v, beta, log_decay, shard, initial_state)
-    log_decay = floored("delta_rule", log_decay, compute_dtype(q))
-    backend = backend_of("delta_rule", backend, q, q.shape[3], v.shape[3])
+    log_decay = floor_decays("delta_rule", log_decay, compute_dtype(q))
+    backend = select_backend("delta_rule", backend, q, q.shape[3], v.shape[3])
     if backend == "fla":
         fla.passes()  # raises ImportError here, before any communication
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if shard.sp.linear in FORMS:
+    if shard.sp.linear in HEAD_PARALLEL:
         alone = functools.partial(delta_rule, scale=scale, return_final_state=return_final_state, backend=backend)
         tokens = {"q": q, "k": k, "v": v, "beta": beta, "log_decay": log_decay}
-        return by_heads("delta_rule", alone, shard, "linear", tokens, initial_state)
+        return run_head_parallel("delta_rule", alone, shard, "linear", tokens, initial_state)
     recurrence = fla.DeltaPhases if backend == "fla" else reference.DeltaPhases
     exchanged = shard.span_count > 1 or initial_state is not None or return_final_state
     x, options = Inputs(q, k, v, log_decay, beta), Options(scale, exchanged, q.dtype)

@@ -15,10 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends import backend_of, needs
-from ..baselines.head_parallel import FORMS, by_heads
+from ..backends import needs, select_backend
+from ..baselines.head_parallel import HEAD_PARALLEL, run_head_parallel
 from ..baselines.linear_ring_attention import left_product
-from ..checks import compute_dtype, floored, operator, require, require_recurrence, require_state, shard_of
+from ..checks import (
+    compute_dtype,
+    default_shard,
+    floor_decays,
+    public_operator,
+    require,
+    require_recurrence,
+    require_state,
+)
 from ..exchange import AllGatherSum
 from ..kernels.phases import Inputs, Options, Recurrence
 from ..kernels.reference import linear as reference
@@ -31,7 +39,7 @@ State = Tensor | tuple[Tensor, Tensor]
 EPSILON = 1e-10  # added to the normaliser's denominator
 
 
-@operator
+@public_operator
 def linear_attention(
     q: Tensor,
     k: Tensor,
@@ -79,15 +87,15 @@ def linear_attention(
     Sources: LASP-2, arXiv 2502.07563, algorithms 1 to 4; decays as in arXiv 2307.08621 ([H]), 2405.21060 ([B,T,H]),
     2312.06635 ([B,T,H,K]); bonus, arXiv 2404.05892, equation 18.
     """
-    shard = shard_of(shard, q)
+    shard = default_shard(shard, q)
     _check(q, k, v, log_decay, bonus, shard, causal, initial_state, return_final_state, normalize)
-    log_decay = floored("linear_attention", log_decay, compute_dtype(q))
+    log_decay = floor_decays("linear_attention", log_decay, compute_dtype(q))
     by_states = causal and shard.sp.linear != "ring_attention"
     only = "" if by_states else "has the causal form by states alone"
-    backend = backend_of("linear_attention", backend, q, q.shape[3], v.shape[3], only_torch=only)
+    backend = select_backend("linear_attention", backend, q, q.shape[3], v.shape[3], only_torch=only)
     recurrence = select_recurrence(backend)  # raises ImportError here, before any communication
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if shard.sp.linear in FORMS:
+    if shard.sp.linear in HEAD_PARALLEL:
         alone = functools.partial(
             linear_attention,
             scale=scale,
@@ -99,7 +107,7 @@ def linear_attention(
         fixed = log_decay is not None and log_decay.ndim == 1
         tokens = {"q": q, "k": k, "v": v, "log_decay": None if fixed else log_decay}
         parameters = {"bonus": bonus} | ({"log_decay": log_decay} if fixed else {})
-        return by_heads("linear_attention", alone, shard, "linear", tokens, initial_state, parameters)
+        return run_head_parallel("linear_attention", alone, shard, "linear", tokens, initial_state, parameters)
     if shard.sp.linear == "ring_attention":
         states = {"bonus": bonus, "initial_state": initial_state, "final state": return_final_state or None}
         o, final = left_product(q, k, v, log_decay, shard, causal, normalize, scale, states), None

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..checks import compute_dtype, operator, require, shard_of
+from ..checks import compute_dtype, default_shard, public_operator, require
 from ..exchange.fetch import FetchPlan, before, last
 from ..exchange.halo import Halo
 from ..kernels.reference import conv as kernel
@@ -29,7 +29,7 @@ from ..shard import Shard
 ACTIVATIONS = ("silu",)
 
 
-@operator
+@public_operator
 def short_conv(
     x: Tensor,
     weight: Tensor,
@@ -64,7 +64,7 @@ def short_conv(
 
     Source: the local convolution of Mamba (arXiv 2312.00752, section 3.4) and of DeltaNet (2406.06484, section 3.3).
     """
-    shard = shard_of(shard, x)
+    shard = default_shard(shard, x)
     name = "short_conv"
     _check(name, x, shard)
     require(
@@ -97,7 +97,7 @@ def short_conv(
     return y if final is None else (y, final)
 
 
-@operator
+@public_operator
 def token_shift(
     x: Tensor, *, shard: Shard | None = None, initial_state: Tensor | None = None, return_final_state: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -114,7 +114,7 @@ def token_shift(
 
     Source: RWKV (arXiv 2305.13048, section 3.1.1).
     """
-    shard = shard_of(shard, x)
+    shard = default_shard(shard, x)
     _check("token_shift", x, shard)
     _check_state("token_shift", x, 2, initial_state)
     y, final = _causal(x, None, None, 2, shard, initial_state, return_final_state)

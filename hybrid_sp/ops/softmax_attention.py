@@ -6,7 +6,7 @@
 
 A group is the key heads that travel at a time: all, unless `kv_heads_per_gather` says how many. What it needs is freed
 before the next but one arrives. What a rank receives is `exchange/kv.py`: all keys, or the few that a window or a
-document leaves to be seen. The mask is a list of parts (`exchange/visible.py`), those over own keys and those over what
+document leaves to be seen. The mask is a list of tiles (`exchange/visible.py`), those over own keys and those over what
 is received. Backward goes by the merged output and its lse. Sums are fp32 and rounded once.
 """
 
@@ -21,18 +21,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..backends import backend_of
-from ..baselines.head_parallel import FORMS, by_heads
+from ..backends import select_backend
+from ..baselines.head_parallel import HEAD_PARALLEL, run_head_parallel
 from ..baselines.ring_attention import ring_softmax
-from ..checks import compute_dtype, operator, require, shard_of
-from ..exchange.visible import Mask, mask_of
-from ..kernels.softmax.attend import kernel_of
-from ..kernels.softmax.tiled import attend_parts, attend_parts_backward
+from ..checks import compute_dtype, default_shard, public_operator, require
+from ..exchange.visible import Mask, plan_mask
+from ..kernels.softmax.attend import select_kernel
+from ..kernels.softmax.tiled import attend_tiles, attend_tiles_backward
 from ..overlap import Call, recorded
 from ..shard import Shard
 
 
-@operator
+@public_operator
 def softmax_attention(
     q: Tensor,
     k: Tensor,
@@ -71,28 +71,28 @@ def softmax_attention(
     Sources: AllGather-KV, arXiv 2407.21783, section 3.3.2; arXiv 2502.07563, algorithm 7. The window is that of Mistral
     (2310.06825, section 2).
     """
-    alone, shard = shard is None, shard_of(shard, q)
+    alone, shard = shard is None, default_shard(shard, q)
     _check(q, k, v, shard, causal, window, alone)
-    backend = backend_of("softmax_attention", backend, q, q.shape[-1], q.shape[-1])
-    kernel_of(q, backend)  # what it misses is said here
+    backend = select_backend("softmax_attention", backend, q, q.shape[-1], q.shape[-1])
+    select_kernel(q, backend)  # what it misses is said here
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if shard.sp.softmax in FORMS:
+    if shard.sp.softmax in HEAD_PARALLEL:
         one = functools.partial(softmax_attention, causal=causal, window=window, scale=scale, backend=backend)
-        return by_heads("softmax_attention", one, shard, "softmax", {"q": q, "k": k, "v": v})
+        return run_head_parallel("softmax_attention", one, shard, "softmax", {"q": q, "k": k, "v": v})
     if shard.sp.softmax == "ring":
         return ring_softmax(q, k, v, shard, causal, window, scale, backend)
-    mask = shard.once(mask_of, causal, window, k.shape[1])
+    mask = shard.once(plan_mask, causal, window, k.shape[1])
     keep = shard.sp.keep_kv and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     with Call(shard, "softmax") as call:
         groups = _groups(q, k, shard.sp.kv_heads_per_gather)
-        return _Attention.apply(_Job(call, mask, groups, scale, keep, backend), q, k, v)
+        return _Attention.apply(_Schedule(call, mask, groups, scale, keep, backend), q, k, v)
 
 
 _Grads = tuple[Tensor, Tensor, Tensor]  # of q, k and v, in the precision of sums
 _Saved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # q, k, v, o and lse
 
 
-class _Heads(NamedTuple):
+class _HeadGroup(NamedTuple):
     """What travels at a time: these key heads, for the query heads that read them."""
 
     keys: slice
@@ -100,19 +100,19 @@ class _Heads(NamedTuple):
     note: str
 
 
-def _groups(q: Tensor, k: Tensor, at_a_time: int | None) -> list[_Heads]:
+def _groups(q: Tensor, k: Tensor, at_a_time: int | None) -> list[_HeadGroup]:
     """All key heads, so many at a time; the last group may be smaller."""
     heads, readers = k.shape[2], q.shape[2] // k.shape[2]
     size = min(at_a_time or heads, heads)
     bounds = [(first, min(first + size, heads)) for first in range(0, heads, size)]
     return [
-        _Heads(slice(a, b), slice(a * readers, b * readers), f"key heads {a}:{b}" if len(bounds) > 1 else "")
+        _HeadGroup(slice(a, b), slice(a * readers, b * readers), f"key heads {a}:{b}" if len(bounds) > 1 else "")
         for a, b in bounds
     ]
 
 
 @dataclass(frozen=True)
-class _Job:
+class _Schedule:
     """One call of the operator, forward and backward, by a `backend` that has been chosen; `keep`: what is received is
     kept for backward.
 
@@ -121,7 +121,7 @@ class _Job:
 
     call: Call
     mask: Mask
-    groups: list[_Heads]
+    groups: list[_HeadGroup]
     scale: float
     keep: bool
     backend: str
@@ -132,7 +132,7 @@ class _Job:
         kept: list[Tensor] = []
         self._send(0, note, k, v)
         with self.call.phase("own", "forward", q):
-            attend_parts(self.mask.own, o, lse, q, k, v, self.scale, self.backend)
+            attend_tiles(self.mask.own, o, lse, q, k, v, self.scale, self.backend)
         for i in range(len(self.groups)):
             kept += self._rest(i, note, o, lse, q, k, v)
         return o.to(q.dtype), lse, *kept
@@ -155,7 +155,7 @@ class _Job:
         heads = self.groups[i].queries
         o, lse, q = (x[:, :, heads] for x in (o, lse, q))
         with self.call.phase("rest", "forward", q):
-            attend_parts(self.mask.rest, o, lse, q, kv[0], kv[1], self.scale, self.backend)
+            attend_tiles(self.mask.rest, o, lse, q, kv[0], kv[1], self.scale, self.backend)
         return [kv] if self.keep else []
 
     def _received(self) -> tuple[Tensor]:
@@ -180,7 +180,7 @@ class _Job:
     def _own_backward(self, grads: _Grads, do: Tensor, saved: _Saved) -> None:
         q, k, v, o, lse = saved
         with self.call.phase("own", "backward", q):
-            attend_parts_backward(self.mask.own, grads, do, q, k, v, o, lse, self.scale, self.backend)
+            attend_tiles_backward(self.mask.own, grads, do, q, k, v, o, lse, self.scale, self.backend)
 
     def _rest_backward(
         self, i: int, grads: _Grads, do: Tensor, saved: _Saved, kept: Sequence[Tensor], shared: bool
@@ -195,7 +195,7 @@ class _Job:
         dq_, do_, q_, o_, lse_ = (x[:, :, heads.queries] for x in queries)
         to, kernel = (dq_, d_kv[0], d_kv[1]), (self.scale, self.backend)
         with self.call.phase("rest", "backward", q):
-            attend_parts_backward(self.mask.rest, to, do_, q_, kv[0], kv[1], o_, lse_, *kernel)
+            attend_tiles_backward(self.mask.rest, to, do_, q_, kv[0], kv[1], o_, lse_, *kernel)
         del kv
         self._add(i - 1, grads, shared)
         if shared:
@@ -210,10 +210,11 @@ class _Job:
 
 
 class _Attention(torch.autograd.Function):
-    """One node: the schedule of groups is not its own mirror image, so both directions are written out in `_Job`."""
+    """One node: the schedule of groups is not its own mirror image, so both directions are written out in
+    `_Schedule`."""
 
     @staticmethod
-    def forward(ctx: Any, job: _Job, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(ctx: Any, job: _Schedule, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         ctx.job = job
         wanted = "".join(name for name, needed in zip("qkv", ctx.needs_input_grad[1:], strict=True) if needed)
         run = functools.partial(job.forward, f"grad of {wanted}" if wanted else "no grad", q, k, v)

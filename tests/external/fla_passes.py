@@ -52,7 +52,7 @@ def interpret() -> None:
         warnings.simplefilter("ignore")  # that there is no GPU
         from fla.ops.common import chunk_delta_h
     chunk_delta_h.range = lambda *bounds: (Index(i) for i in range(*bounds))
-    delta.backend_of = lambda *_: "fla"
+    delta.select_backend = lambda *_: "fla"
 
 
 def cases(world: int) -> list[Named]:

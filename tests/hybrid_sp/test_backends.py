@@ -15,7 +15,7 @@ import torch
 
 import hybrid_sp as hsp
 from hybrid_sp import backends
-from hybrid_sp.backends import BACKENDS, INSTALL, WIDEST, backend_of, needs
+from hybrid_sp.backends import BACKENDS, INSTALL, WIDEST, needs, select_backend
 
 ROOT = Path(__file__).parents[2]
 OTHER = {operator: names[1] for operator, names in BACKENDS.items()}
@@ -44,9 +44,9 @@ def tensor(device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> Any:
 @pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("operator", BACKENDS)
 def test_a_device_has_its_own(operator: str) -> None:
-    assert backend_of(operator, "auto", tensor(), 128, 128) == ON_CUDA[operator]
-    assert backend_of(operator, OTHER[operator], tensor(), WIDEST, 1) == OTHER[operator]
-    assert backend_of(operator, "torch", tensor(), 1000) == "torch"
+    assert select_backend(operator, "auto", tensor(), 128, 128) == ON_CUDA[operator]
+    assert select_backend(operator, OTHER[operator], tensor(), WIDEST, 1) == OTHER[operator]
+    assert select_backend(operator, "torch", tensor(), 1000) == "torch"
 
 
 @pytest.mark.parametrize("interpret", ["0", "1"])
@@ -56,13 +56,13 @@ def test_a_cpu_has_torch(
 ) -> None:
     """Also under Triton's interpreter, which is slow; there `triton` runs if it is asked for."""
     monkeypatch.setenv("TRITON_INTERPRET", interpret)
-    assert backend_of(operator, "auto", tensor("cpu"), 64) == "torch"
-    assert backend_of(operator, "torch", tensor("cpu"), 64) == "torch"
+    assert select_backend(operator, "auto", tensor("cpu"), 64) == "torch"
+    assert select_backend(operator, "torch", tensor("cpu"), 64) == "torch"
     if OTHER[operator] == "triton" and interpret == "1":
-        assert backend_of(operator, "triton", tensor("cpu"), 64) == "triton"
+        assert select_backend(operator, "triton", tensor("cpu"), 64) == "triton"
     else:
         with pytest.raises(ValueError, match=f'{operator}: backend="{OTHER[operator]}" needs a CUDA device, got cpu'):
-            backend_of(operator, OTHER[operator], tensor("cpu"), 64)
+            select_backend(operator, OTHER[operator], tensor("cpu"), 64)
     assert capfd.readouterr() == ("", "")
 
 
@@ -78,24 +78,24 @@ def test_a_cpu_has_torch(
     ids=["dtype", "width", "device"],
 )
 def test_what_does_not_fit_runs_on_torch_or_is_refused(operator: str, x: Any, width: int, words: str) -> None:
-    assert backend_of(operator, "auto", x, 128, width) == "torch"
+    assert select_backend(operator, "auto", x, 128, width) == "torch"
     with pytest.raises(ValueError, match=f'{operator}: backend="{OTHER[operator]}" {words}; use backend="torch"'):
-        backend_of(operator, OTHER[operator], x, width, 128)
+        select_backend(operator, OTHER[operator], x, width, 128)
 
 
 @pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("operator", BACKENDS)
 def test_an_older_device(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
-    assert backend_of(operator, "auto", tensor(), 64) == "torch"
+    assert select_backend(operator, "auto", tensor(), 64) == "torch"
     with pytest.raises(ValueError, match="needs compute capability 8.0 or newer, got 7.5"):
-        backend_of(operator, OTHER[operator], tensor(), 64)
+        select_backend(operator, OTHER[operator], tensor(), 64)
 
 
 @pytest.mark.usefixtures("device")
 def test_fp32_runs_on_our_kernels_alone() -> None:
     x = tensor(dtype=torch.float32)
-    assert {operator: backend_of(operator, "auto", x, 64) for operator in BACKENDS} == {
+    assert {operator: select_backend(operator, "auto", x, 64) for operator in BACKENDS} == {
         "linear_attention": "triton",
         "delta_rule": "torch",
         "softmax_attention": "torch",
@@ -105,7 +105,7 @@ def test_fp32_runs_on_our_kernels_alone() -> None:
 def test_fp64_is_refused_under_the_interpreter_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(ValueError, match="takes .*, got torch.float64"):
-        backend_of("linear_attention", "triton", tensor("cpu", torch.float64), 64)
+        select_backend("linear_attention", "triton", tensor("cpu", torch.float64), 64)
 
 
 def test_an_unknown_backend() -> None:
@@ -126,9 +126,9 @@ def test_an_unknown_backend() -> None:
 def test_every_choice_is_said_once(capfd: pytest.CaptureFixture[str]) -> None:
     for _ in range(3):
         for operator in BACKENDS:
-            backend_of(operator, "auto", tensor(), 128)
-            backend_of(operator, OTHER[operator], tensor(), 128)  # asked for by name: nothing to say
-        backend_of("linear_attention", "auto", tensor(dtype=torch.float64), 128)
+            select_backend(operator, "auto", tensor(), 128)
+            select_backend(operator, OTHER[operator], tensor(), 128)  # asked for by name: nothing to say
+        select_backend("linear_attention", "auto", tensor(dtype=torch.float64), 128)
     out, err = capfd.readouterr()
     assert out == "" and err.splitlines() == [
         "hybrid_sp: linear_attention runs on triton",
@@ -153,10 +153,10 @@ def test_the_choice_does_not_depend_on_what_is_installed() -> None:
     code = f"""
 import sys
 sys.modules.update(dict.fromkeys(["triton", "fla", "flash_attn"]))  # importing None raises ModuleNotFoundError
-from tests.hybrid_sp.test_backends import ON_CUDA, backend_of, tensor, torch
+from tests.hybrid_sp.test_backends import ON_CUDA, select_backend, tensor, torch
 torch.cuda.get_device_capability = lambda *_: (9, 0)
 for operator, name in {ON_CUDA}.items():
-    assert backend_of(operator, "auto", tensor(), 128) == name, operator
+    assert select_backend(operator, "auto", tensor(), 128) == name, operator
 """
     run = subprocess.run(
         [sys.executable, "-c", code],

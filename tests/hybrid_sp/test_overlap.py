@@ -19,7 +19,7 @@ from hybrid_sp.comm.pending import Header, Pending
 from hybrid_sp.exchange import EXCHANGES, choose
 from hybrid_sp.kernels.reference.delta import DeltaPhases
 from hybrid_sp.kernels.reference.linear import LinearPhases
-from hybrid_sp.kernels.softmax import tiled as masked
+from hybrid_sp.kernels.softmax import tiled
 from hybrid_sp.ops import short_conv as halo
 from tests.support.ranks import run_ranks
 
@@ -73,8 +73,8 @@ class Gate:
                 for phases in (LinearPhases, DeltaPhases)
                 for way in ("forward", "backward")
             ),
-            (masked, "attend", self.work(masked.attend, "local forward", lambda *args: args[3])),
-            (masked, "attend_backward", self.work(masked.attend_backward, "local backward", lambda *args: args[6])),
+            (tiled, "attend", self.work(tiled.attend, "local forward", lambda *args: args[3])),
+            (tiled, "attend_backward", self.work(tiled.attend_backward, "local backward", lambda *args: args[6])),
         ]
         before = [getattr(module, name) for module, name, _ in places]
         for module, name, new in places:
@@ -221,7 +221,7 @@ def fail_between(group: Any, kind: str, exchange: str) -> int:
     def broken(*_: Any) -> Any:
         raise ArithmeticError("between start and finish")
 
-    places = [(LinearPhases, "intra_forward"), (DeltaPhases, "intra_forward"), (masked, "attend")]
+    places = [(LinearPhases, "intra_forward"), (DeltaPhases, "intra_forward"), (tiled, "attend")]
     places.append((halo.kernel, "local_forward"))
     kernels = [getattr(module, name) for module, name in places]
     for module, name in places:

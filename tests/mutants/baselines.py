@@ -96,8 +96,8 @@ BASELINE_MUTANTS = [
     Mutant(
         name="queries that are fresh merged with what memory held",
         file="hybrid_sp/baselines/ring_attention.py",
-        old="own_parts(shard, causal, window, shard.tokens) + parts[shard.sp.rank]",
-        new="parts[shard.sp.rank] + own_parts(shard, causal, window, shard.tokens)",
+        old="own_tiles(shard, causal, window, shard.tokens) + tiles[shard.sp.rank]",
+        new="tiles[shard.sp.rank] + own_tiles(shard, causal, window, shard.tokens)",
         test=f"{BASELINES}::test_rings[ring-2-zigzag]",
     ),
     Mutant(

@@ -142,8 +142,8 @@ MUTANTS = [
     ),
     Mutant(
         name="dropped decay within a chunk",
-        file="hybrid_sp/kernels/reference/scores.py",
-        old="if self.decay is None else weights.mul_(self.decay)",
+        file="hybrid_sp/kernels/reference/decay_mask.py",
+        old="if self.decay is None else scores.mul_(self.decay)",
         new="",
         test=f"{PARITY}[1-contiguous-linear]",
     ),
@@ -184,7 +184,7 @@ MUTANTS = [
     ),
     Mutant(
         name="pairs of a bonus that reach their own token",
-        file="hybrid_sp/kernels/reference/scores.py",
+        file="hybrid_sp/kernels/reference/decay_mask.py",
         old="read = F.pad(right[:, :, :-1], (0, 0, 1, 0)) if exclusive else right",
         new="read = right",
         test=f"{PARITY}[1-contiguous-linear]",
@@ -271,7 +271,7 @@ MUTANTS = [
     Mutant(
         name="triangle of a window written in the order of its keys",
         file="hybrid_sp/kernels/softmax/tiled.py",
-        old='(x.flip(1) if part.kind == "flipped" else x).unflatten',
+        old='(x.flip(1) if tile.kind == "flipped" else x).unflatten',
         new="x.unflatten",
         test=f"{PARITY}[1-contiguous-softmax]",
     ),
@@ -329,7 +329,7 @@ MUTANTS = [
         name="the next key heads launched too late",
         file="hybrid_sp/ops/softmax_attention.py",
         old="        self._send(i + 1, note, k, v)\n        heads = self.groups[i].queries\n",
-        new="        heads = self.groups[i].queries\n        attend_parts = lambda *x: (globals()['attend_parts'](*x), "
+        new="        heads = self.groups[i].queries\n        attend_tiles = lambda *x: (globals()['attend_tiles'](*x), "
         "self._send(i + 1, note, k, v))\n",
         test=f"{SOFTMAX}::test_a_group_of_heads_is_attended_to_while_the_next_is_in_flight",
     ),

@@ -266,7 +266,7 @@ KERNEL_MUTANTS = [
         test=f"{STRONG}::test_what_follows_a_mask_decays_as_it_says[scalar--1e+30]",
     ),
     Mutant(
-        name="floor: fp64 decays floored where fp32 decays to zero",
+        name="floor: fp64 decays floor_decays where fp32 decays to zero",
         file="hybrid_sp/checks.py",
         old="torch.float64: -768.0",
         new="torch.float64: -104.0",
@@ -289,14 +289,14 @@ KERNEL_MUTANTS = [
     Mutant(
         name="floor: not of the delta rule",
         file="hybrid_sp/ops/delta_rule.py",
-        old='    log_decay = floored("delta_rule", log_decay, compute_dtype(q))\n',
+        old='    log_decay = floor_decays("delta_rule", log_decay, compute_dtype(q))\n',
         new="",
         test=f"{STRONG}::test_whole_chunks_agree_with_the_token_loop[64-delta-scalar]",
     ),
     Mutant(
         name="floor: not of linear attention",
         file="hybrid_sp/ops/linear_attention.py",
-        old='    log_decay = floored("linear_attention", log_decay, compute_dtype(q))\n',
+        old='    log_decay = floor_decays("linear_attention", log_decay, compute_dtype(q))\n',
         new="",
         test=f"{STRONG}::test_minus_infinity_is_refused_before_any_communication",
     ),

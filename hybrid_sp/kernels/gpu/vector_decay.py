@@ -8,10 +8,10 @@ u a bonus (then the sums in P_t and A exclude g_t):
                                       bonus:  A[t, s] = q_t . exp(g_(s+1) + ... + g_(t-1)) k_s        s < t
                                               A[t, t] = q_t . u k_t
 
-A by halving, as in `reference/scores.py`: at each level a chunk is pairs of runs of `half` rows, and the scores between
-a right run and its left one are one matrix product, of q_t exp(sum from the right run's start to t) and k_s exp(sum
-after s to the left run's end). A row is in a right or in a left run, so that a level needs one factor per row. Here a
-level is taken of the whole chunk at once, and the mask of a level keeps what its pairs of runs say.
+A by halving, as in `reference/decay_mask.py`: at each level a chunk is pairs of runs of `half` rows, and the scores
+between a right run and its left one are one matrix product, of q_t exp(sum from the right run's start to t) and k_s
+exp(sum after s to the left run's end). A row is in a right or in a left run, so that a level needs one factor per row.
+Here a level is taken of the whole chunk at once, and the mask of a level keeps what its pairs of runs say.
 
 The adjoints, with dA = scale * do v^T, `dq_A` and `dk_A` the gradients of q and k through A (less its diagonal):
 
@@ -22,7 +22,7 @@ The adjoints, with dA = scale * do v^T, `dq_A` and `dk_A` the gradients of q and
 Sums over rows are products with zeros and ones, in bf16 parts of what is summed that together are as exact as it needs:
 tensor cores do them, and no sum is the difference of two others. No exponent is ever positive.
 
-The references are `kernels/reference/linear.py` and `kernels/reference/scores.py`. Halving of a chunk is ours; the
+The references are `kernels/reference/linear.py` and `kernels/reference/decay_mask.py`. Halving of a chunk is ours; the
 change of variables is GLA's (arXiv 2312.06635, section 4).
 """
 

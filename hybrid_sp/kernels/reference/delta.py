@@ -38,7 +38,7 @@ from torch import Tensor
 from ..phases import AffineState, Gradients, Inputs, Options
 from ..pieces import Spans
 from .chunks import Block, Chunks, chunks_of, running_sum
-from .scores import scores
+from .decay_mask import decay_mask
 
 
 class States(NamedTuple):
@@ -60,7 +60,7 @@ class _Tokens:
         self.k, self.beta = block.load(k, heads), block.load(beta, heads).unsqueeze(-1)
         self.b = self.beta * self.k
         g_NC = None if g is None else block.load(g, heads)
-        self.scores = scores(g_NC)
+        self.mask = decay_mask(g_NC)
         self.vector = g_NC is not None and g_NC.ndim == 3
         self._since = self._until = None
         if g_NC is not None:
@@ -156,7 +156,7 @@ class DeltaPhases:
         for block in chunks:
             tokens = _Tokens(block, k, beta, g)
             A_, inverse_, w_, r0_ = (_of(block, x) for x in (A, inverse, w, r0))
-            inverse_.copy_(_inverse(tokens.scores.weights(tokens.k, tokens.b)))
+            inverse_.copy_(_inverse(tokens.mask.scores(tokens.k, tokens.b)))
             torch.bmm(inverse_, tokens.since(tokens.k), out=w_)
             torch.bmm(inverse_, block.load(v, heads), out=r0_)
             b_until = tokens.until(tokens.b)
@@ -187,7 +187,7 @@ class DeltaPhases:
         o_intra = q.new_empty(*beta.shape, r0.shape[-1])
         for block in self.chunks:
             tokens, q_, w_ = _Tokens(block, k, beta, g), block.load(q, beta.shape[2]), _of(block, w)
-            M = tokens.scores.weights(q_, tokens.b)
+            M = tokens.mask.scores(q_, tokens.b)
             block.store(o_intra, M @ _of(block, r0))
             w_.copy_(torch.baddbmm(tokens.since(q_), M, w_, alpha=-1))
         return o_intra, work._replace(r0=None)
@@ -225,9 +225,9 @@ class DeltaPhases:
             do_ = block.load(do, heads) * self.options.scale
             S = _entering(block, states.h, states.D, S_in)
             r = _of(block, states.inverse) @ torch.baddbmm(block.load(v, heads), tokens.since(tokens.k), S, alpha=-1)
-            M = tokens.scores.weights(q_, tokens.b)
+            M = tokens.mask.scores(q_, tokens.b)
             dr = M.mT @ do_
-            dq_, db, dg = tokens.scores.backward(do_ @ r.mT, q_, tokens.b, M)
+            dq_, db, dg = tokens.mask.backward(do_ @ r.mT, q_, tokens.b, M)
             dq_since = tokens.since(do_ @ S.mT)
             block.store(dq, dq_.add_(dq_since))
             blocks.append(OfBlock(S, r, dr, db, dg, dq_since.mul_(q_)))
@@ -263,11 +263,11 @@ class DeltaPhases:
             dr = own.dr.baddbmm_(tokens.until(tokens.b), dS)
             dv_ = _of(block, inverse).mT @ dr
             block.store(dv, dv_)
-            L = tokens.scores.weights(tokens.k, tokens.b)
+            L = tokens.mask.scores(tokens.k, tokens.b)
             dL = -dv_ @ own.r.mT
             dL.diagonal(dim1=1, dim2=2).zero_()
             # 3. Keys as they read, keys as they are written, and decays.
-            dk_, db, dg_ = tokens.scores.backward(dL, tokens.k, tokens.b, L)
+            dk_, db, dg_ = tokens.mask.backward(dL, tokens.k, tokens.b, L)
             dk_since, db_until = tokens.since(dv_ @ own.S.mT), tokens.until(own.r @ dS.mT)
             if dg is not None and dg_ is not None and own.dg is not None:
                 d_since = torch.addcmul(own.d_since, dk_since, tokens.k, value=-1)

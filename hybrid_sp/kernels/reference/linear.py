@@ -31,7 +31,7 @@ from torch import Tensor
 from ..phases import AffineState, Gradients, Inputs, Options
 from ..pieces import Spans, span_decays
 from .chunks import Block, Chunks, chunks_of, running_sum
-from .scores import scores
+from .decay_mask import decay_mask
 
 
 class States(NamedTuple):
@@ -118,10 +118,10 @@ class LinearPhases:
         o = torch.empty_like(x.v)
         for block in self.chunks:
             q_NCK, k_NCK = block.load(x.q, heads), block.load(x.k, heads)
-            weights = scores(_load(block, x.g, heads), x.bonus is not None).weights(q_NCK, k_NCK)
+            scores = decay_mask(_load(block, x.g, heads), x.bonus is not None).scores(q_NCK, k_NCK)
             if x.bonus is not None:
-                weights.diagonal(dim1=1, dim2=2).add_((_over_rows(x.bonus, q_NCK) * q_NCK * k_NCK).sum(-1))
-            block.store(o, weights @ block.load(x.v, heads))
+                scores.diagonal(dim1=1, dim2=2).add_((_over_rows(x.bonus, q_NCK) * q_NCK * k_NCK).sum(-1))
+            block.store(o, scores @ block.load(x.v, heads))
         return o, work
 
     def inter_forward(self, x: Inputs, work: States, o_intra: Tensor, S_in: Tensor | None) -> tuple[Tensor, States]:
@@ -163,18 +163,18 @@ class LinearPhases:
             # 1. The pairs of tokens within a chunk.
             do_NCV = block.load(do, heads) * self.options.scale
             q_NCK, k_NCK, g_NC = block.load(q, heads), block.load(k, heads), _load(block, g, heads)
-            block_scores = scores(g_NC, exclusive)
-            weights = block_scores.weights(q_NCK, k_NCK)
-            d_weights = do_NCV @ block.load(v, heads).mT
-            d_self = d_weights.diagonal(dim1=1, dim2=2).unsqueeze(-1).clone() if exclusive else None
-            dq_NCK, dk_NCK, dg_NC = block_scores.backward(d_weights, q_NCK, k_NCK, weights)
+            mask = decay_mask(g_NC, exclusive)
+            scores = mask.scores(q_NCK, k_NCK)
+            d_scores = do_NCV @ block.load(v, heads).mT
+            d_self = d_scores.diagonal(dim1=1, dim2=2).unsqueeze(-1).clone() if exclusive else None
+            dq_NCK, dk_NCK, dg_NC = mask.backward(d_scores, q_NCK, k_NCK, scores)
             if bonus is not None and d_bonus is not None and d_self is not None:
                 u = _over_rows(bonus, q_NCK)
-                weights.diagonal(dim1=1, dim2=2).add_((u * q_NCK * k_NCK).sum(-1))
+                scores.diagonal(dim1=1, dim2=2).add_((u * q_NCK * k_NCK).sum(-1))
                 dq_NCK.addcmul_(d_self, u * k_NCK)
                 dk_NCK.addcmul_(d_self, u * q_NCK)
                 d_bonus += (d_self * q_NCK * k_NCK).unflatten(0, (-1, heads)).sum((0, 2))
-            block.store(dv, weights.mT @ do_NCV)
+            block.store(dv, scores.mT @ do_NCV)
             # 2. The states that the queries read.
             dq_read = do_NCV @ _entering(block, states.h, before, S_in).mT
             if g_NC is not None and dg is not None and dg_NC is not None:

@@ -42,14 +42,14 @@ FLASH_ATTN = Kernel(flash_attn.forward, flash_attn.backward)
 
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, backend: str) -> tuple[Tensor, Tensor]:
     """o [B,T,H,D] and lse [B,T,H] (fp32, or fp64) of q [B,T,H,D] over k, v [B,S,G,D]; causal needs T = S."""
-    return kernel_of(q, backend).forward(q, k, v, causal, scale)
+    return select_kernel(q, backend).forward(q, k, v, causal, scale)
 
 
 def attend_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, scale: float, backend: str
 ) -> Grads:
     """dq, dk, dv of one block, from the output o, its gradient and the lse of the whole attention."""
-    return kernel_of(q, backend).backward(do, q, k, v, o, lse, causal, scale)
+    return select_kernel(q, backend).backward(do, q, k, v, o, lse, causal, scale)
 
 
 def merge(o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,7 +58,7 @@ def merge(o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor) -> tuple[Tenso
     return o_a * (lse_a - lse).exp().unsqueeze(-1) + o_b * (lse_b - lse).exp().unsqueeze(-1), lse
 
 
-def kernel_of(q: Tensor, backend: str) -> Kernel:
+def select_kernel(q: Tensor, backend: str) -> Kernel:
     """The kernel for tensors such as q by a backend of `softmax_attention`; ImportError if its package is missing."""
     if backend == "flash_attn":
         flash_attn.package(q)

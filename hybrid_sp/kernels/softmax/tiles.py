@@ -1,6 +1,6 @@
 """Attention masks as a list of rectangles and triangles, each of which a fused kernel serves without a mask tensor.
 
-A part is a run of queries over a run of keys: all of them (`full`), those not later than the query's place (`causal`),
+A tile is a run of queries over a run of keys: all of them (`full`), those not later than the query's place (`causal`),
 or those not earlier (`flipped`, a causal square when both runs are read backwards). Parts over disjoint keys are merged
 by their log-sum-exp. A window of W tokens is cut into blocks of W queries, each of which sees its own causal square and
 a flipped triangle of the W-1 keys before it:
@@ -21,7 +21,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 
-class Part(NamedTuple):
+class Tile(NamedTuple):
     """Queries [first, first + queries) over keys [key, key + keys), and again `stride` tokens further on, in all
     `repeats` times. `fresh`: these queries have not seen any keys before."""
 
@@ -43,22 +43,22 @@ class Part(NamedTuple):
         return _runs(x, self.key, self.keys, self.repeats, self.stride)
 
 
-def own(first: int, tokens: int, window: int | None) -> list[Part]:
+def own(first: int, tokens: int, window: int | None) -> list[Tile]:
     """Causal attention of a run of tokens to itself."""
     size = tokens if window is None else min(window, tokens)
     blocks, rest = divmod(tokens, size)
     last = first + blocks * size
-    parts = [Part("causal", first, size, first, size, True, blocks, size)]
+    tiles = [Tile("causal", first, size, first, size, True, blocks, size)]
     if rest:
-        parts.append(Part("causal", last, rest, last, rest, True))
+        tiles.append(Tile("causal", last, rest, last, rest, True))
     if blocks > 1:
-        parts += earlier(first + size, size, first + 1, size - 1, size, blocks - 1)
+        tiles += earlier(first + size, size, first + 1, size - 1, size, blocks - 1)
     if rest:
-        parts += earlier(last, rest, last - size + 1, size - 1, size)
-    return parts
+        tiles += earlier(last, rest, last - size + 1, size - 1, size)
+    return tiles
 
 
-def earlier(first: int, queries: int, key: int, keys: int, window: int | None, repeats: int = 1) -> list[Part]:
+def earlier(first: int, queries: int, key: int, keys: int, window: int | None, repeats: int = 1) -> list[Tile]:
     """Attention of a run of queries to the `keys` tokens just before it, fewer than the window; again one window
     further on, `repeats` times in all."""
     everything = queries if window is None else min(queries, window - 1 - keys)
@@ -69,7 +69,7 @@ def earlier(first: int, queries: int, key: int, keys: int, window: int | None, r
         ("full", first + everything, side, key + side, keys - side),
     ]
     stride = 0 if window is None else window
-    return [Part(*run, repeats=repeats, stride=stride) for run in runs if run[2] and run[4]]
+    return [Tile(*run, repeats=repeats, stride=stride) for run in runs if run[2] and run[4]]
 
 
 def _runs(x: Tensor, first: int, length: int, repeats: int, stride: int) -> Tensor:

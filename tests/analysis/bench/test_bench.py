@@ -169,8 +169,8 @@ def test_a_contender_that_fails_is_noted_and_the_others_go_on() -> None:
 
 def test_the_modelled_exchange_is_the_ledgers_formula() -> None:
     summary = Summary(heads=16, key=128, value=128, transition="scalar")
-    assert overlap_model.received(summary, 8, 2, "forward") == 7 * 2 * 16 * (128 * 128 + 1) * 4
-    assert overlap_model.received(summary, 64, 1, "backward") == 63 * 16 * 128 * 128 * 4
+    assert overlap_model.received(summary, 8, "zigzag")[0] == 7 * 2 * 16 * (128 * 128 + 1) * 4
+    assert overlap_model.received(summary, 64, "contiguous")[1] == 63 * 16 * 128 * 128 * 4
 
 
 @pytest.mark.slow

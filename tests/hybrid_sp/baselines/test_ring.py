@@ -24,7 +24,7 @@ def logged(group: Any, overlap: bool) -> list[str]:
     """Launches of hops by number, visits, and waits, of one call forward and backward."""
     log: list[str] = []
     shift = messages.start_shift
-    visits = {name: getattr(ring, name) for name in ("attend_parts", "attend_parts_backward")}
+    visits = {name: getattr(ring, name) for name in ("attend_tiles", "attend_tiles_backward")}
 
     def launched(x: torch.Tensor, number: int, *args: Any) -> Pending:
         log.append(f"launch {number}")
@@ -85,7 +85,7 @@ def fail_on_the_way(group: Any) -> list[int]:
 
         return run
 
-    places = [(ring, "attend_parts"), (ring, "attend_parts_backward")]
+    places = [(ring, "attend_tiles"), (ring, "attend_tiles_backward")]
     places += [(quadratic, "causal_forward"), (quadratic, "causal_backward")]
     for case in LAYERS[-2:]:
         for module, name in places:

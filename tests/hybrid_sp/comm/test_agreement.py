@@ -46,7 +46,7 @@ DIFFERENCES: dict[str, tuple[str, Any, Any]] = {  # an argument, what rank 1 is 
 }
 
 
-def shard_of(group: Any, **given: Any) -> Shard:
+def default_shard(group: Any, **given: Any) -> Shard:
     sequence = {"length": 24} | {name: given.pop(name) for name in ("length", "cu_seqlens") if name in given}
     return hsp.SequenceParallel(group, **given).shard(**sequence)
 
@@ -60,7 +60,7 @@ def differ(group: Any, cases: list[tuple[str, str]]) -> list[list[str]]:
     said = []
     for how, kind in cases:
         name, *values = DIFFERENCES[how]
-        shard = shard_of(group, **{name: values[groups.rank(group) != 1]})
+        shard = default_shard(group, **{name: values[groups.rank(group) != 1]})
         errors = []
         for _ in range(2):
             with pytest.raises(ValueError, match=r"^sp\.shard: ") as caught:
@@ -92,7 +92,7 @@ def alike(group: Any) -> None:
     first = groups.rank(group) == 0
     bounds = [0, 9, 24] if first else torch.tensor([0, 9, 24])
     overlap = True if first else ("conv", "softmax", "linear")
-    shard = shard_of(group, cu_seqlens=bounds, overlap=overlap)
+    shard = default_shard(group, cu_seqlens=bounds, overlap=overlap)
     for kind in OPERATORS:
         if kind != "not causal":
             compute(kind, shard)
@@ -101,7 +101,7 @@ def alike(group: Any) -> None:
 def refused_here(group: Any, bounds: list[list[Any]]) -> str:
     """What a rank raises, at its shard or at its first operator."""
     with pytest.raises(ValueError) as caught:
-        compute("linear", shard_of(group, cu_seqlens=bounds[groups.rank(group)]))
+        compute("linear", default_shard(group, cu_seqlens=bounds[groups.rank(group)]))
     return str(caught.value)
 
 
@@ -118,7 +118,7 @@ def launched_and_awaited(group: Any) -> None:
     note, rank = torch.zeros(1), groups.rank(group)
     if rank == 1:
         dist.recv(note, src=0)
-    shard = shard_of(group)
+    shard = default_shard(group)
     assert shard.take(torch.arange(24), 0).tolist() == shard.positions.tolist()
     if rank == 0:
         dist.send(note, dst=1)
@@ -154,7 +154,7 @@ def test_shards_unused_used_late_and_in_a_recomputation() -> None:
 def without_cpu(group: Any) -> list[str]:
     """Of a group that sends what lies on a device alone, as NCCL does."""
     device = dist.new_group(backend="cuda:gloo")
-    shards = [shard_of(device, length=length) for length in (24, 24 + dist.get_rank())]
+    shards = [default_shard(device, length=length) for length in (24, 24 + dist.get_rank())]
     shards[0].require_agreement()
     with pytest.raises(ValueError, match="rank 0: length=24; rank 1: length=25"):
         shards[1].require_agreement()
@@ -173,7 +173,7 @@ def never_comes(group: Any) -> None:
     gather = collectives._all_gather_single
     collectives._all_gather_single = lambda *_, **__: Late()
     try:
-        shard = shard_of(group)
+        shard = default_shard(group)
     finally:
         collectives._all_gather_single = gather
     words = rf"rank {dist.get_rank()} failed in: .* sp.shard \(length=24\), which every rank .*: timed out"
@@ -195,7 +195,7 @@ def count_texts(group: Any, check: Any) -> tuple[int, int]:
 
     collectives.start_texts = counted
     try:
-        shard = shard_of(group, check=check)
+        shard = default_shard(group, check=check)
         at_shard = made[0]
         compute("conv", shard).sum().backward()
     finally:
@@ -224,5 +224,5 @@ def long_documents(group: Any) -> None:
     with pytest.raises(
         ValueError, match=r"rank 0: cu_seqlens=\(0, 1, 2.* \.\.\. .* 5000\) \(crc32 .*\); rank 1:"
     ) as caught:
-        compute("shift", shard_of(group, length=5000, cu_seqlens=bounds))
+        compute("shift", default_shard(group, length=5000, cu_seqlens=bounds))
     assert len(str(caught.value)) < 600

@@ -11,7 +11,7 @@ from torch import Tensor
 import hybrid_sp as hsp
 from hybrid_sp.comm import groups
 from hybrid_sp.exchange import visible as masks
-from hybrid_sp.kernels.softmax.tiles import Part
+from hybrid_sp.kernels.softmax.tiles import Tile
 from tests.hybrid_sp.cases import LENGTH, LONG_DOCUMENTS, SHORT_DOCUMENTS
 
 MASKS = [(True, None), (False, None), (True, 1), (True, 2), (True, 16), (True, 50), (True, 200)]
@@ -31,7 +31,7 @@ def visible(causal: bool, window: int | None, documents: tuple[int, ...] | None)
     return seen.int()
 
 
-def pairs(part: Part) -> Tensor:
+def pairs(part: Tile) -> Tensor:
     """Pairs of a query and a key, as they are numbered in the part, [pairs, 2]."""
     i, j = torch.arange(part.queries)[:, None], torch.arange(part.keys)
     seen = {"full": i >= 0, "causal": j <= i, "flipped": j >= i}[part.kind].expand(part.queries, part.keys).nonzero()
@@ -44,10 +44,10 @@ def check_parts(sp: hsp.SequenceParallel, rank: int) -> None:
         shard = sp.shard(LENGTH, documents)
         tokens = [torch.cat([torch.arange(*span) for span in shard.spans_at(r)]) for r in range(sp.size)]
         mine = tokens[rank]
-        own = masks.own_parts(shard, causal, window, len(mine))
+        own = masks.own_tiles(shard, causal, window, len(mine))
         want = visible(causal, window, documents)[mine]
         got = torch.zeros_like(want)
-        for keys, todo in ((mine, own), *zip(tokens, masks.parts_by_rank(shard, causal, window), strict=True)):
+        for keys, todo in ((mine, own), *zip(tokens, masks.tiles_by_rank(shard, causal, window), strict=True)):
             for part in todo:
                 i, j = pairs(part).unbind(1)
                 got.index_put_((i, keys[j]), torch.ones_like(i, dtype=got.dtype), accumulate=True)

@@ -184,7 +184,7 @@ def call(**changed: Any) -> torch.Tensor:
 
 
 def test_a_missing_package_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(delta, "backend_of", lambda *_: "fla")
+    monkeypatch.setattr(delta, "select_backend", lambda *_: "fla")
     monkeypatch.setattr(adapter, "PASSES", {"chunk_fwd_o": "no_such_package.ops:chunk_fwd_o"})
     adapter.passes.cache_clear()
     try:

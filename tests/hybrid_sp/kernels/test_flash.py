@@ -208,7 +208,7 @@ def test_blocks(there: Callable[..., Stand], name: str, dim: int) -> None:
     stand = there(CHIPS[name], VERSIONS)
     x = leaves(19, 11, dim)
     do = torch.randn(x[0].shape, dtype=torch.float64)
-    kernel = kernels.kernel_of(x[0], "flash_attn")
+    kernel = kernels.select_kernel(x[0], "flash_attn")
     for form in (lambda y: y, awkward):
         compare(in_two_blocks(kernel, [form(y) for y in x], form(do)), truth(x, do), 1e-12)
     assert set(stand.called) == set(list(FACTS.values())[name == "flash-attn-4"])

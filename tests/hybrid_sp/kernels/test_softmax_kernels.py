@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hybrid_sp.kernels.softmax import aten, formula, layout
 from hybrid_sp.kernels.softmax import attend as softmax
-from hybrid_sp.kernels.softmax.attend import Kernel, kernel_of, merge
+from hybrid_sp.kernels.softmax.attend import Kernel, merge, select_kernel
 from tests.support.oracle import assert_close
 
 SCALE = 0.3
@@ -220,12 +220,12 @@ def test_cuda_kernels_on_fake_tensors(dtype: torch.dtype, dim: int, kernel: str)
     with FakeTensorMode(), Called() as called:
         q, do = (torch.empty(2, 37, 4, dim, device="cuda", dtype=dtype) for _ in range(2))
         k, v = (torch.empty(2, 37, 2, dim, device="cuda", dtype=dtype) for _ in range(2))
-        used = kernel_of(q, "torch")
+        used = select_kernel(q, "torch")
         o, lse = used.forward(q, k, v, True, SCALE)
         assert (o.shape, o.dtype) == (q.shape, dtype) and (lse.shape, lse.dtype) == (q.shape[:3], torch.float32)
         for grad, x in zip(used.backward(do, q, k, v, o, lse, True, SCALE), (q, k, v), strict=True):
             assert (grad.shape, grad.dtype, grad.device) == (x.shape, dtype, x.device)
-        assert kernel_of(q.double(), "torch") is softmax.PLAIN
+        assert select_kernel(q.double(), "torch") is softmax.PLAIN
     assert called.names == [kernel, f"{kernel}_backward"]
 
 

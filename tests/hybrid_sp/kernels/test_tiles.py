@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybrid_sp.kernels.softmax import tiles as parts
-from hybrid_sp.kernels.softmax.tiles import Part
+from hybrid_sp.kernels.softmax import tiles
+from hybrid_sp.kernels.softmax.tiles import Tile
 
 
-def mask_of(todo: list[Part], queries: int, keys: int) -> Tensor:
+def plan_mask(todo: list[Tile], queries: int, keys: int) -> Tensor:
     """How often each query [rows] sees each key [columns]; marked through the same views that the attention reads."""
     seen = torch.zeros(queries, keys, dtype=torch.int64)
     names = [torch.arange(n)[None, :, None] for n in (queries, keys)]
@@ -29,11 +29,11 @@ def mask_of(todo: list[Part], queries: int, keys: int) -> Tensor:
 @pytest.mark.parametrize("window", [None, 1, 2, 3, 5, 8, 21, 40])
 def test_own_tokens(window: int | None) -> None:
     for tokens in range(1, 22):
-        todo = parts.own(2, tokens, window)
+        todo = tiles.own(2, tokens, window)
         away = torch.arange(tokens)[:, None] - torch.arange(tokens)[None, :]
         want = torch.zeros(tokens + 2, tokens + 2, dtype=torch.int64)
         want[2:, 2:] = (away >= 0) & (away < (window or tokens))
-        assert torch.equal(mask_of(todo, tokens + 2, tokens + 2), want)
+        assert torch.equal(plan_mask(todo, tokens + 2, tokens + 2), want)
         first = torch.cat([part.of_queries(torch.arange(tokens + 2)[None]).flatten() for part in todo if part.fresh])
         assert first.tolist() == list(range(2, tokens + 2))  # each query has one part that begins its output
 
@@ -42,14 +42,14 @@ def test_own_tokens(window: int | None) -> None:
 def test_tokens_before(window: int | None) -> None:
     for queries in range(1, 11):
         for keys in range(min(9, window or 9)):
-            todo = parts.earlier(1, queries, 3, keys, window)
+            todo = tiles.earlier(1, queries, 3, keys, window)
             away = torch.arange(queries)[:, None] - torch.arange(-keys, 0)[None, :]
             want = torch.zeros(queries + 1, keys + 3, dtype=torch.int64)
             want[1:, 3:] = away < (window or queries + keys)
-            assert torch.equal(mask_of(todo, queries + 1, keys + 3), want)
+            assert torch.equal(plan_mask(todo, queries + 1, keys + 3), want)
             assert len(todo) <= 3 and not any(part.fresh for part in todo)
 
 
 def test_the_number_of_kernel_calls_does_not_grow_with_the_tokens() -> None:
-    assert len(parts.own(0, 16, 8)) == 2 and len(parts.own(0, 8000, 8)) == 2
-    assert len(parts.own(0, 8003, 8)) == 5
+    assert len(tiles.own(0, 16, 8)) == 2 and len(tiles.own(0, 8000, 8)) == 2
+    assert len(tiles.own(0, 8003, 8)) == 5

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hybrid_sp.kernels.phases import Inputs, Options
 from hybrid_sp.kernels.pieces import Spans
-from hybrid_sp.kernels.reference import scores
+from hybrid_sp.kernels.reference.decay_mask import decay_mask
 from hybrid_sp.kernels.reference.linear import LinearPhases
 from tests.support.interpreter import mend
 from tests.support.oracle import assert_close
@@ -231,4 +231,4 @@ def test_the_same_as_the_torch_kernels(bonus: bool) -> None:
 def test_scores_of_one_chunk_are_those_of_the_reference() -> None:
     case = Case(8, segment(Spans((32,)), 1, 32, CPU), heads=1, decays="spikes")
     q, k, g = (x[0].transpose(0, 1).double() for x in (case.q, case.k, case.g))
-    assert_close("A", case.forward()["A"][0].transpose(0, 1), scores.scores(g).weights(q, k), 1e-6)
+    assert_close("A", case.forward()["A"][0].transpose(0, 1), decay_mask(g).scores(q, k), 1e-6)

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import hybrid_sp as hsp
 from hybrid_sp.comm import collectives
 from hybrid_sp.comm.pending import Pending
-from hybrid_sp.kernels.softmax import tiled as masked
+from hybrid_sp.kernels.softmax import tiled
 from hybrid_sp.ops import softmax_attention as softmax
 from tests.hybrid_sp.cases import LONG_DOCUMENTS, SHORT_DOCUMENTS, Case, truth
 from tests.hybrid_sp.ops.test_parity import (
@@ -106,7 +106,7 @@ def few(group: Any, heads: int | None, keep: bool, *, length: int = 30, key_head
 def noted(log: list[str]) -> Iterator[None]:
     """Launches and waits of collectives, and attention to own keys and to those of others."""
     before = {(collectives, name): getattr(collectives, name) for name in ("start_all_gather", "start_reduce_scatter")}
-    before |= {(softmax, name): getattr(softmax, name) for name in ("attend_parts", "attend_parts_backward")}
+    before |= {(softmax, name): getattr(softmax, name) for name in ("attend_tiles", "attend_tiles_backward")}
 
     def collective(start: Callable[..., Pending], name: str) -> Callable[..., Pending]:
         def started(x: Tensor, group: Any, header: Any) -> Pending:
@@ -250,19 +250,19 @@ def test_gradients_that_nobody_needs_do_not_travel() -> None:
 def fail(group: Any, keep: bool, name: str, at: int) -> int:
     """The kernel fails the at-th time: what is left in flight, after which the group still pairs up."""
     shard, x = few(group, 1, keep, check="calls")
-    kernel, calls = getattr(masked, name), itertools.count(1)
+    kernel, calls = getattr(tiled, name), itertools.count(1)
 
     def broken(*args: Any) -> Any:
         if next(calls) == at:
             raise ArithmeticError("in the middle")
         return kernel(*args)
 
-    setattr(masked, name, broken)
+    setattr(tiled, name, broken)
     try:
         with counted() as made, pytest.raises(ArithmeticError):
             hsp.softmax_attention(*x, shard=shard, causal=False).sum().backward()
     finally:
-        setattr(masked, name, kernel)
+        setattr(tiled, name, kernel)
     hsp.softmax_attention(*x, shard=shard).sum().backward()
     assert made
     return in_flight(made)
@@ -279,7 +279,7 @@ def checkpointed(group: Any, heads: int, keep: bool) -> list[int]:
     """Collectives of two layers without checkpoint, with a plain one, and with records; the kernel's calls with
     records beside those without. The gradients are the same."""
     shard, x = few(group, heads, keep, check="calls")
-    kernel, calls = masked.attend, itertools.count()
+    kernel, calls = tiled.attend, itertools.count()
 
     def attend(*args: Any) -> Any:
         next(calls)
@@ -299,13 +299,13 @@ def checkpointed(group: Any, heads: int, keep: bool) -> list[int]:
             grads = torch.autograd.grad(out.sum(), [h, *x])
         return [book.calls, next(calls) - before - 1], list(grads)
 
-    masked.attend = attend
+    tiled.attend = attend
     try:
         plain = run()
         runs = [run(early_stop=False), run(context_fn=hsp.checkpoint_contexts), run(early_stop=True)]
         runs.append(run(context_fn=hsp.checkpoint_contexts, early_stop=False))
     finally:
-        masked.attend = kernel
+        tiled.attend = kernel
     for _, grads in runs:
         assert all(torch.equal(a, b) for a, b in zip(grads, plain[1], strict=True))
     assert runs[1][0] == runs[3][0]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import hybrid_sp as hsp
 from hybrid_sp.baselines import left_product as quadratic
-from hybrid_sp.checks import FLOORS, floored
+from hybrid_sp.checks import FLOORS, floor_decays
 from hybrid_sp.comm import groups
 from hybrid_sp.kernels.reference import chunks
 from tests.hybrid_sp.cases import Case, measured, truth
@@ -141,7 +141,7 @@ def test_nan_is_handed_on(operator: str) -> None:
 
 def test_no_value_is_looked_at_on_a_device() -> None:
     """Which has the host wait. A meta tensor has none."""
-    g = floored("linear_attention", torch.empty(1, 6, 2, device="meta"), torch.float32)
+    g = floor_decays("linear_attention", torch.empty(1, 6, 2, device="meta"), torch.float32)
     assert g is not None and g.device.type == "meta"
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 import hybrid_sp as hsp
 from hybrid_sp.comm import collectives
 from hybrid_sp.comm.pending import Pending
-from hybrid_sp.kernels.softmax import tiles as parts
+from hybrid_sp.kernels.softmax import tiles
 from hybrid_sp.ops import softmax_attention as softmax
 from tests.hybrid_sp.cases import Case, truth
 from tests.hybrid_sp.ops.test_parity import LAYOUTS, check_cases
@@ -148,7 +148,7 @@ def logged(group: Any, overlap: bool) -> list[str]:
     shard = hsp.SequenceParallel(group, overlap=overlap).shard(24)
     try:
         collectives.start_all_to_all = launched
-        for name in ("attend_parts", "attend_parts_backward"):
+        for name in ("attend_tiles", "attend_tiles_backward"):
             own[name] = getattr(softmax, name)
             setattr(softmax, name, noted(name))
         case.call(leaves_of(case, shard), shard)[0].sum().backward()
@@ -160,8 +160,8 @@ def logged(group: Any, overlap: bool) -> list[str]:
 
 
 def test_own_keys_are_attended_to_while_the_others_are_in_flight() -> None:
-    own, others = ["attend_parts own"], ["attend_parts others"]
-    d_own, d_others = ["attend_parts_backward own"], ["attend_parts_backward others"]
+    own, others = ["attend_tiles own"], ["attend_tiles others"]
+    d_own, d_others = ["attend_tiles_backward own"], ["attend_tiles_backward others"]
     assert run_ranks(logged, 2, True)[1] == [
         *("launch forward", *own, "wait forward", *others),
         *(*d_others, "launch backward", *d_own, "wait backward"),
@@ -200,7 +200,7 @@ def test_the_work_of_a_window_grows_with_the_tokens_alone() -> None:
     """Pairs of a query and a key that the kernels are given."""
 
     def pairs(tokens: int) -> int:
-        return sum(part.repeats * part.queries * part.keys for part in parts.own(0, tokens, 16))
+        return sum(part.repeats * part.queries * part.keys for part in tiles.own(0, tokens, 16))
 
     assert pairs(1600) < 2 * 16 * 1600 and pairs(16000) < 10.1 * pairs(1600)
 

@@ -1,7 +1,7 @@
 """How much a token reads of those of its chunk: q_t . exp(sums of log decays between s and t) k_s, and the adjoint.
 
-    weights[t, s] = q_t . exp(g_(s+1) + ... + g_t) k_s          s <= t
-    weights[t, s] = q_t . exp(g_(s+1) + ... + g_(t-1)) k_s      s < t, exclusive: token t reads the state before it
+    scores[t, s] = q_t . exp(g_(s+1) + ... + g_t) k_s          s <= t
+    scores[t, s] = q_t . exp(g_(s+1) + ... + g_(t-1)) k_s      s < t, exclusive: token t reads the state before it
 
 and 0 elsewhere. Only sums of g over runs of tokens are exponentiated, so no exponent is ever positive.
 """
@@ -15,38 +15,36 @@ from torch import Tensor
 from .chunks import running_sum, triangle
 
 
-def scores(g: Tensor | None, exclusive: bool = False) -> Scores:
+def decay_mask(g: Tensor | None, exclusive: bool = False) -> DecayMask:
     """The scores of N chunks under the log decays None, [N, C] or [N, C, K]. One object serves several pairs q, k."""
-    return VectorScores(g, exclusive) if g is not None and g.ndim == 3 else ScalarScores(g, exclusive)
+    return VectorDecayMask(g, exclusive) if g is not None and g.ndim == 3 else ScalarDecayMask(g, exclusive)
 
 
-class ScalarScores:
+class ScalarDecayMask:
     """Under no decay or one decay per head: (q k^T) * exp(sums of g between s and t)."""
 
     def __init__(self, g: Tensor | None, exclusive: bool) -> None:
         self.exclusive = exclusive
         self.decay = None if g is None else between(g, exclusive).exp_()
 
-    def weights(self, q: Tensor, k: Tensor) -> Tensor:
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
         """[N, C, C] of q and k [N, C, K]."""
-        weights = q @ k.mT
-        return weights.tril_(-1 if self.exclusive else 0) if self.decay is None else weights.mul_(self.decay)
+        scores = q @ k.mT
+        return scores.tril_(-1 if self.exclusive else 0) if self.decay is None else scores.mul_(self.decay)
 
-    def backward(
-        self, d_weights: Tensor, q: Tensor, k: Tensor, weights: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """dq, dk, dg; writes over d_weights."""
+    def backward(self, d_scores: Tensor, q: Tensor, k: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """dq, dk, dg; writes over d_scores."""
         dg = None
         if self.decay is None:
-            d_weights.tril_(-1 if self.exclusive else 0)
+            d_scores.tril_(-1 if self.exclusive else 0)
         else:
-            moved = (d_weights * weights).tril_(-1)
+            moved = (d_scores * scores).tril_(-1)
             dg = _between_backward(moved.sum(2), moved.sum(1), self.exclusive)
-            d_weights.mul_(self.decay)
-        return d_weights @ k, d_weights.mT @ q, dg
+            d_scores.mul_(self.decay)
+        return d_scores @ k, d_scores.mT @ q, dg
 
 
-class VectorScores:
+class VectorDecayMask:
     """Under a decay per key channel, by halving: a chunk is two halves with a rectangle between them, and each half is
     two quarters, and so on. In a rectangle every pair (s, t) is parted by the middle m, so its decay is
     exp(sum over (s, m]) * exp(sum over (m, t]) with both exponents at most 0, and the rectangle is one matrix product.
@@ -65,31 +63,31 @@ class VectorScores:
             right += total[:, :, -1:]
             half *= 2
 
-    def weights(self, q: Tensor, k: Tensor) -> Tensor:
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
         """[N, C, C] of q and k [N, C, K]."""
-        weights = q.new_zeros(*q.shape[:2], q.shape[1]) if self.exclusive else torch.diag_embed((q * k).sum(-1))
+        scores = q.new_zeros(*q.shape[:2], q.shape[1]) if self.exclusive else torch.diag_embed((q * k).sum(-1))
         for half, right, left in self.levels:
             q_right, k_left = _halves(q, half)[1] * right, _halves(k, half)[0] * left
-            _rectangles(weights, half).copy_(q_right @ k_left.mT)
-        return weights
+            _rectangles(scores, half).copy_(q_right @ k_left.mT)
+        return scores
 
-    def backward(self, d_weights: Tensor, q: Tensor, k: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, d_scores: Tensor, q: Tensor, k: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dg."""
         dq, dk = torch.zeros_like(q), torch.zeros_like(k)
         for half, right, left in self.levels:
-            d_rectangle = _rectangles(d_weights, half)
+            d_rectangle = _rectangles(d_scores, half)
             q_right, k_left = _halves(q, half)[1] * right, _halves(k, half)[0] * left
             _halves(dq, half)[1].addcmul_(d_rectangle @ k_left, right)
             _halves(dk, half)[0].addcmul_(d_rectangle.mT @ q_right, left)
         dg = _between_backward(q * dq, k * dk, self.exclusive)
         if not self.exclusive:
-            diagonal = d_weights.diagonal(dim1=1, dim2=2).unsqueeze(-1)
+            diagonal = d_scores.diagonal(dim1=1, dim2=2).unsqueeze(-1)
             dq.addcmul_(diagonal, k)
             dk.addcmul_(diagonal, q)
         return dq, dk, dg
 
 
-Scores = ScalarScores | VectorScores
+DecayMask = ScalarDecayMask | VectorDecayMask
 
 
 def between(g_NC: Tensor, exclusive: bool = False) -> Tensor:
