@@ -16,7 +16,7 @@ import pytest
 from tests.support.pages import ROOMS, ROOT, Block, blocks, links, pages
 from tests.test_prose import LONGEST, long_sentences
 
-COMING = {"layers/README.md", "recipes/README.md", "analysis/README.md"}  # may be missing until they are written
+COMING = {"layers/README.md", "recipes/README.md"}  # may be missing until they are written
 PYTHON = {f"{block.page}:{block.line}": block for page in pages() for block in blocks(page, "python")}
 
 
