@@ -41,7 +41,7 @@ ablation: $(READY) ## loss against the share of softmax blocks: 11 runs on 2 pro
 kernels: $(READY) ## compile every kernel for sm_80, sm_90 and sm_100, without a GPU: half an hour; ARGS="--grid main" for minutes
 	$(BIN)/python -m tests.hybrid_sp.kernels.aot --out analysis/results/kernels/aot.md $(ARGS)
 
-bench: $(READY) ## the speed tables of the README; ARGS=linear for one of them
+bench: $(READY) ## the measurements of analysis/README.md; ARGS=linear for one of them
 	$(BIN)/python -m analysis.bench $(ARGS)
 
 # On a machine with a GPU, which may have no package index: PYTHON itself, no virtual environment. 8 processes if pytest-xdist is there,

@@ -32,8 +32,8 @@ def with_short_ids(ids: set[str]) -> set[str]:
 
 
 def promises() -> dict[str, list[str]]:
-    """The rows of the README's table of promises, with the tests that they name."""
-    _, _, section = (ROOT / "README.md").read_text().partition("\n## What is promised")
+    """The rows of the engine page's table of promises, with the tests that they name."""
+    _, _, section = (ROOT / "hybrid_sp/README.md").read_text().partition("\n## What is promised")
     table = section.partition("\n\n|")[2].partition("\n\n")[0]
     return {
         row: [f"tests/{test}" for test in re.findall(r"`([\w/]+\.py::\w+)`", row)] for row in table.splitlines()[2:]

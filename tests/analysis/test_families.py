@@ -75,7 +75,7 @@ def test_the_kept_table_is_that_of_the_kept_runs_and_the_readme_has_its_numbers(
     table = families.table(group_runs(runs))
     assert (KEPT / "families.md").read_text() == families.as_text(table)
     parameters = {(run.linear, run.softmax): f"{run.parameters:,}" for run in runs}
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "layers/README.md").read_text()
     for _, mixer, count, state, convolution, pure, hybrid, softmax in table.rows:
         share = Fraction(mixer == "softmax")
         assert count == parameters[None if share else mixer, share], "as the training has counted"
