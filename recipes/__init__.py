@@ -1,1 +1,1 @@
-"""The programs, which are train, sweep and generate, and the recipe files that they read."""
+"""The programs train, sweep and generate, with the recipe files that they read."""

@@ -1,12 +1,18 @@
-"""Checkpoints that are whole or not there, written by torch.distributed.checkpoint.
+"""Save checkpoints that are complete or absent, with torch.distributed.checkpoint.
 
-A save goes: shards into a temporary folder, a manifest with the format and the SHA-256 of every file, rename to
-``step-00000100``, the pointer ``latest``, removal of the oldest. A process may die between any two of these; what a
-reader takes is the newest folder whose manifest holds. (torch.distributed.checkpoint alone loads a flipped bit without
-a word.)
+A save has five steps:
 
-Reading a checkpoint runs no code of whoever made it, manifest included: it holds tensors alone, which torch reads with
-``weights_only``, and its ``.metadata``, a pickle, may name no more than the types that describe tensors.
+1. Write the shards into a temporary folder.
+2. Write a manifest with the format and the SHA-256 of every file.
+3. Rename the folder to ``step-00000100``.
+4. Write the pointer ``latest``.
+5. Remove the oldest checkpoints.
+
+A process may die between any two of these. A reader takes the newest folder whose manifest is correct.
+(torch.distributed.checkpoint alone loads a flipped bit without an error.)
+
+Reading a checkpoint runs no code of its author. It holds only tensors, which torch reads with ``weights_only``. Its
+``.metadata``, a pickle, may name only the types that describe tensors.
 """
 
 from __future__ import annotations
@@ -30,12 +36,13 @@ from torch.distributed.checkpoint import metadata as described
 from torch.distributed.checkpoint.api import CheckpointException
 
 from hybrid_sp.comm import collectives, groups
-from recipes.config import FORMAT, RecipeError, check_format
+from recipes.config import FORMAT, RecipeError, check_format, first_line
+from recipes.record import replace_file
 
 MANIFEST = "manifest.json"
 METADATA = ".metadata"
-TYPES: dict[tuple[str, str], Any] = {  # all that a .metadata may name, besides dtypes
-    **{(one.__module__, one.__name__): one for one in (
+TYPES: dict[tuple[str, str], Any] = {  # a .metadata may name these and dtypes
+    **{(named.__module__, named.__name__): named for named in (
         described.Metadata, described.MetadataIndex, described.StorageMeta, described.TensorStorageMetadata,
         described.TensorProperties, described.ChunkStorageMetadata, described._MEM_FORMAT_ENCODING,
         filesystem._StorageInfo, torch.serialization._get_layout,
@@ -45,33 +52,33 @@ TYPES: dict[tuple[str, str], Any] = {  # all that a .metadata may name, besides 
 }  # fmt: skip
 ROOM = 1 << 20  # bytes: a disk with less is full
 Result = TypeVar("Result")
-State = dict[str, dict[str, torch.Tensor]]  # section -> name -> tensor; the tensors are read into in place
+State = dict[str, dict[str, torch.Tensor]]  # section -> name -> tensor; reading fills the tensors in place
 
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """The newest sound checkpoint of a folder, if any, and what was wrong with newer ones."""
+    """Hold the newest sound checkpoint of a folder, if any, and the faults of newer ones."""
 
     path: Path | None
     complaints: list[str]
 
 
 def save(folder: Path, step: int, state: State, keep: int, group: collectives.Group) -> Path:
-    """Writes ``folder/step-...`` from all ranks of ``group`` and keeps the newest ``keep`` checkpoints.
+    """Write ``folder/step-...`` from all ranks of ``group`` and keep the newest ``keep`` checkpoints.
 
-    Every rank calls it with its own state: what stands under one name must be equal on all ranks, so what differs
-    (random states) needs a name that says the rank. If any rank fails, every rank raises, OSError for files that cannot
-    be written; the checkpoints before are untouched.
+    Every rank calls it with its own state. A tensor must be equal on all ranks, or have a name with the rank in it, as
+    random states do. If any rank fails, every rank raises; the error is OSError if a file cannot be written. Earlier
+    checkpoints stay untouched.
     """
     final, temporary = folder / f"step-{step:08d}", folder / f".saving-step-{step:08d}"
     try:
         on_first_rank(lambda: _make_empty(temporary), group)
         dcp.save(state, storage_writer=dcp.FileSystemWriter(temporary), process_group=group)
         on_first_rank(lambda: _complete(temporary, final, keep), group)
-    except (OSError, CheckpointException) as error:  # the second, a BaseException, is raised on every rank
+    except (OSError, CheckpointException) as error:  # the second is a BaseException, raised on every rank
         failures = error.failures if isinstance(error, CheckpointException) else {0: (error, None)}
         rank, (cause, _) = min(failures.items(), key=lambda failure: failure[0])
-        # On a full disk torch's archives say "unexpected pos".
+        # On a full disk torch's archives report only "unexpected pos".
         if not isinstance(cause, OSError) and shutil.disk_usage(folder).free < ROOM:
             cause = OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {cause}")
         raise OSError(f"checkpoint of step {step} was not written (rank {rank}): {cause}") from error
@@ -79,17 +86,17 @@ def save(folder: Path, step: int, state: State, keep: int, group: collectives.Gr
 
 
 def find(folder: Path, group: collectives.Group) -> Found:
-    """The newest checkpoint that passes its manifest, the same on every rank.
+    """Find the newest checkpoint that passes its manifest, the same on every rank.
 
-    Leftovers of saves that died are removed; folders that fail are renamed to ``corrupt-step-...`` and named.
+    Remove leftovers of interrupted saves; rename every folder that fails to ``corrupt-step-...`` and report it.
     """
     return on_first_rank(lambda: _find(folder), group)
 
 
 def load(path: Path, state: State, group: collectives.Group) -> None:
-    """Reads a checkpoint into the tensors of ``state``; random states that it lacks (it had fewer ranks) stay.
+    """Read a checkpoint into the tensors of ``state``; a checkpoint of fewer ranks leaves other random states alone.
 
-    Raises RecipeError on every rank if a name is missing, a shape differs or anything in it is not a tensor.
+    Raise RecipeError on every rank if a name is missing, a shape differs or anything in it is not a tensor.
     """
     reader = _Reader(path, on_first_rank(lambda: _metadata(path), group))
     stored = reader.metadata.state_dict_metadata
@@ -98,18 +105,18 @@ def load(path: Path, state: State, group: collectives.Group) -> None:
 
 
 def load_weights(folder: Path, weights: dict[str, torch.Tensor]) -> Path:
-    """Reads the model of the newest sound checkpoint into ``weights``, in one process; the folder stays as it is."""
+    """Read the model of the newest sound checkpoint into ``weights``, in one process, and change no file."""
     for path in _newest_first(folder):
         if _fault(path) is None:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it should be here
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # intended here
                 _read(_Reader(path, _metadata(path)), {"model": weights}, no_dist=True)
             return path
     raise FileNotFoundError(f"{folder} holds no sound checkpoint; train the run first")
 
 
 class _Reader(dcp.FileSystemReader):
-    """Torch's, of metadata that was read before: its own way to read it runs the code in it."""
+    """Read files as torch does, with metadata that is already loaded; torch itself would run the code in it."""
 
     def __init__(self, path: Path, metadata: described.Metadata) -> None:
         super().__init__(path)
@@ -130,19 +137,19 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _metadata(path: Path) -> described.Metadata:
-    """What a checkpoint says of its tensors. Raises RecipeError if it says anything else."""
+    """Read the description of a checkpoint's tensors; raise RecipeError if it describes anything else."""
     try:
         with (path / METADATA).open("rb") as file:
             metadata: described.Metadata = _Unpickler(file).load()
         if not (
             isinstance(metadata, described.Metadata)
-            and all(isinstance(one, described.TensorStorageMetadata) for one in metadata.state_dict_metadata.values())
-            and all(Path(one.relative_path).name == one.relative_path for one in metadata.storage_data.values())
+            and all(isinstance(d, described.TensorStorageMetadata) for d in metadata.state_dict_metadata.values())
+            and all(Path(file.relative_path).name == file.relative_path for file in metadata.storage_data.values())
         ):
             raise pickle.UnpicklingError("it describes more than tensors in this folder")
-    except Exception as error:  # what a broken pickle raises may be of any kind
+    except Exception as error:  # a broken pickle can raise any exception
         raise RecipeError(
-            f"checkpoint {path}: {METADATA} is refused: {_first_line(error)}; take a checkpoint that you trust"
+            f"checkpoint {path}: {METADATA} is refused: {first_line(error)}; take a checkpoint that you trust"
         ) from error
     return metadata
 
@@ -152,30 +159,26 @@ def _read(reader: _Reader, state: dict[str, Any], **where: Any) -> None:
         dcp.load(state, storage_reader=reader, **where)
     except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
-        reason = f"does not fit this run: {_first_line(cause)}"
+        reason = f"does not fit this run: {first_line(cause)}"
         if isinstance(cause, pickle.UnpicklingError):
             reason = "is refused: a file of it holds more than tensors; take a checkpoint that you trust"
         raise RecipeError(f"checkpoint {reader.path} {reason}") from error
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def random_state(rank: int) -> dict[str, torch.Tensor]:
-    """This rank's random states under names of its own."""
+    """Return the random states of this rank, under names with the rank in them."""
     state = {f"cpu-{rank}": torch.get_rng_state()}
     return state | ({f"cuda-{rank}": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {})
 
 
 def set_random_state(state: dict[str, torch.Tensor]) -> None:
-    """Restores what `random_state` returned."""
+    """Restore the result of `random_state`."""
     for name, value in state.items():
         (torch.cuda.set_rng_state if name.startswith("cuda") else torch.set_rng_state)(value)
 
 
 def on_first_rank(action: Callable[[], Result], group: collectives.Group) -> Result:
-    """Runs ``action`` on the group's first rank and returns its result, or raises its exception, on every rank."""
+    """Run ``action`` on the group's first rank; return its result, or raise its exception, on every rank."""
     result: Any = None
     failure: Exception | None = None
     if groups.rank(group) == 0:
@@ -200,7 +203,7 @@ def _complete(temporary: Path, final: Path, keep: int) -> None:
     _sync(final.parent)
     _point(final.parent / "latest", final.name)
     for path in _newest_first(final.parent)[keep:]:
-        doomed = path.with_name(f".removing-{path.name}")  # so that no half of a checkpoint has a checkpoint's name
+        doomed = path.with_name(f".removing-{path.name}")  # a partly removed checkpoint must not have a valid name
         os.rename(path, doomed)
         shutil.rmtree(doomed)
 
@@ -208,14 +211,12 @@ def _complete(temporary: Path, final: Path, keep: int) -> None:
 def _write_manifest(folder: Path) -> None:
     files = {path.name: {"bytes": path.stat().st_size, "sha256": _hash(path)} for path in sorted(folder.iterdir())}
     content = {"format": FORMAT, "files": files}
-    _write_synced(folder / MANIFEST, json.dumps({**content, "sha256": _seal(content)}, indent=1))
+    replace_file(folder / MANIFEST, json.dumps({**content, "sha256": _seal(content)}, indent=1))
     _sync(folder)
 
 
 def _point(pointer: Path, name: str) -> None:
-    temporary = pointer.with_name(".latest")
-    _write_synced(temporary, name + "\n")
-    os.replace(temporary, pointer)
+    replace_file(pointer, name + "\n")
     _sync(pointer.parent)
 
 
@@ -226,7 +227,7 @@ def _find(folder: Path) -> Found:
     for path in _newest_first(folder):
         fault = _fault(path)
         if fault is None:
-            _point(folder / "latest", path.name)  # a save may have died before this, or what it named be corrupt
+            _point(folder / "latest", path.name)  # a dead save, or a corrupt checkpoint, leaves it wrong
             return Found(path=path, complaints=complaints)
         aside = path.with_name(f"corrupt-{path.name}")
         shutil.rmtree(aside, ignore_errors=True)
@@ -236,7 +237,7 @@ def _find(folder: Path) -> Found:
 
 
 def _fault(path: Path) -> str | None:
-    """Says what is wrong with a checkpoint, or None; raises RecipeError if it is sound and of another format."""
+    """Describe the fault of a checkpoint, or return None; raise RecipeError for a sound one of another format."""
     try:
         content = json.loads((path / MANIFEST).read_text())
         if content["sha256"] != _seal(content):
@@ -256,11 +257,7 @@ def _fault(path: Path) -> str | None:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-????????"), key=_step, reverse=True)
-
-
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
+    return sorted(folder.glob("step-" + 8 * "[0-9]"), reverse=True)
 
 
 def _hash(path: Path) -> str:
@@ -272,17 +269,10 @@ def _hash(path: Path) -> str:
 
 
 def _seal(content: dict[str, Any]) -> str:
-    """The SHA-256 of a manifest without this hash itself; of its files alone if it is too old to name a format."""
+    """Compute the SHA-256 of a manifest without the hash itself; of its files only, if it has no format."""
     rest = {key: value for key, value in content.items() if key != "sha256"}
     text = json.dumps(rest if "format" in rest else rest["files"], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _sync(folder: Path) -> None:

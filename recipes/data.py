@@ -1,7 +1,7 @@
-"""Text as bytes: the corpus, read once into memory, and the windows of every step.
+"""Read text as bytes: the corpus, loaded once into memory, and the windows of every step.
 
-The window of a sequence depends on (seed, step, index of the sequence in the step) alone, never on how many ranks share
-the work; the step is therefore the whole position in the data, and a resumed run goes on exactly.
+The window of a sequence depends only on (seed, step, index of the sequence in the step), never on the number of ranks.
+The step is therefore the whole position in the data, and a resumed run continues exactly.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from recipes.split import Piece, split_files
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """Files, or pieces of them, one after the other: their bytes (uint8, one dim), and where each of them starts."""
+    """Hold the bytes of files, or of pieces of them, one after the other (uint8, one dim), and the start of each."""
 
     content: torch.Tensor
     starts: tuple[int, ...]
@@ -32,8 +32,11 @@ class Text:
 
 @dataclass(frozen=True, kw_only=True)
 class Windows:
-    """Sequences of equal length from a text. `cu_seqlens` are the bounds of the documents, laid end to end: every
-    sequence begins one, and every file in it."""
+    """Hold sequences of equal length from a text.
+
+    `cu_seqlens` are the bounds of the documents, laid end to end. Every sequence begins a document, and so does every
+    file in it.
+    """
 
     tokens: torch.Tensor  # LongTensor [sequences, length]
     cu_seqlens: tuple[int, ...]
@@ -41,21 +44,21 @@ class Windows:
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Two texts that share no byte of a file."""
+    """Hold the two texts of a run, which share no byte of a file."""
 
     train: Text
     validation: Text
     files: int
-    rule: str  # by which they were split, in a few words
-    fingerprint: str  # SHA-256 over both
+    rule: str  # of the split, in a few words
+    fingerprint: str  # SHA-256 of both texts
     unigram_bits: float  # entropy of the validation bytes by their own frequencies, in bits per byte
 
 
 def read_corpus(config: DataConfig) -> Corpus:
-    """Reads the corpus that ``config`` names; recipes/split.py says which bytes are held out.
+    """Read the corpus that ``config`` names; recipes/split.py decides which bytes are held out.
 
-    Raises RecipeError for files that cannot be read, too few bytes for one sequence, or a validation text of which
-    all bytes are equal: with an entropy of 0 nothing can be said about a loss.
+    Raise RecipeError for files that cannot be read, for too few bytes for one sequence, and for a validation text of
+    equal bytes. Such a text has entropy 0, so a loss on it would mean nothing.
     """
     try:
         split = split_files(config.files, config.validation, config.test)
@@ -70,7 +73,7 @@ def read_corpus(config: DataConfig) -> Corpus:
     except OSError as error:
         raise RecipeError(f"data.files: cannot be read ({error}); name files that can") from error
     digests = [hashlib.sha256(text.content.numpy().data).digest() for text in (train, validation)]
-    if config.files is not None:  # where files begin is seen by a run with data.pack
+    if config.files is not None:  # data.pack makes the weights depend on the starts of files
         digests += [repr(text.starts).encode() for text in (train, validation)]
     unigram = unigram_bits(validation.content)
     if not unigram:
@@ -89,32 +92,32 @@ def read_corpus(config: DataConfig) -> Corpus:
 
 
 def _read(pieces: Sequence[Piece]) -> Text:
-    """The pieces, each read into its place, so that no second copy is ever in memory."""
+    """Read the pieces into one tensor, each directly to its offset, so that memory never holds a second copy."""
     starts = [0, *itertools.accumulate(map(len, pieces))]
     content = torch.empty(starts.pop(), dtype=torch.uint8)
     memory = content.numpy().data
     for piece, start in zip(pieces, starts, strict=True):
-        place = memory[start : start + len(piece)]
+        buffer = memory[start : start + len(piece)]
         with piece.path.open("rb", buffering=0) as file:
             file.seek(piece.start)
-            while len(place):
-                if not (count := file.readinto(place)):
+            while len(buffer):
+                if not (count := file.readinto(buffer)):
                     raise OSError(f"{piece.path} has become shorter while it was read")
-                place = place[count:]
+                buffer = buffer[count:]
     return Text(content=content, starts=tuple(sorted(set(starts))))
 
 
 def unigram_bits(content: torch.Tensor) -> float:
-    """H = -sum_b p_b log2 p_b over the byte values b of uint8 ``content``, in bits per byte."""
+    """Compute the entropy H = -sum_b p_b log2 p_b of the byte values b of uint8 ``content``, in bits per byte."""
     counts = torch.zeros(256, dtype=torch.float64)
-    for part in content.split(1 << 20):  # bincount takes eight bytes for one
+    for part in content.split(1 << 20):  # bincount needs eight bytes of memory per byte
         counts += torch.bincount(part, minlength=256)
     p = counts[counts > 0] / counts.sum()
     return float((p * (1 / p).log2()).sum())
 
 
 def training_windows(corpus: Corpus, length: int, seed: int, step: int, indices: Iterable[int]) -> Windows:
-    """Some sequences of a step.
+    """Return some sequences of a step.
 
     ``indices`` count the sequences of the whole step, over all ranks and accumulation.
     """
@@ -124,13 +127,13 @@ def training_windows(corpus: Corpus, length: int, seed: int, step: int, indices:
 
 
 def validation_windows(corpus: Corpus, length: int, sequences: int, indices: Iterable[int]) -> Windows:
-    """Some of ``sequences`` windows spread evenly over the held-out bytes."""
+    """Return some of ``sequences`` windows that are spread evenly over the held-out bytes."""
     last = len(corpus.validation) - length
     return _windows(corpus.validation, length, (i * last // max(1, sequences - 1) for i in indices))
 
 
 def nats_to_bits(nats: float) -> float:
-    """Bits per byte of a loss in nats per byte."""
+    """Convert a loss in nats per byte to bits per byte."""
     return nats / math.log(2)
 
 

@@ -1,4 +1,4 @@
-"""Text from a trained run: ``python -m recipes.generate RUN_FOLDER --prompt "def " --tokens 300 --temperature 0.8``."""
+"""Generate text: ``python -m recipes.generate RUN_FOLDER --prompt "def " --tokens 300 --temperature 0.8``."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ PROMPT = "def "
 
 @torch.no_grad()
 def generate(model: HybridLM, prompt: str, tokens: int, temperature: float = 1.0, seed: int = 0) -> str:
-    """``prompt`` and ``tokens`` bytes after it, drawn one by one from softmax(logits / temperature).
+    """Return ``prompt`` and ``tokens`` more bytes, drawn one by one from softmax(logits / temperature).
 
-    Reads the prompt at once and decodes on one device with `HybridLM.step`: linear blocks keep a state of constant
-    size, softmax blocks their keys and values. Temperature 0 takes the likeliest byte. The global random state is left
-    alone; bytes that are not UTF-8 become U+FFFD. Raises ValueError for an argument out of its range.
+    One pass reads the prompt; `HybridLM.step` then decodes on one device. Linear blocks keep a state of constant size,
+    softmax blocks their keys and values. Temperature 0 takes the likeliest byte. The global random state does not
+    change; bytes that are not UTF-8 become U+FFFD. Raise ValueError for an argument out of its range.
     """
-    written = list(prompt.encode(errors="surrogateescape"))  # bytes of a command line that are not UTF-8 as they are
+    written = list(prompt.encode(errors="surrogateescape"))  # also bytes of a command line that are not UTF-8
     for name, value, valid, allowed in (
         ("prompt", repr(prompt), written, "it must not be empty"),
         ("tokens", tokens, tokens >= 0, "it must be at least 0"),
@@ -48,11 +48,12 @@ def generate(model: HybridLM, prompt: str, tokens: int, temperature: float = 1.0
 def _draw(logits_V: torch.Tensor, temperature: float, generator: torch.Generator) -> int:
     if temperature == 0:
         return int(logits_V.argmax())
-    scaled_V = (logits_V - logits_V.max()) / temperature  # at most 0, so that no temperature is too small
+    scaled_V = (logits_V - logits_V.max()) / temperature  # at most 0, so a small temperature cannot overflow
     return int(torch.multinomial(torch.softmax(scaled_V, -1), 1, generator=generator))
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Run the command; return its exit code: 0 printed, 2 not possible."""
     parser = argparse.ArgumentParser(prog="python -m recipes.generate", description="Text from a trained run.")
     parser.add_argument("folder", type=Path, help="run folder, such as runs/quickstart")
     parser.add_argument("--prompt", default=PROMPT, help=f"what the text begins with (default {PROMPT!r})")
@@ -70,11 +71,10 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def load_model(folder: Path) -> HybridLM:
-    """The model of a run folder as it was trained: the weights of its newest sound checkpoint, in the run's dtype, on
-    the CPU."""
+    """Load the model of a run folder: the weights of the newest sound checkpoint, in the run's dtype, on the CPU."""
     recipe = load_resolved(folder / "recipe.yaml")
     dtype = getattr(torch, recipe.train.dtype)
-    masters = torch.promote_types(dtype, torch.float32)  # a checkpoint holds these, of which training rounds weights
+    masters = torch.promote_types(dtype, torch.float32)  # the checkpoint's dtype; training rounds to dtype
     model = HybridLM(replace(recipe.model, backend="auto")).to(masters)
     checkpoint.load_weights(folder / "checkpoints", {name: p.detach() for name, p in model.named_parameters()})
     return model.to(dtype)

@@ -1,6 +1,6 @@
-"""Reading a recipe: YAML files, their bases and ``key=value`` arguments become a Recipe, and a Recipe becomes YAML.
+"""Load a recipe from YAML files and ``key=value`` arguments, and dump one as YAML.
 
-Later wins: dataclass < base YAML (a file names its own with ``base:``) < recipe < ``key=value``.
+The later source wins: dataclass < base YAML (a file names its base with ``base:``) < recipe < ``key=value``.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from recipes.config import (
     Recipe,
     RecipeError,
     check_format,
+    first_line,
     leaves,
 )
 from recipes.typed_yaml import key_and_text, override, read, refuse_text, typed
@@ -33,11 +34,11 @@ SCHEMA = OmegaConf.structured(Recipe)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads a recipe file, its bases and ``key=value`` overrides into a Recipe.
+    """Read a recipe file, its bases and ``key=value`` overrides into a Recipe.
 
-    A name that nobody gives is the file's own, followed by what the command line changed in the sections model, data,
-    train and optim and in the strategies of parallel, so that different runs do not share a folder. Raises RecipeError,
-    naming the key and the nearest valid one, for an unknown key, a wrong type or a file that cannot be read.
+    The default name is the file's name, followed by the overrides of model, data, train, optim and the strategies of
+    parallel. Different runs therefore do not share a folder. Raise RecipeError for an unknown key (with the nearest
+    valid one), a wrong type or a file that cannot be read.
     """
     path = Path(path)
     changes = [(f"argument {argument!r}", override(argument, Recipe)) for argument in overrides]
@@ -49,7 +50,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def file_name(name: str) -> str:
-    """``name``, or of one that is too long for a file as much as fits and a hash of it all."""
+    """Return ``name``; shorten one that is too long for a file and append a hash of the whole name."""
     whole = name.encode(errors="replace")
     if len(whole) <= NAME_BYTES:
         return name
@@ -57,17 +58,17 @@ def file_name(name: str) -> str:
 
 
 def load_resolved(path: str | Path) -> Recipe:
-    """Reads the ``recipe.yaml`` of a run folder back; raises RecipeError as `load_recipe` does."""
+    """Read the ``recipe.yaml`` of a run folder; raise RecipeError as `load_recipe` does."""
     return _recipe([(str(path), _values(Path(path)))])
 
 
 def dump(recipe: Recipe) -> str:
-    """The resolved recipe as YAML, after its format; `load_resolved` reads it back."""
+    """Return the resolved recipe as YAML, after its format; `load_resolved` reads it back."""
     return f"format: {FORMAT}\n" + OmegaConf.to_yaml(OmegaConf.create(asdict(recipe)))
 
 
 def _layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
-    """The file's own values and those of its bases, outermost base first."""
+    """Return the values of a file and of its bases, each with its path, outermost base first."""
     if path.resolve() in above:
         raise RecipeError(f"{path}: base: names a file that leads back to itself; remove one `base:`")
     values = _values(path)
@@ -77,22 +78,22 @@ def _layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict[st
 
 
 def _values(path: Path) -> dict[str, Any]:
-    """The values of one file, after its format is checked."""
+    """Return the values of one file and check its format."""
     values = typed(read(path), Recipe)
     check_format(values.pop("format", FORMAT), path)
     return values
 
 
 def _recipe(layers: Sequence[tuple[str, dict[str, Any]]]) -> Recipe:
-    """The recipe of layers, each with its source, the later over the earlier.
+    """Merge layers, each with its source, into a recipe; later layers win.
 
-    They are merged at once, which is fast, or else key by key, so that every error can say which key it is about.
+    Merging all layers at once is fast. If that fails, merge key by key, so that the error can name its key.
     """
     for source, layer in layers:
         refuse_text(layer, source)
     try:
         merged = OmegaConf.merge(SCHEMA, *(layer for _, layer in layers))
-    except (OmegaConfBaseException, TypeError):  # the latter for a mapping where a list belongs
+    except (OmegaConfBaseException, TypeError):  # OmegaConf raises TypeError for a mapping in place of a list
         merged = SCHEMA
         for source, layer in layers:
             for key, value in leaves(layer):
@@ -103,23 +104,22 @@ def _recipe(layers: Sequence[tuple[str, dict[str, Any]]]) -> Recipe:
             raise RecipeError(f"{source}: {', '.join(sorted(missing))} is missing")
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
-        raise RecipeError(f"{source}: {str(error).splitlines()[0]}") from error
+        raise RecipeError(f"{source}: {first_line(error)}") from error
 
 
 def _with_key(merged: Any, key: str, value: Any, source: str) -> Any:
     section, _, leaf = key.partition(".")
     try:
         return OmegaConf.merge(merged, {section: {leaf: value} if leaf else value})
-    except ConfigKeyError as error:
-        if _nearest(key) == key:  # the fault is in the value, which has keys of its own
-            raise RecipeError(f"{source}: {key}={value!r}: {str(error).splitlines()[0]}") from error
-        raise RecipeError(f"{source}: unknown key {key!r}; the nearest is {_nearest(key)!r}") from error
     except (OmegaConfBaseException, TypeError) as error:
-        raise RecipeError(f"{source}: {key}={value!r}: {str(error).splitlines()[0]}") from error
+        # A known key can hold a mapping with an unknown key; then the value is at fault.
+        if isinstance(error, ConfigKeyError) and _nearest(key) != key:
+            raise RecipeError(f"{source}: unknown key {key!r}; the nearest is {_nearest(key)!r}") from error
+        raise RecipeError(f"{source}: {key}={value!r}: {first_line(error)}") from error
 
 
 def _nearest(key: str) -> str:
-    """The valid key whose last part, and then whole, is most like ``key``."""
+    """Find the valid key that is most like ``key``, by its last part and by the whole key."""
 
     def likeness(name: str) -> float:
         parts = (name.rpartition(".")[2], key.rpartition(".")[2]), (name, key)
@@ -129,7 +129,9 @@ def _nearest(key: str) -> str:
 
 
 def _changes(values: dict[str, str]) -> list[str]:
-    """What overrides change in a run, for its name: model.ratio=1/8 is ratio-1-8."""
-    said = (*STRATEGY_KEYS, *TEXT_KEYS)
-    named = {key: value for key, value in values.items() if key.startswith(said) or not key.startswith(FREE_KEYS)}
-    return [re.sub(r"[^\w.]+", "-", f"{key.rpartition('.')[2]}-{value}").strip("-") for key, value in named.items()]
+    """Describe overrides for the name of a run: model.ratio=1/8 becomes ratio-1-8."""
+    return [
+        re.sub(r"[^\w.]+", "-", f"{key.rpartition('.')[2]}-{value}").strip("-")
+        for key, value in values.items()
+        if key.startswith((*STRATEGY_KEYS, *TEXT_KEYS)) or not key.startswith(FREE_KEYS)
+    ]

@@ -1,4 +1,4 @@
-"""The locks of folders: files that one process at a time holds. The system lets go of them when that process ends."""
+"""Lock folders: one process at a time holds a lock file, and the system releases it when that process ends."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from recipes.config import RecipeError
 
 
 def set_aside(folder: Path) -> IO[str]:
-    """Moves a run that nobody trains, if there is one in ``folder``, to ``folder.old-1`` or the next free number.
+    """Move a run in ``folder`` that no process trains to ``folder.old-1`` or the next free number.
 
-    The lock that is returned goes with the name of the folder, not with what is moved. Raises RecipeError, and nothing
-    is moved, if a process trains there.
+    The returned lock belongs to the name of the folder, not to the moved files. Raise RecipeError, and move nothing,
+    if a process trains there.
     """
     held = hold(folder)
     if (folder / "provenance.json").exists():
@@ -27,27 +27,28 @@ def set_aside(folder: Path) -> IO[str]:
 
 
 def is_aside(name: str) -> bool:
-    """Whether a folder of this name is a run that `set_aside` moved."""
+    """Tell whether a folder of this name is a run that `set_aside` moved."""
     return re.search(r"\.old-\d+$", name) is not None
 
 
 def hold(folder: Path) -> IO[str]:
-    """Locks ``folder`` for one training; raises RecipeError if another process trains there.
+    """Lock ``folder`` for one training; raise RecipeError if another process trains there.
 
-    The lock lies beside the folder, so that it holds while the folder is moved away and another takes its name.
+    The lock file lies next to the folder, so it still holds when the folder is moved and another one takes its name.
     """
     busy, advice = f"another process is training in {folder}", "wait for it, or add name=ANOTHER_NAME"
     held = take(folder.with_name(f".{folder.name}.lock"), busy, advice)
-    if (earlier := folder / ".lock").exists():  # where trainings started by an earlier version of this file have it
+    if (earlier := folder / ".lock").exists():  # earlier versions of this file put their lock here
         take(earlier, busy, advice).close()
     return held
 
 
 def take(path: Path, busy: str, advice: str) -> IO[str]:
-    """Locks the file ``path``, made if need be, until what is returned is closed here and in processes that inherit it.
+    """Lock the file ``path`` and create it if needed.
 
-    A file that nobody holds says nothing and stays: removing it could let two in. Raises RecipeError of ``busy``, the
-    holder and ``advice`` if another process holds it.
+    The lock ends when the returned file is closed here and in every process that inherited it. The file itself stays,
+    because removing it could admit two holders. If another process holds it, raise RecipeError of ``busy``, the holder
+    and ``advice``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.open("a+")

@@ -1,4 +1,4 @@
-"""AdamW on master copies of the weights, its learning rate by step, and clipping over the whole mesh."""
+"""Run AdamW on master copies of the weights, with a scheduled learning rate and clipping over the whole mesh."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ MASTERS = (torch.float32, torch.float64)  # dtypes that are their own master cop
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
-    """The learning rate of a step (1-based) of ``steps``.
+    """Return the learning rate of a step (1-based) of ``steps``.
 
-    Warm-up w: lr * step / w for step <= w. Then constant, or
-    min_lr + (lr - min_lr) (1 + cos(pi (step - w) / (steps - w))) / 2, which is min_lr at the last step.
+    The warm-up of w steps is lr * step / w. The schedule then is constant or a cosine that ends at min_lr:
+
+        min_lr + (lr - min_lr) (1 + cos(pi (step - w) / (steps - w))) / 2
     """
     if step <= config.warmup:
         return config.lr * step / config.warmup
@@ -27,10 +28,10 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
 
 
 class Optimizer:
-    """AdamW (Loshchilov and Hutter 2019, algorithm 2); weight decay on matrices alone.
+    """Run AdamW (Loshchilov and Hutter 2019, algorithm 2), with weight decay on matrices only.
 
-    `masters` are the model's own parameters, or float32 copies where those are narrower: gradients are accumulated,
-    summed over ranks and clipped on them, and `step` writes the result back.
+    `masters` are the model's own parameters, or float32 copies of narrower ones. Gradients are accumulated, summed
+    over ranks and clipped on the masters, and `step` writes the result back.
     """
 
     def __init__(self, model: nn.Module, config: OptimConfig) -> None:
@@ -39,17 +40,18 @@ class Optimizer:
         self.masters = {
             name: p if p.dtype in MASTERS else nn.Parameter(p.detach().float()) for name, p in self.parameters.items()
         }
-        decayed = [p for p in self.masters.values() if p.ndim >= 2]
-        plain = [p for p in self.masters.values() if p.ndim < 2]
-        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        groups = [
+            {"params": [p for p in self.masters.values() if p.ndim >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in self.masters.values() if p.ndim < 2], "weight_decay": 0.0},
+        ]
         self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas)
-        # The moments are made now and not at the first step, so that a checkpoint can be read into them.
+        # Create the moments now, before the first step, so that a checkpoint can be read into them.
         for p in self.masters.values():
             moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             self.adamw.state[p] = {"step": torch.tensor(0.0), **moments}
 
     def collect(self) -> None:
-        """Adds the model's gradients to the masters'; call it after every backward pass."""
+        """Add the model's gradients to those of the masters; call it after every backward pass."""
         for name, p in self.parameters.items():
             master = self.masters[name]
             if master is not p and p.grad is not None:
@@ -57,15 +59,15 @@ class Optimizer:
                 p.grad = None
 
     def clip(self) -> torch.Tensor:
-        """Scales the masters' gradients to a global norm of at most ``clip`` and returns the norm before.
+        """Scale the masters' gradients to a global norm of at most ``clip`` and return the norm before.
 
-        They must be summed over ranks already: then they are equal on all, and so is the norm.
+        Sum the gradients over ranks first; then the norm is equal on all ranks.
         """
         limit = float("inf") if self.config.clip is None else self.config.clip
         return nn.utils.clip_grad_norm_(self.masters.values(), limit)
 
     def step(self, lr: float) -> None:
-        """One AdamW step with learning rate ``lr``; gradients are dropped."""
+        """Take one AdamW step with learning rate ``lr`` and drop the gradients."""
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.adamw.step()
@@ -74,13 +76,13 @@ class Optimizer:
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Writes the masters back into the model."""
+        """Write the masters back into the model."""
         for name, p in self.parameters.items():
             if self.masters[name] is not p:
                 p.copy_(self.masters[name])
 
     def state(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Weights and moments by parameter name, sharing memory with this optimiser: reading into them restores it."""
+        """Return weights and moments by parameter name, in shared memory: reading into them restores the optimiser."""
         moments = {
             f"{name}.{key}": value for name, p in self.masters.items() for key, value in self.adamw.state[p].items()
         }

@@ -1,4 +1,4 @@
-"""The origin of a result: commit, changes, versions, machine and command.
+"""Describe the origin of a result: commit, changes, versions, machine and command.
 
 Benchmarks run where omegaconf and wandb are missing, so this file imports neither.
 """
@@ -19,49 +19,48 @@ import torch
 
 
 def git(*arguments: str) -> str | None:
-    """Asks git about the checkout of this file; returns None without git or a checkout."""
+    """Ask git about the checkout of this file; return None without git or a checkout."""
     try:
-        done = subprocess.run(
+        return subprocess.run(
             ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=30, check=True
-        )
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout
 
 
 def commit() -> str | None:
-    """The hash of the commit that is checked out, if there is one."""
+    """Return the hash of the current commit, if there is one."""
     return (git("rev-parse", "HEAD") or "").strip() or None
 
 
 def diff() -> str:
-    """The changes of tracked files since the commit, as a patch."""
+    """Return the changes of tracked files since the commit, as a patch."""
     return git("diff", "HEAD") or ""
 
 
 def untracked() -> list[str]:
-    """The new files that git neither tracks nor ignores."""
+    """List the new files that git neither tracks nor ignores."""
     return (git("ls-files", "--others", "--exclude-standard") or "").splitlines()
 
 
 def is_modified() -> bool:
-    """Tells whether any file differs from the commit, new files included."""
+    """Tell whether any file differs from the commit, new files included."""
     return bool(git("status", "--porcelain"))
 
 
 def versions(packages: Iterable[str]) -> dict[str, str | None]:
-    """The versions of Python, torch (with its build) and ``packages``; None: not installed."""
+    """Return the versions of Python, torch (with its build) and ``packages``; None: not installed."""
     own = {"python": platform.python_version(), "torch": torch.__version__}
     return own | {name: _version(name) for name in packages}
 
 
 def machine() -> dict[str, Any]:
-    """The system and its number of CPUs."""
+    """Return the system and its number of CPUs."""
     return {"system": platform.platform(), "cpus": os.cpu_count()}
 
 
 def command() -> str:
-    """The command that started this process, up to the order of torchrun's own options."""
+    """Return the command that started this process, up to the order of torchrun's own options."""
     words = sys.orig_argv[1:]
     module = words[words.index("-m") :] if "-m" in words else words
     processes = os.environ.get("LOCAL_WORLD_SIZE")

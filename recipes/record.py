@@ -1,9 +1,9 @@
-"""The run folder and everything that a run tells the outside: files, wandb and the lines in the terminal.
+"""Record a run: the files of its folder, wandb and the lines in the terminal.
 
     recipe.yaml  provenance.json  diff.patch  metrics.jsonl  loss.png  sample.txt  trace.json  summary.json
     checkpoints/  wandb/
 
-``summary.json`` is written last; its status is "finished", "stopped" (by a signal; resumable) or "failed".
+``summary.json`` comes last; its status is "finished", "stopped" (by a signal; resumable) or "failed".
 """
 
 from __future__ import annotations
@@ -48,12 +48,14 @@ ANEW = "add name=ANOTHER_NAME for a new run, or checkpoint.resume=never to move 
 
 
 class TrainingStopped(RuntimeError):
-    """Training cannot go on: said by the first process, and raised on every rank."""
+    """Report that training cannot continue; every rank raises it, and the first process prints it."""
 
 
 def check_same_run(folder: Path, recipe: Recipe, fingerprint: str) -> None:
-    """Raises RecipeError if ``folder`` holds a run of another recipe or corpus, or files that cannot be read; needs no
-    process group."""
+    """Raise RecipeError if ``folder`` holds a run of another recipe or corpus, or files that cannot be read.
+
+    This needs no process group.
+    """
     if recipe.checkpoint.resume == "never" or not (folder / "provenance.json").exists():
         return
     before = _read_json(folder / "provenance.json", ("corpus",), ANEW)["corpus"]["fingerprint"]
@@ -67,7 +69,7 @@ def check_same_run(folder: Path, recipe: Recipe, fingerprint: str) -> None:
 
 
 def finished(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
-    """The summary of the run in ``folder`` if it is finished and not to be made anew; the first process says so."""
+    """Return the summary of a finished run that is not to run again, and print so in the first process; else None."""
     if recipe.checkpoint.resume == "never" or not (folder / "summary.json").exists():
         return None
     summary = read_summary(folder)
@@ -81,18 +83,18 @@ def finished(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
 
 
 def is_main_process() -> bool:
-    """Whether this process speaks and writes for all: it alone, or torchrun's rank 0."""
+    """Tell whether this process prints and writes for all: the only process, or torchrun's rank 0."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """What a run says about itself when it ends; raises RecipeError if that cannot be read."""
+    """Read the summary of a run that has ended; raise RecipeError if it cannot be read."""
     advice = "delete it, and the same command goes on from the last checkpoint and writes it again"
     return _read_json(folder / "summary.json", ("status",), advice)
 
 
 def read_recipe(folder: Path) -> Recipe:
-    """The recipe of a run folder; raises RecipeError if it cannot be read."""
+    """Read the recipe of a run folder; raise RecipeError if it cannot be read."""
     path = folder / "recipe.yaml"
     try:
         if path.stat().st_size == 0:
@@ -103,7 +105,7 @@ def read_recipe(folder: Path) -> Recipe:
 
 
 def say(text: str, stream: Any = None) -> None:
-    """Prints to stdout or ``stream``. What reads there may be gone, full or know ASCII alone: no run ends by that."""
+    """Print to stdout or ``stream``; a reader that is gone, full or limited to ASCII does not end the run."""
     stream = sys.stdout if stream is None else stream
     try:
         try:
@@ -111,59 +113,58 @@ def say(text: str, stream: Any = None) -> None:
         except UnicodeEncodeError:
             print(text.encode("ascii", "backslashreplace").decode(), file=stream, flush=True)
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # also for what is left in the stream's buffer
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), stream.fileno()
+        )  # so that the rest of the stream's buffer fails no more
 
 
 class Record:
-    """What a run tells, in this order: `prepare`, `begin`, `train` and `validation` by turns, `finish` or `fail`.
+    """Write and print the events of a run: `prepare`, `begin`, `train` and `validation` by turns, `finish` or `fail`.
 
-    Only the first process writes and speaks; `prepare`, `begin`, `flush` and `finish` are called in it alone, for they
-    can fail.
+    Only the first process writes and prints. Call `prepare`, `begin`, `flush` and `finish` only there, because they can
+    fail.
     """
 
     def __init__(self, folder: Path, recipe: Recipe) -> None:
         self.folder, self.recipe, self.active = folder, recipe, is_main_process()
         self._metrics = folder / "metrics.jsonl"
-        self._unwritten: list[str] = []  # lines of metrics for which there was no room
+        self._unwritten: list[str] = []  # lines of metrics that did not fit on the disk
         self._tracker: Tracker | None = None
 
     def prepare(self, facts: dict[str, Any]) -> None:
-        """Makes or reopens the folder and writes what runs in it: recipe, command, commit, versions and ``facts``.
+        """Create or reopen the folder and write the recipe, command, commit, versions and ``facts`` of the run.
 
-        Raises RecipeError if another process is training there or the folder cannot be written.
+        Raise RecipeError if another process trains there or the folder cannot be written.
         """
-        with _writing(self.folder):
-            self._prepare(facts)
-
-    def _prepare(self, facts: dict[str, Any]) -> None:
         folder, recipe = self.folder, self.recipe
-        take = lock.set_aside if recipe.checkpoint.resume == "never" else lock.hold
-        self._lock = take(folder)  # until this process ends
-        check_same_run(folder, recipe, facts["corpus"]["fingerprint"])  # again: another may have been here
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "summary.json").unlink(missing_ok=True)
-        path = folder / "provenance.json"
-        before = _read_json(path, ("started",), ANEW) if path.exists() else {}
-        origin = {
-            "command": provenance.command(),
-            "commit": provenance.commit(),
-            "untracked": provenance.untracked(),
-            "versions": provenance.versions(PACKAGES),
-            "machine": provenance.machine(),
-            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "earlier_starts": [*before.get("earlier_starts", []), *([before["started"]] if before else [])],
-            "wandb_id": before.get("wandb_id") or os.urandom(4).hex(),
-            **facts,
-        }
-        _replace(folder / "diff.patch", provenance.diff())
-        _replace(folder / "recipe.yaml", dump(recipe))
-        _replace(path, json.dumps(origin, indent=1) + "\n")
+        with _writing(folder):
+            take = lock.set_aside if recipe.checkpoint.resume == "never" else lock.hold
+            self._lock = take(folder)  # until this process ends
+            check_same_run(folder, recipe, facts["corpus"]["fingerprint"])  # again: another run may have come before
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "summary.json").unlink(missing_ok=True)
+            path = folder / "provenance.json"
+            before = _read_json(path, ("started",), ANEW) if path.exists() else {}
+            origin = {
+                "command": provenance.command(),
+                "commit": provenance.commit(),
+                "untracked": provenance.untracked(),
+                "versions": provenance.versions(PACKAGES),
+                "machine": provenance.machine(),
+                "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                "earlier_starts": [*before.get("earlier_starts", []), *([before["started"]] if before else [])],
+                "wandb_id": before.get("wandb_id") or os.urandom(4).hex(),
+                **facts,
+            }
+            replace_file(folder / "diff.patch", provenance.diff())
+            replace_file(folder / "recipe.yaml", dump(recipe))
+            replace_file(path, json.dumps(origin, indent=1) + "\n")
 
     def begin(self, step: int) -> None:
-        """Goes on after ``step``: metrics of later steps, which a run wrote before it died, are cut off."""
+        """Continue after ``step``; cut off the metrics of later steps, which a run wrote before it died."""
         lines = (line for line in read_metrics(self._metrics) if line["step"] <= step)
         with _writing(self.folder):
-            _replace(self._metrics, "".join(json.dumps(line) + "\n" for line in lines))
+            replace_file(self._metrics, "".join(json.dumps(line) + "\n" for line in lines))
         if self.recipe.wandb.mode != "disabled":
             origin = _read_json(self.folder / "provenance.json", ("wandb_id",), ANEW)
             self._tracker = Tracker(self.folder, self.recipe, origin["wandb_id"])
@@ -171,11 +172,12 @@ class Record:
         self._first = step
 
     def say(self, text: str) -> None:
+        """Print a text in the first process."""
         if self.active:
             say(text)
 
     def train(self, values: dict[str, Any]) -> None:
-        """One optimiser step: a line of metrics, and now and then of progress."""
+        """Record one optimiser step: a line of metrics, and a line of progress every two seconds."""
         if self.active:
             self._write({"kind": "train", **values, "memory_mb": round(_memory_mb(), 1)})
             if time.monotonic() >= self._line_due or values["step"] == self.recipe.train.steps:
@@ -183,17 +185,18 @@ class Record:
                 say(self._progress(values))
 
     def trace(self, events_of_ranks: list[list[Event]]) -> None:
-        """What every rank's layers did in one step."""
+        """Write the trace of one step, with the layers of every rank."""
         if self.active:
             _try("trace.json", lambda: write_trace(self.folder / "trace.json", events_of_ranks))
 
     def validation(self, values: dict[str, Any]) -> None:
+        """Record one validation: a line of metrics and a line in the terminal."""
         if self.active:
             self._write({"kind": "validation", **values})
             say(f"step {values['step']:>6}  {_validated(values['bits_per_byte'], values['unigram_bits_per_byte'])}")
 
     def flush(self) -> None:
-        """Writes the metrics that are not on the disk yet; raises OSError, and leaves no half of a line."""
+        """Write the metrics that are not on the disk yet; raise OSError, and leave no half of a line."""
         if not self._unwritten:
             return
         text = "".join(self._unwritten).encode()
@@ -207,10 +210,10 @@ class Record:
     def finish(
         self, status: str, facts: dict[str, Any], write: Callable[[], str | None] | None = None
     ) -> dict[str, Any]:
-        """Ends a run that is saved: draws the curve, keeps the sample that ``write`` returns, closes wandb, writes the
-        summary, last, returns it, and says where all is.
+        """End a saved run: draw the curve, keep the sample from ``write``, close wandb and write the summary last.
 
-        What is beside the training may fail, and that is said. Raises TrainingStopped if the summary is not written.
+        Print where everything lies and return the summary. A failure of curve, sample or wandb is only a warning. Raise
+        TrainingStopped if the summary cannot be written.
         """
         try:
             summary, sample = self._end(status, facts, write)
@@ -222,7 +225,7 @@ class Record:
         return summary
 
     def fail(self, facts: dict[str, Any], cause: str) -> None:
-        """Says why the run failed, first of all and once, and then writes what can be written; raises nothing."""
+        """Print once, before anything else, why the run failed; then write as much as possible and raise nothing."""
         if self.active:
             say(f"error: {cause}", sys.stderr)
             _try("summary.json", lambda: self._end("failed", {**facts, "error": cause}, None))
@@ -236,7 +239,7 @@ class Record:
         sample = _try("sample.txt", lambda: self._keep_sample(write)) if write is not None else None
         if (tracker := self._tracker) is not None:
             _try("wandb", lambda: tracker.finish(summary))
-        _replace(self.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+        replace_file(self.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
         return summary, sample
 
     def _keep_sample(self, write: Callable[[], str | None]) -> str | None:
@@ -255,11 +258,12 @@ class Record:
                     f"WARNING    {error}; metrics stay in memory until there is room, or the next checkpoint",
                     sys.stderr,
                 )
-        kind, step = line["kind"], line["step"]
-        named = {key if "/" in key else f"{kind}/{key}": line[key] for key in line if key not in ("kind", "step")}
         if self._tracker is not None:
+            own = {key: value for key, value in line.items() if key not in ("kind", "step")}
             try:
-                self._tracker.log(named, step)
+                self._tracker.log(
+                    {key if "/" in key else f"{line['kind']}/{key}": value for key, value in own.items()}, line["step"]
+                )
             except Exception as error:
                 self._tracker = None
                 say(
@@ -276,19 +280,21 @@ class Record:
 
 
 def communication(book: Ledger) -> dict[str, float]:
-    """What one rank's step has communicated, for its line of metrics: calls, bytes received, and milliseconds in which
-    it stood still; of all, and by kind."""
+    """Sum up the communication of one rank's step for its line of metrics, in total and by kind of layer.
+
+    The values are calls, bytes received and milliseconds of exposed waiting.
+    """
 
     def exposed(*tags: str) -> float:
         return round(1e3 * sum(wait.end - wait.begin for wait in book.waits if not tags or wait.tag in tags), 3)
 
     received = {f"comm/bytes_{tag}": sum(row.bytes for row in book.select(tag=tag)) for tag in (*KINDS, "gradients")}
-    stood = {f"comm/exposed_{kind}_ms": exposed(kind) for kind in KINDS}
-    return {"comm/exposed_ms": exposed(), **stood, "comm/calls": book.calls, "comm/bytes": book.bytes, **received}
+    waited = {f"comm/exposed_{kind}_ms": exposed(kind) for kind in KINDS}
+    return {"comm/exposed_ms": exposed(), **waited, "comm/calls": book.calls, "comm/bytes": book.bytes, **received}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a ``metrics.jsonl``; a last line that a dying process left half written is dropped."""
+    """Read the lines of a ``metrics.jsonl``; drop a last line that a dying process wrote only in part."""
     lines: list[dict[str, Any]] = []
     for text in path.read_text().splitlines() if path.exists() else ():
         try:
@@ -299,22 +305,21 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _outcome(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the metrics come to: the mean training loss of the last 20 steps and the last validation."""
+    """Summarize the metrics: the mean training loss of the last 20 steps and the last validation."""
     losses = [line["loss"] for line in lines if line["kind"] == "train"]
     validations = [line for line in lines if line["kind"] == "validation"]
     outcome: dict[str, Any] = {}
     if losses:
         outcome |= {"tokens": lines[-1]["tokens"], "train_loss": sum(losses[-20:]) / len(losses[-20:])}
     if validations:
-        last = validations[-1]
-        bits, unigram = last["bits_per_byte"], last["unigram_bits_per_byte"]
-        outcome |= {"validation_loss": last["loss"], "bits_per_byte": bits, "unigram_bits_per_byte": unigram}
+        bits, unigram = validations[-1]["bits_per_byte"], validations[-1]["unigram_bits_per_byte"]
+        outcome |= {"validation_loss": validations[-1]["loss"], "bits_per_byte": bits, "unigram_bits_per_byte": unigram}
         outcome["below_unigram"] = below_unigram(bits, unigram)
     return outcome
 
 
 def below_unigram(bits: float, unigram: float) -> float | None:
-    """The share of the byte-unigram entropy that a model has saved; None if that is 0: all bytes are equal."""
+    """Return the share of the byte-unigram entropy that a model saves; None for entropy 0, when all bytes are equal."""
     return 1 - bits / unigram if unigram else None
 
 
@@ -325,7 +330,7 @@ def _validated(bits: float, unigram: float) -> str:
 
 
 def _closing(folder: Path, summary: dict[str, Any], sample: str | None = None) -> str:
-    """The last words of a run: how it went, what the model writes, and where all of it lies."""
+    """Return the last words of a run: its result, a sample of the model and a list of its files."""
     tokens, time_taken = summary.get("tokens", 0), _clock(summary["seconds"])
     text = f"{summary['status']:<10} {summary['steps']} steps, {tokens:,} tokens in {time_taken}"
     if "bits_per_byte" in summary:
@@ -341,7 +346,7 @@ def _closing(folder: Path, summary: dict[str, Any], sample: str | None = None) -
 
 
 def draw_loss(lines: list[dict[str, Any]], picture: Path, title: str) -> None:
-    """Training and validation loss in bits per byte over bytes read, beside the byte-unigram entropy."""
+    """Draw training and validation loss in bits per byte over bytes read, with the byte-unigram entropy."""
     if not lines:
         return
     import matplotlib
@@ -368,19 +373,19 @@ def draw_loss(lines: list[dict[str, Any]], picture: Path, title: str) -> None:
 
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """Makes a RecipeError of what the system says about a folder that cannot be written."""
+    """Turn the system's error about a folder that cannot be written into a RecipeError."""
     try:
         yield
     except OSError as error:
         raise RecipeError(f"{folder} cannot be written: {error}; mend that, or set out=ANOTHER_FOLDER") from error
 
 
-def _try(what: str, act: Callable[[], Result]) -> Result | None:
-    """What ``act`` returns, or None and a warning if it fails: what is beside a training does not end it."""
+def _try(product: str, action: Callable[[], Result]) -> Result | None:
+    """Return the result of ``action``; if it fails, warn and return None, because no by-product ends a training."""
     try:
-        return act()
+        return action()
     except Exception as error:
-        say(f"WARNING    {what} is not as it should be: {type(error).__name__}: {error}", sys.stderr)
+        say(f"WARNING    {product} is not as it should be: {type(error).__name__}: {error}", sys.stderr)
         return None
 
 
@@ -390,15 +395,15 @@ def _clock(seconds: float) -> str:
 
 
 def _memory_mb() -> float:
-    """Peak memory of this process: on the GPU if it has one, else resident."""
+    """Return the peak memory of this process: on the GPU if it uses one, else resident."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, KiB elsewhere
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # in bytes on macOS, in KiB elsewhere
 
 
 def _read_json(path: Path, keys: Sequence[str], advice: str) -> dict[str, Any]:
-    """The object in a file of a run folder; raises RecipeError, which ends with ``advice``, if it is not whole."""
+    """Read the object in a file of a run folder; raise RecipeError with ``advice`` if it is broken or lacks a key."""
     try:
         content: dict[str, Any] = json.loads(path.read_text())
         if missing := [key for key in keys if key not in content]:
@@ -409,11 +414,11 @@ def _read_json(path: Path, keys: Sequence[str], advice: str) -> dict[str, Any]:
 
 
 def _unreadable(path: Path, error: Exception, advice: str) -> RecipeError:
-    return RecipeError(f"{path} cannot be read: {str(error).splitlines()[0]}; {advice}")
+    return RecipeError(f"{path} cannot be read: {config.first_line(error)}; {advice}")
 
 
-def _replace(path: Path, text: str) -> None:
-    """Writes a file that is whole or not there, also after a crash of the machine."""
+def replace_file(path: Path, text: str) -> None:
+    """Write a file so that it is complete or absent, even after a crash of the machine."""
     temporary = path.with_name(f".{path.name}")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)

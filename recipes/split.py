@@ -1,13 +1,13 @@
-"""Which bytes of which files a run trains on, validates on and leaves alone.
+"""Split files into bytes for training, for validation and for test.
 
-The standard library holds out one file in twenty, by hash. Of other text, the first rule that applies to validation and
-the first that applies to test decide; what is test is neither trained nor validated on:
+The standard library holds out one file in twenty, by hash. For other text, the first rule that applies decides, for
+validation and for test separately. A run neither trains nor validates on the test bytes.
 
 1. `data.validation` and `data.test` name files.
-2. Names say it: train, valid, validation, val, dev or test, as a whole word of the file's name, else of the nearest
-   folder below the one that holds all files.
-3. A twentieth of the bytes. Files are ordered by the hash of their names below the folder that holds them all, so that
-   a text is split alike wherever it lies. The last ones are held out; a file that is too large for it is cut.
+2. A file's name contains train, valid, validation, val, dev or test as a whole word. Without one, the nearest folder
+   decides, up to the folder that holds all files.
+3. Each part takes a twentieth of the bytes. The order of files is that of the hashes of their names below the common
+   folder, so the location of the text does not matter. The last files are held out; a file that is too large is cut.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from pathlib import Path, PurePosixPath
 
 from recipes.config import RecipeError
 
-# Left out of the standard library: not part of it, or not installed everywhere.
+# Skip these folders: they are no part of the standard library, or some machines lack them.
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-HELD_OUT = 20  # one file, or one byte, in so many is for validation
+HELD_OUT = 20  # hold out one file, or one byte, in twenty
 PARTS = {"train": "train", "valid": "validation", "validation": "validation", "val": "validation", "dev": "validation",
          "test": "test"}  # fmt: skip
-REACH = 1 << 16  # bytes, at most, by which a cut moves to the bound of a document or a line
+REACH = 1 << 16  # move a cut by at most this many bytes, to the bound of a document or a line
 
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """Bytes start to end of a file; `name` is its path below the folder that holds all files."""
+    """Name the bytes start to end of a file; `name` is its path below the folder that holds all files."""
 
     name: str
     path: Path
@@ -46,7 +46,7 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """The pieces of each part, in order of their names, and in a few words the rule that made them."""
+    """Hold the pieces of each part, in order of their names, and the rule of the split in a few words."""
 
     train: tuple[Piece, ...]
     validation: tuple[Piece, ...]
@@ -56,9 +56,9 @@ class Split:
 
 
 def split_files(files: str | None, validation: str | None = None, test: str | None = None) -> Split:
-    """Splits the text that `data.files`, `data.validation` and `data.test` name.
+    """Split the text that `data.files`, `data.validation` and `data.test` name.
 
-    Raises RecipeError where a key names no file or no bytes, and where nothing is left to train on.
+    Raise RecipeError if a key names no file or no bytes, and if nothing is left to train on.
     """
     if files is None:
         if validation or test:
@@ -68,27 +68,27 @@ def split_files(files: str | None, validation: str | None = None, test: str | No
     named = {part: _found(f"data.{part}", pattern) for part, pattern in keys.items() if pattern is not None}
     taken: dict[str, str] = {}
     for part, pieces in named.items():
-        for place in (os.path.realpath(piece.path) for piece in pieces):
-            if taken.setdefault(place, part) != part:
-                raise RecipeError(f"data.validation and data.test both name {place!r}; give it to one of them")
+        for path in (os.path.realpath(piece.path) for piece in pieces):
+            if taken.setdefault(path, part) != part:
+                raise RecipeError(f"data.validation and data.test both name {path!r}; give it to one of them")
     rest = [piece for piece in _found("data.files", files) if os.path.realpath(piece.path) not in taken]
-    said: dict[str, list[Piece]] = {"train": [], "validation": [], "test": []}
+    by_name: dict[str, list[Piece]] = {"train": [], "validation": [], "test": []}
     for piece in rest:
-        said[_said(piece.name) or "train"].append(piece)
-    train = said.pop("train")
+        by_name[_part_by_name(piece.name) or "train"].append(piece)
+    train = by_name.pop("train")
     if not train:
         raise RecipeError(
             f"data.files={files!r} leaves no text to train on: by name or key all of its files are for validation or "
             "test; name more text, or let data.validation and data.test say which files are which"
         )
-    held = {part: named.get(part) or said[part] for part in said}
-    unused = [piece for part in named for piece in said[part]]  # the key names others
+    held = {part: named.get(part) or by_name[part] for part in by_name}
+    unused = [piece for part in named for piece in by_name[part]]  # a key overrides the names of these files
     shares = [] if held["validation"] else [part for part in ("test", "validation") if not held[part]]
     train.sort(key=lambda piece: (_hash(piece.name), piece.name))
     due = sum(map(len, train)) // HELD_OUT
     for part in shares:
         train, held[part] = _cut(train, due)
-    rules = [f"data.{part}" for part in named] + ["name"] * any(said.values()) + ["shares of bytes"] * bool(shares)
+    rules = [f"data.{part}" for part in named] + ["name"] * any(by_name.values()) + ["shares of bytes"] * bool(shares)
     neither = sum(map(len, [*held["test"], *unused]))
     return Split(
         train=_in_order(train),
@@ -101,9 +101,8 @@ def split_files(files: str | None, validation: str | None = None, test: str | No
 
 def _standard_library() -> Split:
     root = Path(sysconfig.get_path("stdlib"))
-    paths = [path for path in root.rglob("*.py") if path.is_file()]
-    paths = [path for path in paths if not SKIPPED_FOLDERS.intersection(path.relative_to(root).parts)]
-    pieces = _pieces(paths, root)
+    library = (path for path in root.rglob("*.py") if not SKIPPED_FOLDERS.intersection(path.relative_to(root).parts))
+    pieces = _pieces([path for path in library if path.is_file()], root)
     by_hash = sorted(pieces, key=lambda piece: (_hash(piece.name), piece.name))
     held_out = {piece.name for piece in by_hash[: max(1, len(by_hash) // HELD_OUT)]}
     return Split(
@@ -116,7 +115,7 @@ def _standard_library() -> Split:
 
 
 def _found(key: str, pattern: str) -> list[Piece]:
-    """The files that a path or a glob names, all that lie below it for a folder; empty ones are left out."""
+    """Find the files of a path or a glob, or all files below a folder; leave out empty ones."""
     if os.path.isfile(pattern):
         names = [pattern]
     else:
@@ -135,19 +134,19 @@ def _pieces(paths: Sequence[Path], folder: Path) -> list[Piece]:
     return [Piece(name=os.path.relpath(path, folder), path=path, start=0, end=path.stat().st_size) for path in paths]
 
 
-def _said(name: str) -> str | None:
-    """The part that a name says: the file's own, else its nearest folder's; test before validation before train."""
+def _part_by_name(name: str) -> str | None:
+    """Return the part that a file's own name or its nearest folder's contains; prefer test, then validation."""
     path = PurePosixPath(name)
-    for place in (path, *path.parents):
-        said = {PARTS.get(word) for word in re.findall(r"[^\W\d_]+", place.name.lower())}
+    for level in (path, *path.parents):
+        parts = {PARTS.get(word) for word in re.findall(r"[^\W\d_]+", level.name.lower())}
         for part in ("test", "validation", "train"):
-            if part in said:
+            if part in parts:
                 return part
     return None
 
 
 def _cut(pieces: Sequence[Piece], due: int) -> tuple[list[Piece], list[Piece]]:
-    """Parts off the last pieces, of about ``due`` bytes; cuts one in two where a whole one is too much by half."""
+    """Hold out about ``due`` bytes from the end; cut a piece that exceeds the missing bytes by half of ``due``."""
     rest, held, missing = list(pieces), [], due
     while missing > due // 2 or (rest and len(rest[-1]) <= 2 * missing):
         last = rest.pop()
@@ -161,7 +160,7 @@ def _cut(pieces: Sequence[Piece], due: int) -> tuple[list[Piece], list[Piece]]:
 
 
 def _bound(piece: Piece, at: int, reach: int) -> int:
-    """The place near ``at`` where a document begins, after a blank line; else a line, else a UTF-8 character."""
+    """Find the nearest start of a document, which follows a blank line; else of a line; else of a UTF-8 character."""
     first = max(piece.start + 1, at - reach)
     with piece.path.open("rb") as file:
         file.seek(first)

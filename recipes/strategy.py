@@ -1,4 +1,4 @@
-"""How a run's layers communicate: what `parallel.linear: auto` comes to on this network, and what a run says of it."""
+"""Resolve how the layers of a run communicate, `parallel.linear: auto` included, and describe it."""
 
 from __future__ import annotations
 
@@ -16,40 +16,45 @@ from recipes.config import Recipe
 
 
 def with_link(sp: hsp.SequenceParallel, group: Group) -> hsp.SequenceParallel:
-    """The same with its link, if linear="auto" asks for one that must be measured. All ranks of `group` (dp x sp) call
-    it together, and agree on the slowest link of all, so that replicas choose the same exchanges."""
+    """Measure the link if linear="auto" needs one, and return the settings with it.
+
+    All ranks of `group` (dp x sp) call it together. They agree on the slowest link, so that all replicas choose the
+    same exchanges.
+    """
     if sp.linear != "auto" or sp.link is not None or sp.size == 1:
         return sp
     links = collectives.gather_objects(measure_link(sp.group), group)
     return replace(
-        sp, link=Link(latency=max(one.latency for one in links), bandwidth=min(one.bandwidth for one in links))
+        sp, link=Link(latency=max(link.latency for link in links), bandwidth=min(link.bandwidth for link in links))
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Strategy:
-    """`linear` holds the exchange of each kind of linear block."""
+    """Hold the exchanges of a run; `linear` has one for each kind of linear block."""
 
     linear: dict[str, Choice]
     softmax: str
     link: Link | None
 
     def facts(self) -> dict[str, Any]:
-        """For the provenance of a run."""
-        linear = {name: {"exchange": one.strategy, "seconds": one.seconds} for name, one in self.linear.items()}
+        """Return the exchanges for the provenance of a run."""
+        linear = {
+            name: {"exchange": choice.strategy, "seconds": choice.seconds} for name, choice in self.linear.items()
+        }
         link = self.link and {"latency": self.link.latency, "bandwidth": self.link.bandwidth}
         return {"linear": linear, "softmax": self.softmax, "link": link}
 
     def __str__(self) -> str:
-        kinds = [f"{name} {one.strategy}{_times(one)}" for name, one in self.linear.items()]
+        kinds = [f"{name} {choice.strategy}{_times(choice)}" for name, choice in self.linear.items()]
         text = ", ".join([*kinds, f"softmax {self.softmax}"])
-        if self.link is not None:
-            text += f"; link {1e6 * self.link.latency:.0f} us, {self.link.bandwidth / 1e9:.3g} GB/s"
-        return text
+        if self.link is None:
+            return text
+        return f"{text}; link {1e6 * self.link.latency:.0f} us, {self.link.bandwidth / 1e9:.3g} GB/s"
 
 
 def strategy(recipe: Recipe, sp: hsp.SequenceParallel) -> Strategy:
-    """What the blocks of a recipe's model use; with linear="auto" `sp` has its link."""
+    """Choose the exchanges of a recipe's blocks; with linear="auto", `sp` must have its link."""
     batch = 1 if recipe.data.pack else recipe.train.batch // (recipe.parallel.dp * recipe.train.accumulation)
     number_bytes = 8 if recipe.train.dtype == "float64" else 4
     linear: dict[str, Choice] = {}
@@ -61,6 +66,6 @@ def strategy(recipe: Recipe, sp: hsp.SequenceParallel) -> Strategy:
 
 
 def _times(choice: Choice) -> str:
-    if choice.seconds is None:
-        return ""
-    return f" (of {', '.join(f'{name} {1e3 * seconds:.2f}' for name, seconds in choice.seconds.items())} ms)"
+    """Format the predicted times among which `auto` chose; empty without a choice."""
+    times = ", ".join(f"{name} {1e3 * seconds:.2f}" for name, seconds in (choice.seconds or {}).items())
+    return f" (of {times} ms)" * bool(times)

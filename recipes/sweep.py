@@ -1,9 +1,8 @@
-"""A sweep: one base recipe, axes of values, one run for each cell. `python -m recipes.sweep FILE [key=value ...]`.
+"""Run a sweep: one base recipe, axes of values, one run per cell. `python -m recipes.sweep FILE [key=value ...]`.
 
-A sweep file holds the fields of `Sweep`. Every cell of the product of the axes is a run in `<out>/<sweep>/<cell>/`,
-trained by a process (or a torchrun of `nproc` ranks) of its own, with its output in `train.log` there. Cells that
-resolve to the same experiment run once. A finished run is skipped, a broken one is started again and resumes from its
-checkpoint.
+A sweep file holds the fields of `Sweep`. Every cell of the product of the axes is a run in `<out>/<sweep>/<cell>/`.
+Each run is a process of its own, or a torchrun of `nproc` ranks, and writes its output to `train.log` there. Cells that
+resolve to the same experiment run once. A finished run is skipped; a broken one starts again from its checkpoint.
 """
 
 from __future__ import annotations
@@ -33,15 +32,15 @@ from recipes.validate import validate
 
 PLAN = "sweep.json"
 LOG = "train.log"
-PROMPT = "$ python "  # begins the line of the log that holds the command of an attempt
-TAIL = 15  # lines of a failed run's log that are shown at the end
+PROMPT = "$ python "  # begins the log of every attempt, before its command
+TAIL = 15  # last lines of a failed run's log, for the report
 SEED = "train.seed"
-RECORDING = ("name", "out", "wandb.")  # keys that say where a run is recorded, not what it computes
+RECORDING = ("name", "out", "wandb.")  # keys of where a run is recorded, which do not change its results
 
 
 @dataclass(frozen=True, kw_only=True)
 class Seeds:
-    """Extra seeds for one cell: `cell` gives a value for each axis (or for enough of them), `values` the seeds."""
+    """Add seeds to one cell: `cell` gives a value for each axis (or for enough of them), `values` the seeds."""
 
     cell: dict[str, str] = field(default_factory=dict, metadata={"kind": lambda key: Written})
     values: list[int] = field(default_factory=list)
@@ -49,9 +48,9 @@ class Seeds:
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """A sweep file. `set` holds recipe keys for every run, `axes` a list of values per recipe key.
+    """Hold a sweep file: `set` has recipe keys for every run, `axes` a list of values per recipe key.
 
-    Values are held as they would be typed behind `key=`, and get their type when a cell's recipe is read.
+    Values stay as a user would type them behind `key=`. They get their type when a cell's recipe is read.
     """
 
     name: str
@@ -63,13 +62,13 @@ class Sweep:
     parallel: int = 1  # runs at a time
 
 
-KEYS = tuple(one.name for one in fields(Sweep))
-OWN_KEYS = ("name", "nproc", "parallel")  # what key=value may set on the sweep itself; other keys go to every run
+KEYS = tuple(key.name for key in fields(Sweep))
+OWN_KEYS = ("name", "nproc", "parallel")  # key=value sets these on the sweep itself, and all other keys on every run
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One run: what it is called, the overrides of the base recipe, and the places on the axes that it stands for."""
+    """Hold one run: its name, its overrides of the base recipe, and the points of the axes that it covers."""
 
     name: str
     overrides: tuple[str, ...]
@@ -78,12 +77,13 @@ class Cell:
 
     @property
     def folder(self) -> Path:
+        """Return the folder of the run."""
         return config.run_folder(self.recipe)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How one run ended: `state` is finished, skipped or failed; `note` is its result, or why it failed."""
+    """Tell how one run ended: `state` is finished, skipped or failed; `note` is its result or the cause of failure."""
 
     cell: Cell
     state: str
@@ -95,9 +95,9 @@ class Outcome:
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
-    """Read a sweep file and apply `key=value` overrides (`name`, `nproc`, `parallel`, or any recipe key for every run).
+    """Read a sweep file and apply `key=value` overrides: `name`, `nproc`, `parallel`, or any recipe key for every run.
 
-    Raises ValueError for a missing file, an unknown key, a wrong type, or an override of a key that is an axis.
+    Raise ValueError for a missing file, an unknown key, a wrong type, or an override of a key that is an axis.
     """
     path = Path(path)
     if not path.is_file():
@@ -109,8 +109,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
         refuse_text(layers, f"sweep file {path}")
         sweep = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Sweep), *layers))
     except OmegaConfBaseException as error:
-        message = str(error).splitlines()[0]
-        raise ValueError(f"sweep file {path}: {message}; a sweep has the keys {', '.join(KEYS)}") from None
+        raise ValueError(
+            f"sweep file {path}: {config.first_line(error)}; a sweep has the keys {', '.join(KEYS)}"
+        ) from None
     assert isinstance(sweep, Sweep)
     _check(sweep, path)
     return sweep
@@ -136,19 +137,19 @@ def _check(sweep: Sweep, path: Path) -> None:
 
 
 def plan(sweep: Sweep, path: str | Path) -> list[Cell]:
-    """Expand the axes into cells, in the order of the file, with cells that are the same experiment merged into one.
+    """Expand the axes into cells, in the order of the file, and merge cells that are the same experiment.
 
-    Two places on the axes are one experiment if their block patterns are equal and so is the rest of their recipes:
-    with no linear block in the pattern, for example, the kind of linear block does not matter. Every recipe is resolved
-    and validated here, before anything runs. Raises ValueError, naming the cell, where a recipe is not valid.
+    Two points of the axes are one experiment if their block patterns and the rest of their recipes are equal. Without
+    a linear block, for example, the kind of linear block does not matter. All recipes are resolved and validated
+    here, before anything runs. Raise ValueError with the name of the cell for a recipe that is not valid.
     """
     base = base_recipe(sweep, path)
     product = [dict(zip(sweep.axes, values, strict=True)) for values in itertools.product(*sweep.axes.values())]
-    places = product + [place | {SEED: str(seed)} for seed in sweep.seeds.values for place in [_seeded(sweep, product)]]
+    points = product + [point | {SEED: str(seed)} for seed in sweep.seeds.values for point in [_seeded(sweep, product)]]
     groups: dict[str, tuple[config.Recipe, list[dict[str, str]]]] = {}
-    for place in places:
-        recipe = _resolve(base, sweep, place)
-        groups.setdefault(_experiment(recipe), (recipe, []))[1].append(place)
+    for point in points:
+        recipe = _resolve(base, sweep, point)
+        groups.setdefault(_experiment(recipe), (recipe, []))[1].append(point)
     names = [_name(_shared(members)) for _, members in groups.values()]
     if len(set(names)) < len(names):
         names = [_name(members[0]) for _, members in groups.values()]
@@ -168,13 +169,13 @@ def plan(sweep: Sweep, path: str | Path) -> list[Cell]:
 
 
 def base_recipe(sweep: Sweep, path: str | Path) -> Path:
-    """The path of the base recipe, which a sweep file names relative to itself, as seen from the working directory."""
+    """Return the path of the base recipe from the working directory; a sweep file names it relative to itself."""
     return Path(os.path.relpath(Path(path).parent / sweep.base))
 
 
 def _seeded(sweep: Sweep, product: list[dict[str, str]]) -> dict[str, str]:
     wanted = sweep.seeds.cell
-    found = [place for place in product if wanted.items() <= place.items()]
+    found = [point for point in product if wanted.items() <= point.items()]
     if len(found) != 1:
         raise ValueError(
             f"seeds.cell {wanted} names {len(found)} cells; give it one value for each of {list(sweep.axes)}"
@@ -186,26 +187,23 @@ def _shared(members: list[dict[str, str]]) -> dict[str, str]:
     return {key: value for key, value in members[0].items() if all(m.get(key) == value for m in members)}
 
 
-def _name(place: Mapping[str, str]) -> str:
-    """The name of a cell's folder."""
-    short = [key.rpartition(".")[2] for key in place]
-    keys = [key.replace(".", "-") if short.count(last) > 1 else last for key, last in zip(place, short, strict=True)]
-    parts = [
-        "".join(c if c.isalnum() else "-" for c in f"{key}-{value}")
-        for key, value in zip(keys, place.values(), strict=True)
-    ]
-    return file_name("_".join(parts)) or "all"
+def _name(point: Mapping[str, str]) -> str:
+    """Name the folder of a cell."""
+    short = [key.rpartition(".")[2] for key in point]
+    keys = [key.replace(".", "-") if short.count(last) > 1 else last for key, last in zip(point, short, strict=True)]
+    pairs = (f"{key}-{value}" for key, value in zip(keys, point.values(), strict=True))
+    return file_name("_".join("".join(c if c.isalnum() else "-" for c in pair) for pair in pairs)) or "all"
 
 
-def _overrides(sweep: Sweep, place: Mapping[str, str], name: str) -> tuple[str, ...]:
-    values = sweep.set | dict(place) | {"name": f"{sweep.name}/{name}"}
+def _overrides(sweep: Sweep, point: Mapping[str, str], name: str) -> tuple[str, ...]:
+    values = sweep.set | dict(point) | {"name": f"{sweep.name}/{name}"}
     return tuple(f"{key}={value}" for key, value in values.items())
 
 
-def _resolve(base: Path, sweep: Sweep, place: Mapping[str, str]) -> config.Recipe:
-    name = _name(place)
+def _resolve(base: Path, sweep: Sweep, point: Mapping[str, str]) -> config.Recipe:
+    name = _name(point)
     try:
-        recipe = load_recipe(base, list(_overrides(sweep, place, name)))
+        recipe = load_recipe(base, list(_overrides(sweep, point, name)))
         validate(recipe, sweep.nproc)
     except ValueError as error:
         raise ValueError(f"cell {name} of sweep {sweep.name}: {error}") from None
@@ -213,13 +211,16 @@ def _resolve(base: Path, sweep: Sweep, place: Mapping[str, str]) -> config.Recip
 
 
 def _experiment(recipe: config.Recipe) -> str:
-    """What a recipe computes, as a string to compare: the model by its pattern and by the options of mixers in it, and
-    the strategies of the kinds of layer that it has."""
+    """Describe what a recipe computes, as a string to compare.
+
+    The model counts by its pattern and by the options of the mixers in it. Strategies count only for the kinds of layer
+    in the model.
+    """
     pattern, values = list(expand_pattern(recipe.model)), _recipe_values(recipe)
-    facts = [spec.cost(place) for spec, place in block_specs(recipe.model)]
-    if not any(one.summaries for one in facts):
+    costs = [spec.cost(place) for spec, place in block_specs(recipe.model)]
+    if not any(cost.summaries for cost in costs):
         values |= {"parallel.linear": None, "parallel.link": None}
-    if not any(one.attention for one in facts):
+    if not any(cost.attention for cost in costs):
         values |= {"parallel.softmax": None, "parallel.kv_heads_per_gather": None, "parallel.keep_kv": None}
     mixers = {kind: options for kind, options in recipe.model.mixers.items() if kind in pattern}
     model = {"model.linear": None, "model.ratio": None, "model.pattern": pattern, "model.mixers": mixers}
@@ -234,9 +235,8 @@ def _recipe_values(recipe: config.Recipe) -> dict[str, Any]:
 
 
 def is_finished(cell: Cell) -> bool:
-    """Whether the run's summary says finished; ValueError if the folder holds another recipe, or broken files."""
-    recipe_file, summary = cell.folder / "recipe.yaml", cell.folder / "summary.json"
-    if not recipe_file.is_file():
+    """Tell whether the run is finished; raise ValueError if its folder holds another recipe or broken files."""
+    if not (cell.folder / "recipe.yaml").is_file():
         return False
     old, new = _recipe_values(record.read_recipe(cell.folder)), _recipe_values(cell.recipe)
     if changed := [f"{key} was {old.get(key)}, now {new.get(key)}" for key in new if old.get(key) != new.get(key)]:
@@ -244,23 +244,22 @@ def is_finished(cell: Cell) -> bool:
             f"{cell.folder} holds a run of another recipe ({'; '.join(changed)}); "
             "delete that folder to run it again, or give the sweep a new name with name=..."
         )
-    return summary.is_file() and record.read_summary(cell.folder)["status"] == "finished"
+    return (cell.folder / "summary.json").is_file() and record.read_summary(cell.folder)["status"] == "finished"
 
 
 def command(sweep: Sweep, path: str | Path, cell: Cell, module: str = "recipes.train") -> list[str]:
-    """The command line that trains a cell: plain Python for one rank, torchrun's own module for more."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={sweep.nproc}"]
-    launcher = torchrun if sweep.nproc > 1 else []
-    return [sys.executable, *launcher, "-m", module, str(base_recipe(sweep, path)), *cell.overrides]
+    """Build the command line that trains a cell: plain Python for one rank, torchrun's own module for more."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={sweep.nproc}"] * (sweep.nproc > 1)
+    return [sys.executable, *torchrun, "-m", module, str(base_recipe(sweep, path)), *cell.overrides]
 
 
 def run(
     sweep: Sweep, path: str | Path, cells: Sequence[Cell], shown: str, module: str = "recipes.train"
 ) -> list[Outcome]:
-    """Train every cell that is not finished, `sweep.parallel` at a time; return how each ended, in order of `cells`.
+    """Train every cell that is not finished, `sweep.parallel` at a time; return the outcomes in the order of `cells`.
 
-    shown: the command line that is recorded in the sweep's folder. A failed run does not stop the others. An interrupt
-    ends the runs in flight before it is passed on.
+    The sweep's folder records `shown` as its command line. A failed run does not stop the others. An interrupt first
+    ends the running ones and is then raised again.
     """
     folder = cells[0].folder.parent
     with locked(folder) as held:
@@ -285,8 +284,7 @@ def run(
                         live[start(command(sweep, path, cell, module), cell, held)] = (cell, time.monotonic())
                 for process in [p for p in live if p.poll() is not None]:
                     cell, began = live.pop(process)
-                    outcome = _ended(cell, process.returncode, time.monotonic() - began)
-                    outcomes[cell.name] = outcome
+                    outcomes[cell.name] = outcome = _ended(cell, process.returncode, time.monotonic() - began)
                     say(cell, f"{outcome.state} after {outcome.seconds:.0f} s: {outcome.note}")
                 time.sleep(0.05)
         finally:
@@ -296,21 +294,28 @@ def run(
 
 def locked(folder: Path) -> IO[str]:
     """Hold the folder's lock. Runs inherit it, so a run that outlives a killed sweep keeps the next sweep out."""
-    busy = f"another sweep works in {folder}, or a run that it left behind"
-    advice = "wait for it to end, or give this sweep a new name with name=..."
-    return lock.take(folder / "sweep.lock", busy, advice)
+    return lock.take(
+        folder / "sweep.lock",
+        busy=f"another sweep works in {folder}, or a run that it left behind",
+        advice="wait for it to end, or give this sweep a new name with name=...",
+    )
 
 
 def _write_plan(folder: Path, sweep: Sweep, path: str | Path, cells: Sequence[Cell], shown: str) -> None:
-    rows = [{"name": cell.name, "covers": list(cell.covers)} for cell in cells]
-    plan = {"name": sweep.name, "file": Path(path).as_posix(), "command": shown, "nproc": sweep.nproc, "cells": rows}
-    (folder / PLAN).write_text(json.dumps(plan, indent=1) + "\n")
+    content = {
+        "name": sweep.name,
+        "file": Path(path).as_posix(),
+        "command": shown,
+        "nproc": sweep.nproc,
+        "cells": [{"name": cell.name, "covers": list(cell.covers)} for cell in cells],
+    }
+    (folder / PLAN).write_text(json.dumps(content, indent=1) + "\n")
 
 
 def start(argv: list[str], cell: Cell, held: IO[str]) -> subprocess.Popen[bytes]:
-    """Start a run's process, its output appended to the run's log, the sweep's lock held as long as it lives."""
-    if cell.recipe.checkpoint.resume == "never":  # here, not by the run: its log is to lie in the folder that it makes
-        with suppress(config.RecipeError):  # a training that lives there: the run says so
+    """Start the process of a run; it appends its output to the run's log and holds the sweep's lock until it ends."""
+    if cell.recipe.checkpoint.resume == "never":  # move it here, because the log belongs in the new folder
+        with suppress(config.RecipeError):  # another process trains there; the run itself reports it
             lock.set_aside(cell.folder).close()
     cell.folder.mkdir(parents=True, exist_ok=True)
     with open(cell.folder / LOG, "ab") as log:
@@ -324,7 +329,7 @@ def start(argv: list[str], cell: Cell, held: IO[str]) -> subprocess.Popen[bytes]
             stderr=subprocess.STDOUT,
             env=environment,
             pass_fds=[held.fileno()],
-            start_new_session=True,  # an interrupt reaches the sweep alone, which then ends its runs in order
+            start_new_session=True,  # an interrupt reaches only the sweep, which then ends its runs
         )
 
 
@@ -337,7 +342,7 @@ def _ended(cell: Cell, code: int, seconds: float) -> Outcome:
 
 def _result(cell: Cell) -> str:
     summary = record.read_summary(cell.folder)
-    below = summary["below_unigram"]  # None: all bytes are equal
+    below = summary["below_unigram"]  # None if all bytes are equal
     return f"{summary['bits_per_byte']:.3f} bits per byte" + (
         f", {100 * below:.1f} % below unigram" if below is not None else ""
     )
@@ -345,7 +350,7 @@ def _result(cell: Cell) -> str:
 
 def _end(processes: list[subprocess.Popen[bytes]], grace: float = 40.0) -> None:
     for process in processes:
-        process.terminate()  # torchrun passes it on to its ranks
+        process.terminate()  # torchrun forwards it to its ranks
     deadline = time.monotonic() + grace
     for process in processes:
         try:
@@ -370,7 +375,7 @@ def _show_plan(sweep: Sweep, path: str | Path, cells: Sequence[Cell]) -> None:
 
 
 def report(outcomes: Sequence[Outcome], seconds: float) -> int:
-    """Print the end of every failed run's log and a count; returns the exit code, 1 if a run failed."""
+    """Print the end of every failed run's log and a count; return the exit code, 1 if a run failed."""
     failed = [outcome for outcome in outcomes if outcome.state == "failed"]
     for outcome in failed:
         log = outcome.cell.folder / LOG
@@ -384,22 +389,22 @@ def report(outcomes: Sequence[Outcome], seconds: float) -> int:
 
 
 def _tail(log: Path) -> list[str]:
-    """The end of what the last attempt said, without torchrun's own report of it."""
+    """Return the last lines of the last attempt, without torchrun's own report."""
     lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
     begin = max((i for i, line in enumerate(lines) if line.startswith(PROMPT)), default=0)
-    said = list(itertools.takewhile(lambda line: "torch/distributed/elastic/" not in line, lines[begin:]))
-    return said[-TAIL:]
+    own = itertools.takewhile(lambda line: "torch/distributed/elastic/" not in line, lines[begin:])
+    return list(own)[-TAIL:]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code: 0 all finished, 1 some failed, 2 not started, 130 interrupted."""
+    """Run the command; return its exit code: 0 all finished, 1 some failed, 2 not started, 130 interrupted."""
     parser = argparse.ArgumentParser(prog="python -m recipes.sweep", description="Train every cell of a sweep file.")
     parser.add_argument("file", help="a sweep file, such as recipes/ablations/hybrid_ratio.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="name, nproc, parallel, or a recipe key")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and run nothing")
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = parser.parse_intermixed_args(words)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # KeyboardInterrupt, as for Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt, like Ctrl-C
     started = time.monotonic()
     try:
         sweep = load(arguments.file, arguments.overrides)

@@ -1,4 +1,4 @@
-"""The curves of a run in wandb."""
+"""Record the curves of a run in wandb."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from recipes.config import Recipe, RecipeError
 
 
 def check(recipe: Recipe) -> None:
-    """Raises RecipeError, before anything is built, if wandb cannot be used as the recipe says; disabled it is no part
-    of the program."""
+    """Raise RecipeError, before anything is built, if wandb cannot run in the recipe's mode.
+
+    The mode "disabled" does not import wandb at all.
+    """
     if recipe.wandb.mode == "disabled":
         return
     try:
@@ -19,23 +21,23 @@ def check(recipe: Recipe) -> None:
 
         if recipe.wandb.mode == "online":
             wandb.setup(wandb.Settings(silent=True))
-            wandb.login(verify=True)  # asks for a key if there is a terminal
-    except Exception as error:  # no wandb, no key, a wrong one, or no server
+            wandb.login(verify=True)  # asks for a key if there is a terminal to ask on
+    except Exception as error:  # no wandb, no key, a wrong key or no server
         raise _refusal(recipe, error) from error
 
 
 class Tracker:
-    """One wandb run over all starts of a run.
+    """Log all starts of a run as one wandb run.
 
-    Offline, every start leaves a piece, all of one id. ``wandb sync`` appends the pieces in the order of their starts,
-    and renumbers one whose steps do not lie after those that are there. So wandb's step is the step of training, and a
-    resumed run goes on where the one before ended. Steps that a dying run had not saved are taken again and stand
-    twice, equal: charts go by ``step``, which nobody renumbers. Other ids would be other curves, and ``resume_from``
-    asks the server for what an offline run does not have.
+    Offline, every start writes a piece with the same id. ``wandb sync`` appends the pieces in the order of their
+    starts, and renumbers a piece if its steps do not follow the earlier ones. wandb's step is therefore the step of
+    training, and a resumed run continues the curve. A run that dies repeats its unsaved steps, with equal values.
+    Charts use ``step``, which wandb does not renumber. Other ids would make other curves, and ``resume_from`` needs
+    the server.
     """
 
     def __init__(self, folder: Path, recipe: Recipe, run_id: str) -> None:
-        """Raises RecipeError if wandb does not start."""
+        """Start wandb; raise RecipeError if it does not start."""
         import wandb
 
         try:
@@ -55,7 +57,7 @@ class Tracker:
         self._run.define_metric("*", step_metric="step")
 
     def log(self, values: dict[str, Any], step: int) -> None:
-        """Adds values to the row of a step; wandb writes a row when a later step begins."""
+        """Add values to the row of a step; wandb writes a row when a later step begins."""
         self._run.log({**values, "step": step}, step=step)
 
     def finish(self, summary: dict[str, Any]) -> None:
@@ -64,8 +66,7 @@ class Tracker:
 
 
 def _refusal(recipe: Recipe, error: Exception) -> RecipeError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
     return RecipeError(
-        f"wandb.mode={recipe.wandb.mode}, wandb.project={recipe.wandb.project}: {reason}; mend it, or set "
-        "wandb.mode=offline (and use `wandb sync` later) or wandb.mode=disabled"
+        f"wandb.mode={recipe.wandb.mode}, wandb.project={recipe.wandb.project}: {config.first_line(error)}; mend it, "
+        "or set wandb.mode=offline (and use `wandb sync` later) or wandb.mode=disabled"
     )

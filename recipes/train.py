@@ -1,8 +1,10 @@
-"""Training: ``python -m recipes.train RECIPE [key=value ...]``, plain or under torchrun; ``--dry-run`` only looks.
+"""Train a recipe: ``python -m recipes.train RECIPE [key=value ...]``, plain or under torchrun.
 
-One loop for every recipe. Rank (d, s) of the mesh dp x sp takes the sequences of replica d, and of each the tokens of
-shard s. It sums its token losses; gradients and token counts are summed over all ranks and accumulation before the one
-division (hybrid_sp.sum_gradients).
+``--dry-run`` prints the resolved recipe and trains nothing.
+
+One loop serves every recipe. Rank (d, s) of the mesh dp x sp takes shard s of every sequence of replica d. It sums the
+losses of its tokens. Gradients and token counts are summed over all ranks and accumulation before the one division
+(hybrid_sp.sum_gradients).
 """
 
 from __future__ import annotations
@@ -34,16 +36,17 @@ from recipes.record import TrainingStopped
 from recipes.strategy import Strategy, strategy, with_link
 from recipes.validate import mesh_shape, processes, validate
 
-TRACED = 3  # the step that `train.trace` shows, counted from the start of the program: the first ones warm it up
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # the last two: a terminal, Slurm
-PATIENCE = 30.0  # seconds that other ranks leave to the first one to say what is wrong with the recipe
+TRACED = 3  # `train.trace` shows this step after the start of the program; the steps before warm up
+# A closed terminal sends SIGHUP, Slurm SIGUSR1.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+PATIENCE = 30.0  # seconds that other ranks give the first one to print the error in the recipe
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command; returns its exit code: 0 finished or stopped by a signal, 1 failed, 2 not a recipe to be run."""
+    """Run the command; return its exit code: 0 finished or stopped by a signal, 1 failed, 2 wrong recipe."""
     parser = argparse.ArgumentParser(
         prog="python -m recipes.train",
-        usage=argparse.SUPPRESS,  # so that an error is one line
+        usage=argparse.SUPPRESS,  # keeps an error on one line
         description="Trains RECIPE: python -m recipes.train RECIPE [key=value ...], alone or behind torchrun.",
     )
     parser.add_argument("recipe", metavar="RECIPE", help="a recipe file, such as recipes/quickstart.yaml")
@@ -58,10 +61,10 @@ def main(arguments: Sequence[str]) -> int:
             record.say(dry_run(recipe))
             return 0
         train(recipe)
-        collectives.leave(None)  # every rank has come to the end of `train`
+        collectives.leave(None)  # every rank has reached the end of `train`
     except RecipeError as error:
         if not record.is_main_process():
-            time.sleep(PATIENCE)  # torchrun ends this process as soon as the first rank has given its exit code
+            time.sleep(PATIENCE)  # torchrun ends this process once the first rank has exited
         record.say(f"error: {error}", sys.stderr)
         return 2
     except TrainingStopped:
@@ -70,9 +73,9 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def dry_run(recipe: Recipe) -> str:
-    """The resolved recipe as YAML, with what it comes to in comments; needs no process group.
+    """Return the resolved recipe as YAML, with the size of model, data and training in comments; no process group.
 
-    Raises RecipeError if the recipe cannot be run on WORLD_SIZE (1) processes.
+    Raise RecipeError if the recipe cannot be run on WORLD_SIZE (1) processes.
     """
     validate(recipe, processes())
     facts, length, dtype = model_facts(recipe.model), recipe.data.length, getattr(torch, recipe.train.dtype)
@@ -85,7 +88,7 @@ def dry_run(recipe: Recipe) -> str:
 
 
 def describe(recipe: Recipe, corpus: data.Corpus) -> tuple[str, str, str]:
-    """Three lines about a run: its model, its data and its training."""
+    """Describe a run in three lines: its model, its data and its training."""
     train, names = recipe.train, expand_pattern(recipe.model)
     return (
         f"model      {pattern_letters(names)} ({', '.join(names)}), "
@@ -98,10 +101,10 @@ def describe(recipe: Recipe, corpus: data.Corpus) -> tuple[str, str, str]:
 
 
 def train(recipe: Recipe) -> dict[str, Any]:
-    """Trains a recipe on this process, or on all that torchrun started, and returns what ``summary.json`` holds.
+    """Train a recipe on this process, or on all processes of torchrun, and return the content of ``summary.json``.
 
-    Raises RecipeError before any process group exists if the recipe cannot be run, and TrainingStopped on every rank if
-    the loss or the gradient is not finite, if the ranks' parameters differ or if the run cannot be saved.
+    Raise RecipeError, before any process group exists, if the recipe cannot be run. Raise TrainingStopped on every
+    rank for a loss or gradient that is not finite, for parameters that differ between ranks, or for a failed save.
     """
     world = processes()
     validate(recipe, world)
@@ -122,12 +125,19 @@ def train(recipe: Recipe) -> dict[str, Any]:
     group = whole_group(mesh)
     if len(set(collectives.gather_objects(corpus.fingerprint, group))) > 1:
         raise RecipeError("data.files: processes read different text; give every machine the same files and Python")
-    facts = {"dp": dp, "sp": ranks, "world": world, "layout": config.layout(recipe), "device": device}
     sp = with_link(config.sequence_parallel(recipe, mesh["sp"].get_group()), group)
-    about = {"fingerprint": corpus.fingerprint, "files": corpus.files, "bytes": len(corpus.train)}
     records = record.Record(folder, recipe)
     exchange = strategy(recipe, sp)
-    checkpoint.on_first_rank(lambda: records.prepare({**facts, "exchange": exchange.facts(), "corpus": about}), group)
+    facts = {
+        "dp": dp,
+        "sp": ranks,
+        "world": world,
+        "layout": config.layout(recipe),
+        "device": device,
+        "exchange": exchange.facts(),
+        "corpus": {"fingerprint": corpus.fingerprint, "files": corpus.files, "bytes": len(corpus.train)},
+    }
+    checkpoint.on_first_rank(lambda: records.prepare(facts), group)
     run = Run(recipe, corpus, records, mesh, group, sp, device)
     run.log_header(exchange)
     try:
@@ -135,14 +145,14 @@ def train(recipe: Recipe) -> dict[str, Any]:
     except Exception as error:
         records.fail(run.facts(), str(error))
         if isinstance(error, TrainingStopped):
-            collectives.barrier(group)  # all ranks are here: none may end before the first has said why
+            collectives.barrier(group)  # no rank may end before the first one has printed the cause
         raise
-    ending = ("stopped", run.facts()) if stopped else ("finished", run.facts(), run.sample)
-    return checkpoint.on_first_rank(lambda: records.finish(*ending), group)
+    status, write = ("stopped", None) if stopped else ("finished", run.sample)
+    return checkpoint.on_first_rank(lambda: records.finish(status, run.facts(), write), group)
 
 
 class Run:
-    """A training run on this rank: its model, its optimiser and where it is."""
+    """Hold a training run on this rank: its model, its optimiser and its progress."""
 
     def __init__(
         self,
@@ -154,7 +164,7 @@ class Run:
         sequence_parallel: hsp.SequenceParallel,
         device: str,
     ) -> None:
-        """Starts anew, or after the newest sound checkpoint of the run folder."""
+        """Start from the newest sound checkpoint of the run folder, or else from fresh weights."""
         self.recipe, self.corpus, self.record, self.group, self.device = recipe, corpus, records, group, device
         self.rank = groups.rank(group)
         self.replica, self.replicas = mesh.get_local_rank("dp"), mesh["dp"].size()
@@ -162,7 +172,7 @@ class Run:
         self.model = HybridLM(recipe.model, config.recomputed_blocks(recipe.model, recipe.train))
         self.model.init_weights(recipe.train.seed)
         self.model.to(device=device, dtype=getattr(torch, recipe.train.dtype))
-        torch.manual_seed(recipe.train.seed * 1_000_003 + self.rank)  # each rank draws its own numbers, if any
+        torch.manual_seed(recipe.train.seed * 1_000_003 + self.rank)  # every rank has random numbers of its own
         self.optimizer = optim.Optimizer(self.model, recipe.optim)
         self.progress = {"step": torch.tensor(0), "seconds": torch.tensor(0.0, dtype=torch.float64)}
         self.checkpoints = config.run_folder(recipe) / "checkpoints"
@@ -177,11 +187,11 @@ class Run:
 
     @property
     def step(self) -> int:
-        """Optimiser steps done."""
+        """Return the number of optimiser steps done."""
         return int(self.progress["step"])
 
     def log_header(self, exchange: Strategy) -> None:
-        """Says what runs, where, and after which step."""
+        """Print the run, its model, mesh, data and training, and the step at which it resumes."""
         world, sp = groups.size(self.group), self.sequence_parallel
         model, corpus, training = describe(self.recipe, self.corpus)
         self.record.say(
@@ -199,7 +209,7 @@ class Run:
             self.record.say(f"resuming   after step {self.step}, from {self.found.path}")
 
     def facts(self) -> dict[str, Any]:
-        """What the summary says besides what can be read in the metrics."""
+        """Return the part of the summary that the metrics do not hold."""
         return {
             "steps": self.step,
             "seconds": round(float(self.progress["seconds"]), 2),
@@ -208,11 +218,11 @@ class Run:
         }
 
     def state(self) -> checkpoint.State:
-        """All that a resumed run needs, in tensors that share memory with the run (random states are copies)."""
+        """Return the tensors that a resumed run needs; they share memory with the run, but random states are copies."""
         return {**self.optimizer.state(), "progress": self.progress, "rng": checkpoint.random_state(self.rank)}
 
     def loop(self) -> bool:
-        """Trains to the last step, or to the end of the step in which a signal asked any rank to stop: then True."""
+        """Train to the last step, or stop after a step in which a signal reached any rank; return True if stopped."""
         train, saving = self.recipe.train, self.recipe.checkpoint
         stop = False
         with _stop_signals() as asked:
@@ -232,7 +242,7 @@ class Run:
         return stop and self.step < train.steps
 
     def save(self) -> None:
-        """Saves a checkpoint, after the metrics that lead to it; if either fails, every rank raises TrainingStopped."""
+        """Save the metrics and then a checkpoint; if either fails, every rank raises TrainingStopped."""
         try:
             checkpoint.on_first_rank(self.record.flush, self.group)
             checkpoint.save(self.checkpoints, self.step, self.state(), self.recipe.checkpoint.keep, self.group)
@@ -243,24 +253,24 @@ class Run:
             ) from error
 
     def train_step(self, step: int, stop: bool) -> bool:
-        """One optimiser step over all ranks and accumulation; returns whether any rank was asked to stop."""
+        """Take one optimiser step over all ranks and accumulation; return True if any rank was asked to stop."""
         recipe, train = self.recipe, self.recipe.train
         lr = optim.learning_rate(recipe.optim, step, train.steps)
         begin = time.perf_counter()
         with hsp.ledger() as book:
-            mine = torch.zeros(2, dtype=torch.float64, device=self.device)  # summed loss, and whether to stop
+            local = torch.zeros(2, dtype=torch.float64, device=self.device)  # summed loss, request to stop
             valid = torch.zeros((), dtype=torch.int64, device=self.device)
             for indices in self.shares(train.batch // train.accumulation, train.accumulation):
                 windows = data.training_windows(self.corpus, recipe.data.length, train.seed, step, indices)
                 loss, count = self.loss(windows)
                 loss.backward()
                 self.optimizer.collect()
-                mine[0] += loss.detach()
+                local[0] += loss.detach()
                 valid += count
             total = hsp.sum_gradients(self.optimizer.masters.values(), self.group, int(valid))
             norm = float(self.optimizer.clip())
-            mine[1] = stop
-            loss_sum, stops = collectives.all_reduce(mine, self.group, tag="loss").tolist()
+            local[1] = stop
+            loss_sum, stops = collectives.all_reduce(local, self.group, tag="loss").tolist()
         loss_mean = loss_sum / total
         if not (math.isfinite(loss_mean) and math.isfinite(norm)):  # both are equal on all ranks
             raise TrainingStopped(
@@ -269,7 +279,6 @@ class Run:
             )
         self.optimizer.step(lr)
         self.progress["step"].fill_(step)
-        seconds = time.perf_counter() - begin
         step_tokens = train.batch * recipe.data.length
         self.record.train(
             {
@@ -278,7 +287,7 @@ class Run:
                 "grad_norm": norm,
                 "lr": lr,
                 "tokens": step * step_tokens,
-                "tokens_per_second": round(step_tokens / seconds, 1),
+                "tokens_per_second": round(step_tokens / (time.perf_counter() - begin), 1),
                 **record.communication(book),
             }
         )
@@ -287,14 +296,17 @@ class Run:
         return stops > 0
 
     def shares(self, sequences: int, parts: int = 1) -> Iterator[range]:
-        """This replica's share of each of ``parts`` runs of ``sequences``, as indices that do not depend on dp."""
+        """Yield this replica's share of each of ``parts`` groups of ``sequences``; the indices do not depend on dp."""
         share = sequences // self.replicas
         for part in range(parts):
             start = part * sequences + self.replica * share
             yield range(start, start + share)
 
     def loss(self, windows: data.Windows) -> tuple[torch.Tensor, torch.Tensor]:
-        """Summed loss, in nats, and number of the valid tokens of this rank's shard; packed, of one long row."""
+        """Return the summed loss, in nats, and the number of valid tokens of this rank's shard.
+
+        With data.pack all sequences are one long row.
+        """
         tokens_BL, cu_seqlens = windows.tokens.to(self.device), None
         if self.recipe.data.pack:
             tokens_BL, cu_seqlens = tokens_BL.view(1, -1), windows.cu_seqlens
@@ -303,10 +315,13 @@ class Run:
 
     @torch.no_grad()
     def validate(self) -> None:
-        """Mean loss per predicted byte over the held-out windows, summed over all ranks before the one division."""
+        """Record the mean loss per predicted byte of the held-out windows.
+
+        Losses and counts are summed over all ranks before the one division.
+        """
         train, length = self.recipe.train, self.recipe.data.length
         (share,) = self.shares(train.validation_sequences)
-        at_once = train.batch // (self.replicas * train.accumulation)  # what fits in training
+        at_once = train.batch // (self.replicas * train.accumulation)  # training fits as many
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for start in range(0, len(share), at_once):
             indices = share[start : start + at_once]
@@ -324,7 +339,7 @@ class Run:
         )
 
     def compare_parameters(self) -> None:
-        """Raises TrainingStopped on every rank if any parameter is not the same, bit by bit, on all."""
+        """Raise TrainingStopped on every rank if any parameter differs in any bit between ranks."""
         every = collectives.gather_objects({name: _digest(p) for name, p in self.optimizer.masters.items()}, self.group)
         for name in self.optimizer.masters:
             ranks: dict[str, list[int]] = {}
@@ -338,7 +353,7 @@ class Run:
                 )
 
     def sample(self) -> str | None:
-        """Text that the trained model writes; needs no other rank."""
+        """Let the trained model write a text; this needs no other rank."""
         length, seed = self.recipe.train.sample, self.recipe.train.seed
         return generate.generate(self.model, generate.PROMPT, length, seed=seed) if length else None
 
@@ -349,12 +364,12 @@ def _digest(parameter: torch.Tensor) -> str:
 
 
 def _device(recipe: Recipe) -> str:
-    """The device that ``train.device`` stands for on this machine."""
-    chosen, here = recipe.train.device, processes("LOCAL_WORLD_SIZE")
-    enough = torch.cuda.is_available() and torch.cuda.device_count() >= here
+    """Resolve ``train.device`` on this machine."""
+    chosen, local = recipe.train.device, processes("LOCAL_WORLD_SIZE")
+    enough = torch.cuda.is_available() and torch.cuda.device_count() >= local
     if chosen == "cuda" and not enough:
         raise RecipeError(
-            f"train.device=cuda needs one GPU for each of the {here} processes of this machine, but torch sees "
+            f"train.device=cuda needs one GPU for each of the {local} processes of this machine, but torch sees "
             f"{torch.cuda.device_count()}; set train.device=cpu or start fewer processes"
         )
     return "cuda" if enough and chosen != "cpu" else "cpu"
@@ -362,14 +377,14 @@ def _device(recipe: Recipe) -> str:
 
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """Collects signals that ask for an end in a list; the same signal a second time acts as usual."""
+    """Collect requests to stop in a list; a second signal of the same kind has its usual effect."""
     asked: list[int] = []
 
     def ask(number: int, frame: object) -> None:
         asked.append(number)
         signal.signal(number, before[signal.Signals(number)])
 
-    heard = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup has no SIGHUP
+    heard = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
     before = {number: signal.signal(number, ask) for number in heard}
     try:
         yield asked

@@ -1,7 +1,7 @@
-"""YAML files and ``key=value`` arguments as they are written, read by the types of a schema of dataclasses.
+"""Read YAML files and ``key=value`` arguments by the types of a schema of dataclasses.
 
-A key whose type is a string takes the text as it stands, so that 0010, 3:1 and 1e5 stay what they are. Numbers are
-decimal. A value within quotes, also in an argument, is the text between them.
+A key of type string takes the text unchanged: 0010, 3:1 and 1e5 stay the same. Numbers are decimal. A value in
+quotes, also in an argument, is the text between the quotes.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ NULL = "tag:yaml.org,2002:null"
 
 
 class Written:
-    """The kind of a value that is kept as it would be typed behind ``key=``: lists and mappings as JSON."""
+    """Mark a kind of value that stays as a user would type it behind ``key=``: lists and mappings become JSON."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML of null, booleans and decimal numbers: 010 is not octal, 3:1 no sexagesimal number, *.txt no alias."""
+    """Load YAML with null, booleans and decimal numbers: no octal 010, no sexagesimal 3:1, no alias *.txt."""
 
     yaml_implicit_resolvers = {}
 
@@ -48,7 +48,7 @@ for _tag, _pattern, _first in (
 
 
 def read(path: Path) -> yaml.MappingNode:
-    """The YAML of a file, for `typed`; raises RecipeError for what is not ``key: value`` lines."""
+    """Read the YAML of a file, for `typed`; raise RecipeError for anything but ``key: value`` lines."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -68,7 +68,7 @@ def read(path: Path) -> yaml.MappingNode:
 
 
 def key_and_text(argument: str) -> tuple[str, str]:
-    """The two sides of a ``key=value`` argument."""
+    """Split a ``key=value`` argument into its two sides."""
     key, equals, text = argument.partition("=")
     if not key or not equals:
         raise RecipeError(f"argument {argument!r} is not of the form key=value, such as train.steps=20")
@@ -78,12 +78,13 @@ def key_and_text(argument: str) -> tuple[str, str]:
 
 
 def override(argument: str, schema: type) -> dict[str, Any]:
-    """The value of a ``key=value`` argument, typed by the schema, under its key: {train: {steps: 20}}."""
+    """Read a ``key=value`` argument by the schema and nest the value under its key: {train: {steps: 20}}."""
     key, text = key_and_text(argument)
     names = key.split(".")
     kind = reduce(_inside, names, schema)
+    _, bare = _optional(kind)
     quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
-    if _is_scalar(kind) and not quoted:
+    if (bare in (str, int, float, bool) or get_origin(bare) is Literal) and not quoted:
         node: yaml.Node = yaml.ScalarNode(_Loader("").resolve(yaml.ScalarNode, text, (True, False)), text)
     else:
         try:
@@ -97,10 +98,10 @@ def override(argument: str, schema: type) -> dict[str, Any]:
 
 
 def typed(node: yaml.Node, kind: Any) -> Any:
-    """The value of a YAML node where ``kind`` is expected: a type, a dataclass, or Any for what YAML makes of it.
+    """Return the value of a YAML node as a ``kind``: a type, a dataclass, or Any for YAML's own meaning.
 
-    What does not fit is left to whoever checks the value. A field's metadata may hold a function ``kind``, from keys
-    to kinds, for mappings whose type says less.
+    The caller checks values that do not fit. For a mapping with a vague type, the field's metadata may hold ``kind``,
+    a function from keys to kinds.
     """
     optional, kind = _optional(kind)
     if kind is Written:
@@ -119,7 +120,7 @@ def typed(node: yaml.Node, kind: Any) -> Any:
 
 
 def refuse_text(values: Any, source: str) -> None:
-    """Raises RecipeError for text that no recipe may hold: what means something to OmegaConf, and what is not UTF-8.
+    """Raise RecipeError for text with a meaning in OmegaConf, and for text that is not UTF-8.
 
     A recipe that reads the environment could carry a secret into the run folder and from there into a report.
     """
@@ -148,7 +149,7 @@ def _parse(text: str) -> yaml.Node:
 
 
 def _check(node: yaml.Node) -> None:
-    """Raises YAMLError for keys that are no words or stand twice, and for values that no recipe has."""
+    """Raise YAMLError for a key that is no word or that occurs twice, and for a value of no known type."""
     if isinstance(node, yaml.MappingNode):
         seen = set()
         for key, value in node.value:
@@ -165,7 +166,7 @@ def _check(node: yaml.Node) -> None:
 
 
 def _said(error: yaml.YAMLError) -> str:
-    """A YAML error on one line."""
+    """Shorten a YAML error to one line."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
         return f"{error.problem} in line {mark.line + 1}, column {mark.column + 1}"
@@ -173,24 +174,19 @@ def _said(error: yaml.YAMLError) -> str:
 
 
 def _optional(kind: Any) -> tuple[bool, Any]:
-    """Whether a kind is ``X | None``, and X."""
+    """Tell whether a kind is ``X | None``, and return X."""
     members = get_args(kind) if get_origin(kind) in (Union, UnionType) else ()
-    rest = [one for one in members if one is not type(None)]
+    rest = [member for member in members if member is not type(None)]
     return len(rest) < len(members), rest[0] if len(rest) == 1 else Any if rest else kind
 
 
-def _is_scalar(kind: Any) -> bool:
-    kind = _optional(kind)[1]
-    return kind in (str, int, float, bool) or get_origin(kind) is Literal
-
-
 def _inside(kind: Any, key: str) -> Any:
-    """The kind of what stands under ``key`` in a ``kind``; str for a key that is none of a dataclass."""
-    kind = _optional(kind)[1]
+    """Return the kind of the value under ``key`` in a ``kind``; str for a key that a dataclass lacks."""
+    _, kind = _optional(kind)
     if isinstance(kind, FunctionType):
         return kind(key)
     if is_dataclass(kind):
-        by_name = {one.name: one for one in fields(kind)}
+        by_name = {field.name: field for field in fields(kind)}
         return by_name[key].metadata.get("kind") or get_type_hints(kind)[key] if key in by_name else str
     arguments = get_args(kind)
     if get_origin(kind) in (list, tuple, dict) and arguments:

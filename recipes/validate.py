@@ -1,4 +1,4 @@
-"""The checks that a recipe must pass to be run. None needs a process group; each says in one line what to change."""
+"""Check that a recipe can be run. No check needs a process group; each error says in one line what to change."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from hybrid_sp.backends import BACKENDS
 from hybrid_sp.baselines.head_parallel import HEAD_PARALLEL
 from hybrid_sp.shard import CHECKS, KINDS
-from layers.spec import ModelConfig, block_specs, expand_pattern, model_facts
+from layers.spec import block_specs, expand_pattern, model_facts
 from recipes.config import NAME_BYTES, Recipe, RecipeError, layout, sequence_parallel
 
-SEEDS = 10**13  # the largest one: torch takes 64 bits, and each rank makes its own of it
+SEEDS = 10**13  # the largest seed: every rank derives its own from it, within torch's 64 bits
 
 
 def processes(variable: str = "WORLD_SIZE") -> int:
-    """The number of processes that torchrun says it started, in all or on this machine; 1 without torchrun."""
+    """Return the number of processes that torchrun reports, in all or on this machine; 1 without torchrun."""
     text = os.environ.get(variable, "1")
     _require(
         re.fullmatch(r"[1-9]\d{0,8}", text) is not None,
@@ -27,7 +27,7 @@ def processes(variable: str = "WORLD_SIZE") -> int:
 
 
 def mesh_shape(recipe: Recipe, world: int) -> tuple[int, int]:
-    """The sizes (dp, sp) of the mesh over ``world`` processes; raises RecipeError if they do not fit."""
+    """Return the sizes (dp, sp) of the mesh over ``world`` processes; raise RecipeError if they do not fit."""
     dp, sp = recipe.parallel.dp, recipe.parallel.sp
     _require(dp >= 1 and (sp is None or sp >= 1), f"parallel.dp={dp}, parallel.sp={sp}", "each must be at least 1")
     if sp is None:
@@ -47,7 +47,7 @@ def mesh_shape(recipe: Recipe, world: int) -> tuple[int, int]:
 
 
 def validate(recipe: Recipe, world: int) -> None:
-    """Raises RecipeError for values that cannot work together; needs no process group.
+    """Raise RecipeError for values that cannot work together; this needs no process group.
 
     ``world`` is the number of processes. The message names the key, the value and what to change.
     """
@@ -122,7 +122,7 @@ def _validate_numbers(recipe: Recipe) -> None:
 
 
 def _validate_choices(recipe: Recipe) -> None:
-    """Keys that take values of more than one type."""
+    """Check the keys that take values of more than one type."""
     overlap, blocks, depth = recipe.parallel.overlap, recipe.train.recompute_blocks, recipe.model.depth
     _require(
         recipe.parallel.check in CHECKS,
@@ -149,23 +149,23 @@ def _validate_choices(recipe: Recipe) -> None:
 
 
 def _validate_strategies(recipe: Recipe, sp: int) -> None:
-    """What a strategy asks of the blocks: that their (key) heads can be cut, or that their decays are of one kind."""
-    chosen = {"linear": recipe.parallel.linear, "softmax": recipe.parallel.softmax}
+    """Check that every strategy fits the blocks: their (key) heads can be cut, and their decays are supported."""
+    linear, softmax = recipe.parallel.linear, recipe.parallel.softmax
     for name, (spec, place) in zip(expand_pattern(recipe.model), block_specs(recipe.model), strict=True):
         facts = spec.cost(place)
-        heads = {  # the fewest, those of keys: they divide those of values and queries
-            "linear": [one.groups or one.heads for one in facts.summaries],
-            "softmax": [one.kv_heads for one in facts.attention],
-        }
-        for kind, strategy in chosen.items():
-            for count in heads[kind] if strategy in HEAD_PARALLEL else ():
+        # Count the heads of keys: no kind has fewer, and they divide the heads of values and queries.
+        for kind, strategy, heads in (
+            ("linear", linear, [summary.groups or summary.heads for summary in facts.summaries]),
+            ("softmax", softmax, [attention.kv_heads for attention in facts.attention]),
+        ):
+            for count in heads if strategy in HEAD_PARALLEL else ():
                 _require(
                     count % sp == 0,
                     f"parallel.{kind}={strategy}",
                     f"cuts the {count} (key) heads of {name} into {sp} parts; set parallel.sp to a divisor of {count}, "
                     f"change the heads of the model, or set parallel.{kind}=all_gather",
                 )
-        for summary in facts.summaries if chosen["linear"] == "ring_attention" else ():
+        for summary in facts.summaries if linear == "ring_attention" else ():
             _require(
                 summary.transition in ("none", "fixed", "scalar"),
                 "parallel.linear=ring_attention",
@@ -181,7 +181,10 @@ def _validate_model(recipe: Recipe) -> None:
         model_facts(model)
     except ValueError as error:
         raise RecipeError(f"model: {error}") from error
-    operators = _operators(model)
+    facts = [spec.cost(place) for spec, place in block_specs(model)]
+    transitions = [summary.transition for fact in facts for summary in fact.summaries]
+    linear = ["delta_rule" if transition == "matrix" else "linear_attention" for transition in transitions]
+    operators = sorted({*linear, *("softmax_attention" for fact in facts if fact.attention)})
     _require(
         model.backend in ("auto", *(name for operator in operators for name in BACKENDS[operator])),
         f"model.backend={model.backend}",
@@ -193,14 +196,6 @@ def _validate_model(recipe: Recipe) -> None:
         raise RecipeError(f"parallel: {error}") from error
 
 
-def _operators(model: ModelConfig) -> list[str]:
-    """The engine's operators with a choice of backends that the model's blocks call."""
-    facts = [spec.cost(place) for spec, place in block_specs(model)]
-    summaries = [one.transition for fact in facts for one in fact.summaries]
-    linear = ["delta_rule" if transition == "matrix" else "linear_attention" for transition in summaries]
-    return sorted({*linear, *("softmax_attention" for fact in facts if fact.attention)})
-
-
-def _require(true: bool, what: str, why: str) -> None:
-    if not true:
-        raise RecipeError(f"{what} {why}")
+def _require(condition: bool, setting: str, reason: str) -> None:
+    if not condition:
+        raise RecipeError(f"{setting} {reason}")

@@ -77,8 +77,8 @@ MODEL_MUTANTS = [
     Mutant(
         name="files of other folders",
         file="recipes/checkpoint.py",
-        old="            and all(Path(one.relative_path).name == one.relative_path",
-        new="            and all(Path(one.relative_path).name",
+        old="            and all(Path(file.relative_path).name == file.relative_path",
+        new="            and all(Path(file.relative_path).name",
         test=f"{STRANGER}[a_file_of_another_folder]",
     ),
     Mutant(

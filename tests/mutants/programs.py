@@ -177,8 +177,8 @@ PROGRAM_MUTANTS = [
     Mutant(
         name="names of files are not believed",
         file="recipes/split.py",
-        old='said[_said(piece.name) or "train"].append(piece)',
-        new='said["train"].append(piece)',
+        old='by_name[_part_by_name(piece.name) or "train"].append(piece)',
+        new='by_name["train"].append(piece)',
         test=f"{SPLIT}::test_names_are_believed",
     ),
     Mutant(
@@ -191,8 +191,8 @@ PROGRAM_MUTANTS = [
     Mutant(
         name="what the names call test is trained on beside data.validation",
         file="recipes/split.py",
-        old='    train = said.pop("train")\n',
-        new='    train = [*said.pop("train"), *(said["test"] if validation else ())]\n',
+        old='    train = by_name.pop("train")\n',
+        new='    train = [*by_name.pop("train"), *(by_name["test"] if validation else ())]\n',
         test=f"{SPLIT}::test_keys_come_before_names",
     ),
     Mutant(
@@ -213,14 +213,17 @@ PROGRAM_MUTANTS = [
         name="the standard library is split like other text",
         file="recipes/split.py",
         old="piece for piece in pieces if piece.name in held_out)",
-        new="piece for piece in pieces if piece.name in held_out or _said(piece.name))",
+        new="piece for piece in pieces if piece.name in held_out or _part_by_name(piece.name))",
         test=f"{SPLIT}::test_the_standard_library_keeps_its_rule",
     ),
     Mutant(
         name="a file is copied while it is read",
         file="recipes/data.py",
-        old="                if not (count := file.readinto(place)):\n",
-        new="                place[:] = whole = file.read(len(place))\n                if not (count := len(whole)):\n",
+        old="""                if not (count := file.readinto(buffer)):
+""",
+        new="""                buffer[:] = whole = file.read(len(buffer))
+                if not (count := len(whole)):
+""",
         test="tests/recipes/test_data.py::test_reading_takes_no_second_copy",
     ),
     Mutant(
