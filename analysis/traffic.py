@@ -112,7 +112,7 @@ def _layers(run: Run) -> list[tuple[str, Cost]]:
     """Every block's mixer by name, with its cost."""
     model = model_config(run)
     blocks = zip(expand_pattern(model), block_specs(model), strict=True)
-    return [(name, spec.cost(place)) for name, (spec, place) in blocks]
+    return [(name, spec.cost(context)) for name, (spec, context) in blocks]
 
 
 def model_config(run: Run) -> ModelConfig:

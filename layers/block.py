@@ -8,7 +8,7 @@ from hybrid_sp.shard import Shard
 from layers.cache import LayerCache
 from layers.cost import Cost
 from layers.mlp import SwiGLU
-from layers.registry import Mixer, MixerSpec, Place
+from layers.registry import BlockContext, Mixer, MixerSpec
 
 
 class Block(nn.Module):
@@ -17,12 +17,12 @@ class Block(nn.Module):
     The norms are torch's, which compute in fp32 (fp64 for fp64) and round once to the dtype of their input.
     """
 
-    def __init__(self, spec: MixerSpec, place: Place, mlp_dim: int) -> None:
+    def __init__(self, spec: MixerSpec, context: BlockContext, mlp_dim: int) -> None:
         super().__init__()
-        self.mixer_norm = nn.RMSNorm(place.dim, eps=place.norm_eps)
-        self.mixer: Mixer = spec.build(place)
-        self.mlp_norm = nn.RMSNorm(place.dim, eps=place.norm_eps)
-        self.mlp = SwiGLU(place.dim, mlp_dim)
+        self.mixer_norm = nn.RMSNorm(context.dim, eps=context.norm_eps)
+        self.mixer: Mixer = spec.build(context)
+        self.mlp_norm = nn.RMSNorm(context.dim, eps=context.norm_eps)
+        self.mlp = SwiGLU(context.dim, mlp_dim)
 
     def forward(
         self, x_BTD: Tensor, shard: Shard | None = None, cache: LayerCache | None = None
@@ -32,6 +32,6 @@ class Block(nn.Module):
         return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache
 
     @staticmethod
-    def cost(spec: MixerSpec, place: Place, mlp_dim: int) -> Cost:
+    def cost(spec: MixerSpec, context: BlockContext, mlp_dim: int) -> Cost:
         """The cost of a block built from the same arguments."""
-        return spec.cost(place) + SwiGLU.cost(place.dim, mlp_dim) + Cost(vectors=2 * place.dim)
+        return spec.cost(context) + SwiGLU.cost(context.dim, mlp_dim) + Cost(vectors=2 * context.dim)

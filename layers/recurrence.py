@@ -18,7 +18,7 @@ from layers.conv import ShortConv
 from layers.cost import Cost, Summary
 from layers.heads import HeadProjection, Sizes, channels, cut_heads
 from layers.norm import HeadNorm
-from layers.registry import Place
+from layers.registry import BlockContext
 from layers.rotary import token_positions
 
 
@@ -132,22 +132,22 @@ class RecurrentMixer(nn.Module):
     state to state.
     """
 
-    def __init__(self, form: Form, place: Place, rule: nn.Module) -> None:
+    def __init__(self, form: Form, context: BlockContext, rule: nn.Module) -> None:
         super().__init__()
         values = form.heads * form.value
         self.form = form
-        self.backend = place.backend_of("delta_rule" if form.delta else "linear_attention")
-        self.project = HeadProjection(place.dim, form.sizes)
+        self.backend = context.backend_of("delta_rule" if form.delta else "linear_attention")
+        self.project = HeadProjection(context.dim, form.sizes)
         if form.conv:
             self.conv = ShortConv(channels(form.mixed), form.conv, bias=form.conv_bias)
         self.rule = rule
         self.norm: nn.Module = nn.Identity()
         if form.norm_heads:
-            self.norm = HeadNorm(form.norm_heads, form.norm_weights, form.value, place.norm_eps)
+            self.norm = HeadNorm(form.norm_heads, form.norm_weights, form.value, context.norm_eps)
         if form.gate_rank:
-            halves = nn.Linear(place.dim, form.gate_rank, bias=False), nn.Linear(form.gate_rank, values, bias=False)
+            halves = nn.Linear(context.dim, form.gate_rank, bias=False), nn.Linear(form.gate_rank, values, bias=False)
             self.gate = nn.Sequential(*halves)
-        self.output = nn.Linear(values, place.dim, bias=False)
+        self.output = nn.Linear(values, context.dim, bias=False)
 
     def init_cache(self, batch: int) -> LayerCache:
         """The state before the first token: zero, in the dtype of the model, at least fp32."""

@@ -16,7 +16,7 @@ from layers.cost import Cost
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class BlockContext:
     """Where in the model a mixer stands: all that it is told besides its own options."""
 
     dim: int
@@ -76,9 +76,9 @@ class MixerSpec(Protocol):
 
     letter: ClassVar[str]  # in pattern strings: L linear, N normal (softmax) attention
 
-    def cost(self, place: Place) -> Cost: ...
+    def cost(self, context: BlockContext) -> Cost: ...
 
-    def build(self, place: Place) -> Mixer: ...
+    def build(self, context: BlockContext) -> Mixer: ...
 
 
 MIXERS: dict[str, type[MixerSpec]] = {}

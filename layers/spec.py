@@ -13,7 +13,7 @@ import layers.mixers  # noqa: F401 (registers them)
 from hybrid_sp.backends import BACKENDS
 from layers.block import Block
 from layers.cost import Cost
-from layers.registry import MIXERS, MixerSpec, Place, mixer_spec, unknown
+from layers.registry import MIXERS, BlockContext, MixerSpec, mixer_spec, unknown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +114,7 @@ def pattern_letters(names: Iterable[str]) -> str:
     return "".join(MIXERS[name].letter for name in names)
 
 
-def block_specs(config: ModelConfig) -> list[tuple[MixerSpec, Place]]:
+def block_specs(config: ModelConfig) -> list[tuple[MixerSpec, BlockContext]]:
     """What each block is built from; ValueError for every config that no model can be built from."""
     for name in ("vocab", "dim", "heads", "kv_heads", "mlp_dim"):
         value = getattr(config, name)
@@ -132,7 +132,7 @@ def block_specs(config: ModelConfig) -> list[tuple[MixerSpec, Place]]:
     specs = {name: mixer_spec(name, **options) for name, options in config.mixers.items()}
     blocks = []
     for layer, name in enumerate(expand_pattern(config)):
-        place = Place(
+        context = BlockContext(
             dim=config.dim,
             heads=config.heads,
             kv_heads=kv_heads,
@@ -142,7 +142,7 @@ def block_specs(config: ModelConfig) -> list[tuple[MixerSpec, Place]]:
             rope_base=config.rope_base,
             backend=config.backend,
         )
-        blocks.append((specs.get(name) or mixer_spec(name), place))
+        blocks.append((specs.get(name) or mixer_spec(name), context))
     return blocks
 
 
@@ -153,7 +153,7 @@ def mlp_width(config: ModelConfig) -> int:
 
 def model_facts(config: ModelConfig) -> Cost:
     """The cost of HybridLM(config), by arithmetic; ValueError for every config that HybridLM would refuse."""
-    blocks = [Block.cost(spec, place, mlp_width(config)) for spec, place in block_specs(config)]
+    blocks = [Block.cost(spec, context, mlp_width(config)) for spec, context in block_specs(config)]
     head = Cost(matrices=config.vocab * config.dim)
     embedding = Cost(vectors=0 if config.tie_embeddings else config.vocab * config.dim)
     return sum(blocks, start=embedding + head + Cost(vectors=config.dim))

@@ -216,7 +216,7 @@ def _experiment(recipe: config.Recipe) -> str:
     """What a recipe computes, as a string to compare: the model by its pattern and by the options of mixers in it, and
     the strategies of the kinds of layer that it has."""
     pattern, values = list(expand_pattern(recipe.model)), _recipe_values(recipe)
-    facts = [spec.cost(place) for spec, place in block_specs(recipe.model)]
+    facts = [spec.cost(context) for spec, context in block_specs(recipe.model)]
     if not any(one.summaries for one in facts):
         values |= {"parallel.linear": None, "parallel.link": None}
     if not any(one.attention for one in facts):

@@ -151,8 +151,8 @@ def _validate_choices(recipe: Recipe) -> None:
 def _validate_strategies(recipe: Recipe, sp: int) -> None:
     """What a strategy asks of the blocks: that their (key) heads can be cut, or that their decays are of one kind."""
     chosen = {"linear": recipe.parallel.linear, "softmax": recipe.parallel.softmax}
-    for name, (spec, place) in zip(expand_pattern(recipe.model), block_specs(recipe.model), strict=True):
-        facts = spec.cost(place)
+    for name, (spec, context) in zip(expand_pattern(recipe.model), block_specs(recipe.model), strict=True):
+        facts = spec.cost(context)
         heads = {  # the fewest, those of keys: they divide those of values and queries
             "linear": [one.groups or one.heads for one in facts.summaries],
             "softmax": [one.kv_heads for one in facts.attention],
@@ -195,7 +195,7 @@ def _validate_model(recipe: Recipe) -> None:
 
 def _operators(model: ModelConfig) -> list[str]:
     """The engine's operators with a choice of backends that the model's blocks call."""
-    facts = [spec.cost(place) for spec, place in block_specs(model)]
+    facts = [spec.cost(context) for spec, context in block_specs(model)]
     summaries = [one.transition for fact in facts for one in fact.summaries]
     linear = ["delta_rule" if transition == "matrix" else "linear_attention" for transition in summaries]
     return sorted({*linear, *("softmax_attention" for fact in facts if fact.attention)})

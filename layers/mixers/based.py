@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from layers.cost import Cost
 from layers.recurrence import Form, Inputs, RecurrentMixer
-from layers.registry import Place, register
+from layers.registry import BlockContext, register
 
 
 @register("based")
@@ -32,22 +32,22 @@ class BasedSpec:
         if self.feature_dim <= 0:
             raise ValueError(f"feature_dim of based is {self.feature_dim}; it must be greater than 0")
 
-    def form(self, place: Place) -> Form:
+    def form(self, context: BlockContext) -> Form:
         features = 1 + self.feature_dim + pairs(self.feature_dim)
         return Form(
-            heads=place.heads,
+            heads=context.heads,
             key=features,
-            value=place.width(),
+            value=context.width(),
             features=self.feature_dim,
             normalize=True,
             scale=1.0,
         )
 
-    def cost(self, place: Place) -> Cost:
-        return self.form(place).cost(place.dim)
+    def cost(self, context: BlockContext) -> Cost:
+        return self.form(context).cost(context.dim)
 
-    def build(self, place: Place) -> RecurrentMixer:
-        return RecurrentMixer(self.form(place), place, BasedRule())
+    def build(self, context: BlockContext) -> RecurrentMixer:
+        return RecurrentMixer(self.form(context), context, BasedRule())
 
 
 class BasedRule(nn.Module):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from layers.cost import Cost
 from layers.delta import DeltaRule
 from layers.recurrence import Form, RecurrentMixer
-from layers.registry import Place, at_least, register
+from layers.registry import BlockContext, at_least, register
 
 
 @register("delta_net")
@@ -34,19 +34,19 @@ class DeltaNetSpec:
     def __post_init__(self) -> None:
         at_least(2, "delta_net", conv=self.conv)
 
-    def form(self, place: Place) -> Form:
+    def form(self, context: BlockContext) -> Form:
         return Form(
-            heads=place.heads,
-            key=place.width(self.expand_k, option="expand_k"),
-            value=place.width(self.expand_v, option="expand_v"),
+            heads=context.heads,
+            key=context.width(self.expand_k, option="expand_k"),
+            value=context.width(self.expand_v, option="expand_v"),
             conv=self.conv,
             delta=True,
             gate=F.silu if self.output_gate else None,
         )
 
-    def cost(self, place: Place) -> Cost:
-        return self.form(place).cost(place.dim) + Cost(matrices=place.dim * place.heads)
+    def cost(self, context: BlockContext) -> Cost:
+        return self.form(context).cost(context.dim) + Cost(matrices=context.dim * context.heads)
 
-    def build(self, place: Place) -> RecurrentMixer:
-        rule = DeltaRule(place.dim, place.heads, steps=None, negative=self.negative_eigenvalues)
-        return RecurrentMixer(self.form(place), place, rule)
+    def build(self, context: BlockContext) -> RecurrentMixer:
+        rule = DeltaRule(context.dim, context.heads, steps=None, negative=self.negative_eigenvalues)
+        return RecurrentMixer(self.form(context), context, rule)

@@ -18,7 +18,7 @@ from torch import nn
 from layers.cost import Cost
 from layers.delta import DeltaRule
 from layers.recurrence import Form, RecurrentMixer
-from layers.registry import Place, at_least, register
+from layers.registry import BlockContext, at_least, register
 from layers.steps import Steps
 
 
@@ -37,23 +37,23 @@ class GatedDeltaNetSpec:
         at_least(0, "gated_delta_net", key_heads=self.key_heads)
         at_least(2, "gated_delta_net", conv=self.conv)
 
-    def form(self, place: Place) -> Form:
+    def form(self, context: BlockContext) -> Form:
         return Form(
-            heads=place.heads,
-            key=place.width(self.expand_k, option="expand_k"),
-            value=place.width(self.expand_v, option="expand_v"),
-            groups=place.groups(self.key_heads, option="key_heads"),
+            heads=context.heads,
+            key=context.width(self.expand_k, option="expand_k"),
+            value=context.width(self.expand_v, option="expand_v"),
+            groups=context.groups(self.key_heads, option="key_heads"),
             conv=self.conv,
             decay="scalar",
             delta=True,
             gate=F.silu,
         )
 
-    def cost(self, place: Place) -> Cost:
-        gates = Cost(matrices=2 * place.dim * place.heads, vectors=2 * place.heads)  # beta and decay
-        return self.form(place).cost(place.dim) + gates
+    def cost(self, context: BlockContext) -> Cost:
+        gates = Cost(matrices=2 * context.dim * context.heads, vectors=2 * context.heads)  # beta and decay
+        return self.form(context).cost(context.dim) + gates
 
-    def build(self, place: Place) -> RecurrentMixer:
-        steps = Steps(nn.Linear(place.dim, place.heads, bias=False), place.heads)
-        rule = DeltaRule(place.dim, place.heads, steps, negative=self.negative_eigenvalues)
-        return RecurrentMixer(self.form(place), place, rule)
+    def build(self, context: BlockContext) -> RecurrentMixer:
+        steps = Steps(nn.Linear(context.dim, context.heads, bias=False), context.heads)
+        rule = DeltaRule(context.dim, context.heads, steps, negative=self.negative_eigenvalues)
+        return RecurrentMixer(self.form(context), context, rule)

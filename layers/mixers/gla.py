@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from layers.cost import Cost
 from layers.precision import keep_wide
 from layers.recurrence import Form, Inputs, RecurrentMixer
-from layers.registry import Place, register
+from layers.registry import BlockContext, register
 
 
 @register("gla")
@@ -38,18 +38,18 @@ class GLASpec:
             if getattr(self, option) <= 0:
                 raise ValueError(f"{option} of gla is {getattr(self, option)}; it must be greater than 0")
 
-    def form(self, place: Place) -> Form:
-        key, value = place.width(self.expand_k, option="expand_k"), place.width(self.expand_v, option="expand_v")
-        return Form(heads=place.heads, key=key, value=value, decay="vector", gate=F.silu)
+    def form(self, context: BlockContext) -> Form:
+        key, value = context.width(self.expand_k, option="expand_k"), context.width(self.expand_v, option="expand_v")
+        return Form(heads=context.heads, key=key, value=value, decay="vector", gate=F.silu)
 
-    def cost(self, place: Place) -> Cost:
-        form = self.form(place)
+    def cost(self, context: BlockContext) -> Cost:
+        form = self.form(context)
         keys = form.heads * form.key
-        return form.cost(place.dim) + Cost(matrices=self.gate_rank * (place.dim + keys), vectors=keys)
+        return form.cost(context.dim) + Cost(matrices=self.gate_rank * (context.dim + keys), vectors=keys)
 
-    def build(self, place: Place) -> RecurrentMixer:
-        form = self.form(place)
-        return RecurrentMixer(form, place, GLARule(self, place.dim, form.heads * form.key))
+    def build(self, context: BlockContext) -> RecurrentMixer:
+        form = self.form(context)
+        return RecurrentMixer(form, context, GLARule(self, context.dim, form.heads * form.key))
 
 
 class GLARule(nn.Module):

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from layers.cost import Cost
 from layers.precision import keep_wide
 from layers.recurrence import Form, Inputs, RecurrentMixer
-from layers.registry import Place, register, unknown
+from layers.registry import BlockContext, register, unknown
 
 LOWER_BOUNDS = ("learned", "fixed", "none")
 
@@ -42,27 +42,27 @@ class HGRN2Spec:
         if self.lower_bound not in LOWER_BOUNDS:
             raise unknown("lower bound", self.lower_bound, LOWER_BOUNDS)
 
-    def form(self, place: Place) -> Form:
-        width = place.width()
-        return Form(heads=place.heads, key=width, value=width, decay="vector", joint_norm=True)
+    def form(self, context: BlockContext) -> Form:
+        width = context.width()
+        return Form(heads=context.heads, key=width, value=width, decay="vector", joint_norm=True)
 
-    def cost(self, place: Place) -> Cost:
-        learned = self.lower_bound == "learned" and place.layer > 0
-        return self.form(place).cost(place.dim) + Cost(vectors=place.dim if learned else 0)
+    def cost(self, context: BlockContext) -> Cost:
+        learned = self.lower_bound == "learned" and context.layer > 0
+        return self.form(context).cost(context.dim) + Cost(vectors=context.dim if learned else 0)
 
-    def build(self, place: Place) -> RecurrentMixer:
-        return RecurrentMixer(self.form(place), place, HGRN2Rule(self, place))
+    def build(self, context: BlockContext) -> RecurrentMixer:
+        return RecurrentMixer(self.form(context), context, HGRN2Rule(self, context))
 
 
 class HGRN2Rule(nn.Module):
     _apply = keep_wide("bound")
 
-    def __init__(self, spec: HGRN2Spec, place: Place) -> None:
+    def __init__(self, spec: HGRN2Spec, context: BlockContext) -> None:
         super().__init__()
-        self.start = 0.0 if spec.lower_bound == "none" else place.layer / place.depth
+        self.start = 0.0 if spec.lower_bound == "none" else context.layer / context.depth
         self.bound = None
         if spec.lower_bound == "learned" and self.start > 0:
-            self.bound = nn.Parameter(torch.empty(place.heads * place.width()))
+            self.bound = nn.Parameter(torch.empty(context.heads * context.width()))
         self.draw_weights()
 
     @torch.no_grad()

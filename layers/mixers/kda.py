@@ -19,7 +19,7 @@ from torch import nn
 from layers.cost import Cost
 from layers.delta import DeltaRule
 from layers.recurrence import Form, RecurrentMixer
-from layers.registry import Place, at_least, register
+from layers.registry import BlockContext, at_least, register
 from layers.steps import Steps
 
 
@@ -38,11 +38,11 @@ class KDASpec:
         at_least(0, "kda", gate_rank=self.gate_rank)
         at_least(2, "kda", conv=self.conv)
 
-    def form(self, place: Place) -> Form:
-        value = place.width(self.expand_v, option="expand_v")
+    def form(self, context: BlockContext) -> Form:
+        value = context.width(self.expand_v, option="expand_v")
         return Form(
-            heads=place.heads,
-            key=place.width(self.expand_k, option="expand_k"),
+            heads=context.heads,
+            key=context.width(self.expand_k, option="expand_k"),
             value=value,
             conv=self.conv,
             decay="vector",
@@ -51,16 +51,16 @@ class KDASpec:
             gate_rank=self.gate_rank or value,
         )
 
-    def cost(self, place: Place) -> Cost:
-        form = self.form(place)
+    def cost(self, context: BlockContext) -> Cost:
+        form = self.form(context)
         keys = form.heads * form.key
-        low_rank = Cost(matrices=form.gate_rank * (place.dim + keys), vectors=keys + form.heads)
-        return form.cost(place.dim) + low_rank + Cost(matrices=place.dim * form.heads)
+        low_rank = Cost(matrices=form.gate_rank * (context.dim + keys), vectors=keys + form.heads)
+        return form.cost(context.dim) + low_rank + Cost(matrices=context.dim * form.heads)
 
-    def build(self, place: Place) -> RecurrentMixer:
-        form = self.form(place)
-        down = nn.Linear(place.dim, form.gate_rank, bias=False)
+    def build(self, context: BlockContext) -> RecurrentMixer:
+        form = self.form(context)
+        down = nn.Linear(context.dim, form.gate_rank, bias=False)
         up = nn.Linear(form.gate_rank, form.heads * form.key, bias=False)
         steps = Steps(nn.Sequential(down, up), form.heads, form.key)
-        rule = DeltaRule(place.dim, form.heads, steps, negative=self.negative_eigenvalues)
-        return RecurrentMixer(form, place, rule)
+        rule = DeltaRule(context.dim, form.heads, steps, negative=self.negative_eigenvalues)
+        return RecurrentMixer(form, context, rule)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from layers.cost import Cost
 from layers.recurrence import Form, Inputs, RecurrentMixer
-from layers.registry import Place, register
+from layers.registry import BlockContext, register
 
 
 @register("lightning")
@@ -25,21 +25,21 @@ from layers.registry import Place, register
 class LightningSpec:
     letter: ClassVar[str] = "L"
 
-    def form(self, place: Place) -> Form:
-        width = place.width()
-        return Form(heads=place.heads, key=width, value=width, decay="fixed", gate=torch.sigmoid, joint_norm=True)
+    def form(self, context: BlockContext) -> Form:
+        width = context.width()
+        return Form(heads=context.heads, key=width, value=width, decay="fixed", gate=torch.sigmoid, joint_norm=True)
 
-    def cost(self, place: Place) -> Cost:
-        return self.form(place).cost(place.dim)
+    def cost(self, context: BlockContext) -> Cost:
+        return self.form(context).cost(context.dim)
 
-    def build(self, place: Place) -> RecurrentMixer:
-        return RecurrentMixer(self.form(place), place, LightningRule(place))
+    def build(self, context: BlockContext) -> RecurrentMixer:
+        return RecurrentMixer(self.form(context), context, LightningRule(context))
 
 
 class LightningRule(nn.Module):
-    def __init__(self, place: Place) -> None:
+    def __init__(self, context: BlockContext) -> None:
         super().__init__()
-        self.slope = 8 / place.heads * (1 - place.layer / place.depth)
+        self.slope = 8 / context.heads * (1 - context.layer / context.depth)
 
     def forward(self, x_BTD: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, positions_T: Tensor) -> Inputs:
         head_H = torch.arange(q_BTHK.shape[2], device=x_BTD.device, dtype=torch.float64)

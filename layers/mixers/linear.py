@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from layers.cost import Cost
 from layers.recurrence import Form, Inputs, RecurrentMixer
-from layers.registry import Place, register, unknown
+from layers.registry import BlockContext, register, unknown
 
 FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
@@ -43,14 +43,14 @@ class LinearSpec:
                 "'identity' can be; set normalize to false, or feature_map to elu+1, relu or softmax"
             )
 
-    def form(self, place: Place) -> Form:
-        return Form(heads=place.heads, key=place.width(), value=place.width(), normalize=self.normalize)
+    def form(self, context: BlockContext) -> Form:
+        return Form(heads=context.heads, key=context.width(), value=context.width(), normalize=self.normalize)
 
-    def cost(self, place: Place) -> Cost:
-        return self.form(place).cost(place.dim)
+    def cost(self, context: BlockContext) -> Cost:
+        return self.form(context).cost(context.dim)
 
-    def build(self, place: Place) -> RecurrentMixer:
-        return RecurrentMixer(self.form(place), place, LinearRule(FEATURE_MAPS[self.feature_map]))
+    def build(self, context: BlockContext) -> RecurrentMixer:
+        return RecurrentMixer(self.form(context), context, LinearRule(FEATURE_MAPS[self.feature_map]))
 
 
 class LinearRule(nn.Module):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from layers.cost import Cost
 from layers.recurrence import Form, Inputs, RecurrentMixer
-from layers.registry import Place, at_least, register
+from layers.registry import BlockContext, at_least, register
 from layers.steps import Steps
 
 
@@ -37,12 +37,12 @@ class Mamba2Spec:
         at_least(1, "mamba2", state=self.state, groups=self.groups)
         at_least(2, "mamba2", conv=self.conv)
 
-    def form(self, place: Place) -> Form:
+    def form(self, context: BlockContext) -> Form:
         return Form(
-            heads=place.heads,
+            heads=context.heads,
             key=self.state,
-            value=place.width(self.expand),
-            groups=place.groups(self.groups, option="groups"),
+            value=context.width(self.expand),
+            groups=context.groups(self.groups, option="groups"),
             conv=self.conv,
             conv_bias=True,
             decay="scalar",
@@ -52,19 +52,19 @@ class Mamba2Spec:
             group_norm=True,
         )
 
-    def cost(self, place: Place) -> Cost:
-        steps = Cost(matrices=place.dim * place.heads, vectors=3 * place.heads)  # A_log, dt_bias and D
-        return self.form(place).cost(place.dim) + steps
+    def cost(self, context: BlockContext) -> Cost:
+        steps = Cost(matrices=context.dim * context.heads, vectors=3 * context.heads)  # A_log, dt_bias and D
+        return self.form(context).cost(context.dim) + steps
 
-    def build(self, place: Place) -> RecurrentMixer:
-        return RecurrentMixer(self.form(place), place, Mamba2Rule(place))
+    def build(self, context: BlockContext) -> RecurrentMixer:
+        return RecurrentMixer(self.form(context), context, Mamba2Rule(context))
 
 
 class Mamba2Rule(nn.Module):
-    def __init__(self, place: Place) -> None:
+    def __init__(self, context: BlockContext) -> None:
         super().__init__()
-        self.steps = Steps(nn.Linear(place.dim, place.heads, bias=False), place.heads)
-        self.D = nn.Parameter(torch.ones(place.heads))
+        self.steps = Steps(nn.Linear(context.dim, context.heads, bias=False), context.heads)
+        self.D = nn.Parameter(torch.ones(context.heads))
 
     @torch.no_grad()
     def draw_weights(self, generator: torch.Generator | None = None) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from layers.cost import Cost
 from layers.mixers.based import pairs, squares
 from layers.recurrence import Form, Inputs, RecurrentMixer
-from layers.registry import Place, register
+from layers.registry import BlockContext, register
 
 
 @register("rebased")
@@ -35,28 +35,28 @@ class ReBasedSpec:
         if self.feature_dim <= 1:  # the norm of one channel is 0
             raise ValueError(f"feature_dim of rebased is {self.feature_dim}; it must be at least 2")
 
-    def form(self, place: Place) -> Form:
+    def form(self, context: BlockContext) -> Form:
         return Form(
-            heads=place.heads,
+            heads=context.heads,
             key=pairs(self.feature_dim),
-            value=place.width(),
+            value=context.width(),
             features=self.feature_dim,
             normalize=True,
             scale=1 / self.feature_dim,
         )
 
-    def cost(self, place: Place) -> Cost:
-        return self.form(place).cost(place.dim) + Cost(vectors=4 * place.heads * self.feature_dim)
+    def cost(self, context: BlockContext) -> Cost:
+        return self.form(context).cost(context.dim) + Cost(vectors=4 * context.heads * self.feature_dim)
 
-    def build(self, place: Place) -> RecurrentMixer:
-        return RecurrentMixer(self.form(place), place, ReBasedRule(place, self.feature_dim))
+    def build(self, context: BlockContext) -> RecurrentMixer:
+        return RecurrentMixer(self.form(context), context, ReBasedRule(context, self.feature_dim))
 
 
 class ReBasedRule(nn.Module):
-    def __init__(self, place: Place, dim: int) -> None:
+    def __init__(self, context: BlockContext, dim: int) -> None:
         super().__init__()
-        self.norm_eps = place.norm_eps
-        self.shape = (2, place.heads, dim)  # of gamma and beta: of queries and of keys
+        self.norm_eps = context.norm_eps
+        self.shape = (2, context.heads, dim)  # of gamma and beta: of queries and of keys
         self.gamma = nn.Parameter(torch.empty(math.prod(self.shape)))
         self.beta = nn.Parameter(torch.empty(math.prod(self.shape)))
         self.draw_weights()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from layers.cost import Cost
 from layers.recurrence import Form, Inputs, RecurrentMixer
-from layers.registry import Place, register
+from layers.registry import BlockContext, register
 from layers.rotary import rotate
 
 
@@ -28,21 +28,21 @@ class RetentionSpec:
 
     expand_v: float = 2.0
 
-    def form(self, place: Place) -> Form:
-        value = place.width(self.expand_v, option="expand_v")
-        return Form(heads=place.heads, key=place.width(even=True), value=value, decay="fixed", gate=F.silu)
+    def form(self, context: BlockContext) -> Form:
+        value = context.width(self.expand_v, option="expand_v")
+        return Form(heads=context.heads, key=context.width(even=True), value=value, decay="fixed", gate=F.silu)
 
-    def cost(self, place: Place) -> Cost:
-        return self.form(place).cost(place.dim)
+    def cost(self, context: BlockContext) -> Cost:
+        return self.form(context).cost(context.dim)
 
-    def build(self, place: Place) -> RecurrentMixer:
-        return RecurrentMixer(self.form(place), place, RetentionRule(place))
+    def build(self, context: BlockContext) -> RecurrentMixer:
+        return RecurrentMixer(self.form(context), context, RetentionRule(context))
 
 
 class RetentionRule(nn.Module):
-    def __init__(self, place: Place) -> None:
+    def __init__(self, context: BlockContext) -> None:
         super().__init__()
-        self.rope_base = place.rope_base
+        self.rope_base = context.rope_base
 
     def forward(self, x_BTD: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, positions_T: Tensor) -> Inputs:
         q_BTHK, k_BTHK = rotate(positions_T, self.rope_base, q_BTHK, k_BTHK)

@@ -28,7 +28,7 @@ from hybrid_sp.shard import Shard
 from layers.cache import LayerCache, require_one_device
 from layers.cost import Cost, Halo, Summary
 from layers.precision import keep_wide
-from layers.registry import Place, register
+from layers.registry import BlockContext, register
 
 MIXED = "wkvrg"  # the five inputs, in the order of mix, mix_down and mix_up
 
@@ -46,31 +46,31 @@ class RWKV6Spec:
             if getattr(self, option) <= 0:
                 raise ValueError(f"{option} of rwkv6 is {getattr(self, option)}; it must be greater than 0")
 
-    def cost(self, place: Place) -> Cost:
-        dim, width = place.dim, place.width()
+    def cost(self, context: BlockContext) -> Cost:
+        dim, width = context.dim, context.width()
         return Cost(
             matrices=dim * (5 * dim + 2 * len(MIXED) * self.shift_rank + 2 * self.decay_rank),
             vectors=dim * (1 + len(MIXED) + 4),  # mu; mu_i; w, u and the norm
             mixing=4 * dim * width + 2 * dim,  # S + k^T v and r S; r (u k)
             state=dim * width,
             recent=dim,
-            summaries=(Summary(heads=place.heads, key=width, value=width, transition="vector", gates=width),),
+            summaries=(Summary(heads=context.heads, key=width, value=width, transition="vector", gates=width),),
             halos=(Halo(tokens=1, channels=dim),),
         )
 
-    def build(self, place: Place) -> RWKV6Mixer:
-        return RWKV6Mixer(self, place)
+    def build(self, context: BlockContext) -> RWKV6Mixer:
+        return RWKV6Mixer(self, context)
 
 
 class RWKV6Mixer(nn.Module):
     _apply = keep_wide("decay")
 
-    def __init__(self, spec: RWKV6Spec, place: Place) -> None:
+    def __init__(self, spec: RWKV6Spec, context: BlockContext) -> None:
         super().__init__()
-        dim, heads, width = place.dim, place.heads, place.width()
-        self.heads, self.depths = heads, (place.layer, place.depth)
-        self.backend = place.backend_of("linear_attention")
-        self.norm_eps = width * place.norm_eps
+        dim, heads, width = context.dim, context.heads, context.width()
+        self.heads, self.depths = heads, (context.layer, context.depth)
+        self.backend = context.backend_of("linear_attention")
+        self.norm_eps = width * context.norm_eps
         self.mix_first = nn.Parameter(torch.empty(dim))  # mu
         self.mix = nn.Parameter(torch.empty(len(MIXED) * dim))  # mu_i; flat, as all that is no matrix
         self.mix_down = nn.Parameter(torch.empty(dim, len(MIXED), spec.shift_rank))

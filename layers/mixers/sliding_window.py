@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from layers.cost import Cost
 from layers.mixers.softmax import SoftmaxMixer
-from layers.registry import Place, register
+from layers.registry import BlockContext, register
 
 
 @register("sliding_window")
@@ -29,8 +29,8 @@ class SlidingWindowSpec:
         if self.window <= 0:
             raise ValueError(f"window of sliding_window is {self.window}; it must be greater than 0")
 
-    def cost(self, place: Place) -> Cost:
-        return SoftmaxMixer.cost(place, self.window)
+    def cost(self, context: BlockContext) -> Cost:
+        return SoftmaxMixer.cost(context, self.window)
 
-    def build(self, place: Place) -> SoftmaxMixer:
-        return SoftmaxMixer(place, self.window)
+    def build(self, context: BlockContext) -> SoftmaxMixer:
+        return SoftmaxMixer(context, self.window)

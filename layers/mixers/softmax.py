@@ -21,7 +21,7 @@ from hybrid_sp.shard import Shard
 from layers.cache import LayerCache
 from layers.cost import Attention, Cost
 from layers.heads import HeadProjection
-from layers.registry import Place, register
+from layers.registry import BlockContext, register
 from layers.rotary import rotate, token_positions
 
 
@@ -30,24 +30,24 @@ from layers.rotary import rotate, token_positions
 class SoftmaxSpec:
     letter: ClassVar[str] = "N"
 
-    def cost(self, place: Place) -> Cost:
-        return SoftmaxMixer.cost(place)
+    def cost(self, context: BlockContext) -> Cost:
+        return SoftmaxMixer.cost(context)
 
-    def build(self, place: Place) -> SoftmaxMixer:
-        return SoftmaxMixer(place)
+    def build(self, context: BlockContext) -> SoftmaxMixer:
+        return SoftmaxMixer(context)
 
 
 class SoftmaxMixer(nn.Module):
     """Attention to all tokens up to one's own, or with a `window` to the last so many of them."""
 
-    def __init__(self, place: Place, window: int | None = None) -> None:
+    def __init__(self, context: BlockContext, window: int | None = None) -> None:
         super().__init__()
-        width = place.width(even=True)
-        self.rope_base, self.window = place.rope_base, window
-        self.backend = place.backend_of("softmax_attention")
-        self.kv_shape = (place.kv_heads, width)
-        self.project = HeadProjection(place.dim, [(place.heads, width), self.kv_shape, self.kv_shape])
-        self.output = nn.Linear(place.heads * width, place.dim, bias=False)
+        width = context.width(even=True)
+        self.rope_base, self.window = context.rope_base, window
+        self.backend = context.backend_of("softmax_attention")
+        self.kv_shape = (context.kv_heads, width)
+        self.project = HeadProjection(context.dim, [(context.heads, width), self.kv_shape, self.kv_shape])
+        self.output = nn.Linear(context.heads * width, context.dim, bias=False)
 
     def init_cache(self, batch: int) -> LayerCache:
         """No keys and no values yet."""
@@ -80,9 +80,9 @@ class SoftmaxMixer(nn.Module):
         return self.output(rearrange(o_BTHK, "b t h k -> b t (h k)")), cache
 
     @staticmethod
-    def cost(place: Place, window: int | None = None) -> Cost:
+    def cost(context: BlockContext, window: int | None = None) -> Cost:
         """The cost of a mixer built from the same arguments."""
-        width = place.width(even=True)
-        attention = Attention(heads=place.heads, kv_heads=place.kv_heads, width=width, window=window)
-        matrices = place.dim * 2 * (place.heads + place.kv_heads) * width
+        width = context.width(even=True)
+        attention = Attention(heads=context.heads, kv_heads=context.kv_heads, width=width, window=window)
+        matrices = context.dim * 2 * (context.heads + context.kv_heads) * width
         return Cost(matrices=matrices, attention=(attention,))

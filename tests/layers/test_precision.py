@@ -18,7 +18,7 @@ from layers.model import HybridLM
 from layers.registry import MIXERS
 from layers.spec import ModelConfig
 from layers.steps import Steps
-from tests.layers.cases import CASES, PLACE, Case, tokens
+from tests.layers.cases import CASES, CONTEXT, Case, tokens
 from tests.support.oracle import relative
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -100,7 +100,7 @@ def from_activations(mixer: nn.Module, exact: nn.Module, x: Tensor) -> Tensor | 
     if isinstance(rule, GLARule):
         gate = F.linear(rule.low_rank[0](x), rule.low_rank[1].weight).double()
         gate = gate + exact_rule.low_rank[1].bias.double()
-        return (F.logsigmoid(gate) / rule.temperature).unflatten(-1, (PLACE.heads, -1))
+        return (F.logsigmoid(gate) / rule.temperature).unflatten(-1, (CONTEXT.heads, -1))
     if isinstance(rule, HGRN2Rule) and rule.bound is not None:
         _, logit, _ = mixer.project(x)
         b = torch.sigmoid(exact_rule.bound.double()).view(logit.shape[2:])
