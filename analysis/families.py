@@ -41,8 +41,8 @@ def family(spec: MixerSpec, context: BlockContext) -> str:
     (summary,) = facts.summaries
     if summary.transition == "matrix":
         return "delta rule"
-    form = getattr(spec, "form", None)
-    if form is not None and form(context).features is not None:
+    shape = getattr(spec, "shape", None)
+    if shape is not None and shape(context).features is not None:
         return "polynomial features"
     return DECAYS[summary.transition]
 

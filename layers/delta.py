@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from layers.norm import l2_norm
-from layers.recurrence import Inputs
+from layers.recurrence import RecurrenceInputs
 from layers.steps import Steps
 
 
@@ -23,8 +23,10 @@ class DeltaRule(nn.Module):
         self.steps = steps
         self.limit = 2 if negative else 1
 
-    def forward(self, x_BTD: Tensor, q_BTGK: Tensor, k_BTGK: Tensor, v_BTHV: Tensor, positions_T: Tensor) -> Inputs:
+    def forward(
+        self, x_BTD: Tensor, q_BTGK: Tensor, k_BTGK: Tensor, v_BTHV: Tensor, positions_T: Tensor
+    ) -> RecurrenceInputs:
         wide = torch.promote_types(x_BTD.dtype, torch.float32)
         beta_BTH = self.limit * torch.sigmoid(self.beta(x_BTD).to(wide))
         log_decay = None if self.steps is None else self.steps(x_BTD)[1]
-        return Inputs(l2_norm(q_BTGK), l2_norm(k_BTGK), v_BTHV, log_decay, beta_BTH)
+        return RecurrenceInputs(l2_norm(q_BTGK), l2_norm(k_BTGK), v_BTHV, log_decay, beta_BTH)

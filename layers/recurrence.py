@@ -23,7 +23,7 @@ from layers.rotary import token_positions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Form:
+class MixerShape:
     """The sizes of a linear mixer, what its recurrence is, and how its output leaves the heads.
 
     The state is S_BHKV, and z_BHK beside it with `normalize`. Unnormalised outputs grow with the tokens read, so these
@@ -54,15 +54,15 @@ class Form:
         return self.heads if self.groups is None else self.groups
 
     @property
-    def mixed(self) -> Sizes:
+    def qkv(self) -> Sizes:
         """(heads, width) of the query, the key and the value, as they are projected."""
         width = self.key if self.features is None else self.features
         return [(self.key_heads, width), (self.key_heads, width), (self.heads, self.value)]
 
     @property
-    def sizes(self) -> Sizes:
+    def projected(self) -> Sizes:
         """(heads, width) of all that one matrix product projects: query, key, value, and a gate of full rank."""
-        return [*self.mixed, *([(self.heads, self.value)] if self.gate and not self.gate_rank else [])]
+        return [*self.qkv, *([(self.heads, self.value)] if self.gate and not self.gate_rank else [])]
 
     @property
     def norm_heads(self) -> int:
@@ -94,21 +94,21 @@ class Form:
         )
 
     def cost(self, dim: int) -> Cost:
-        """The cost of a mixer of this form, without what its rule adds."""
+        """The cost of a mixer of this shape, without what its rule adds."""
         values = self.heads * self.value
         matrix = values * self.key
         normaliser = self.heads * self.key if self.normalize else 0
         cost = Cost(
-            matrices=dim * (channels(self.sizes) + values) + self.gate_rank * (dim + values),
+            matrices=dim * (channels(self.projected) + values) + self.gate_rank * (dim + values),
             vectors=self.norm_weights * self.value,
             mixing=(6 if self.delta else 4) * matrix + 2 * normaliser,  # S + k^T v and q S, with delta k S; q z
             state=matrix + normaliser,
             summaries=(self.summary,),
         )
-        return cost + ShortConv.cost(channels(self.mixed), self.conv, bias=self.conv_bias) if self.conv else cost
+        return cost + ShortConv.cost(channels(self.qkv), self.conv, bias=self.conv_bias) if self.conv else cost
 
 
-class Inputs(NamedTuple):
+class RecurrenceInputs(NamedTuple):
     """What a rule makes of one run of tokens: the arguments of hsp.delta_rule if beta is given, else those of
     hsp.linear_attention, and a `skip` that is added to what they return."""
 
@@ -128,63 +128,63 @@ class RecurrentMixer(nn.Module):
         S_t = exp(log_decay_t) S_(t-1) + k_t^T v_t        y_t = (norm(scale * q_t S_t) * gate(g_t)) W_output
 
     or with the delta rule S_t = (I - beta_t k_t^T k_t) exp(log_decay_t) S_(t-1) + beta_t k_t^T v_t.
-    `rule(x_BTD, q, k, v, positions_T)` returns Inputs. One token after another with a cache is this same forward, from
-    state to state.
+    `rule(x_BTD, q, k, v, positions_T)` returns RecurrenceInputs. One token after another with a cache is this same
+    forward, from state to state.
     """
 
-    def __init__(self, form: Form, context: BlockContext, rule: nn.Module) -> None:
+    def __init__(self, shape: MixerShape, context: BlockContext, rule: nn.Module) -> None:
         super().__init__()
-        values = form.heads * form.value
-        self.form = form
-        self.backend = context.backend_of("delta_rule" if form.delta else "linear_attention")
-        self.project = HeadProjection(context.dim, form.sizes)
-        if form.conv:
-            self.conv = ShortConv(channels(form.mixed), form.conv, bias=form.conv_bias)
+        values = shape.heads * shape.value
+        self.shape = shape
+        self.backend = context.backend_of("delta_rule" if shape.delta else "linear_attention")
+        self.project = HeadProjection(context.dim, shape.projected)
+        if shape.conv:
+            self.conv = ShortConv(channels(shape.qkv), shape.conv, bias=shape.conv_bias)
         self.rule = rule
         self.norm: nn.Module = nn.Identity()
-        if form.norm_heads:
-            self.norm = HeadNorm(form.norm_heads, form.norm_weights, form.value, context.norm_eps)
-        if form.gate_rank:
-            halves = nn.Linear(context.dim, form.gate_rank, bias=False), nn.Linear(form.gate_rank, values, bias=False)
+        if shape.norm_heads:
+            self.norm = HeadNorm(shape.norm_heads, shape.norm_weights, shape.value, context.norm_eps)
+        if shape.gate_rank:
+            halves = nn.Linear(context.dim, shape.gate_rank, bias=False), nn.Linear(shape.gate_rank, values, bias=False)
             self.gate = nn.Sequential(*halves)
         self.output = nn.Linear(values, context.dim, bias=False)
 
     def init_cache(self, batch: int) -> LayerCache:
         """The state before the first token: zero, in the dtype of the model, at least fp32."""
-        form, weight = self.form, self.output.weight
+        shape, weight = self.shape, self.output.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        state = torch.zeros(batch, form.heads, form.key, form.value, device=weight.device, dtype=dtype)
-        recent = [self.conv.init_state(batch)] if form.conv else []
-        normaliser = [state[..., 0].clone()] if form.normalize else []
+        state = torch.zeros(batch, shape.heads, shape.key, shape.value, device=weight.device, dtype=dtype)
+        recent = [self.conv.init_state(batch)] if shape.conv else []
+        normaliser = [state[..., 0].clone()] if shape.normalize else []
         return LayerCache(position=0, tensors=(*recent, state, *normaliser))
 
     def forward(
         self, x_BTD: Tensor, shard: Shard | None = None, cache: LayerCache | None = None
     ) -> tuple[Tensor, LayerCache | None]:
-        form = self.form
+        shape = self.shape
         positions_T = token_positions(x_BTD, shard, cache)
         state = () if cache is None else cache.tensors
-        recent, state = (state[0], state[1:]) if state and form.conv else (None, state)
+        recent, state = (state[0], state[1:]) if state and shape.conv else (None, state)
 
-        projected_BTC, width = self.project.linear(x_BTD), channels(form.mixed)
+        projected_BTC, width = self.project.linear(x_BTD), channels(shape.qkv)
         mixed_BTC, gate_BTC = projected_BTC[..., :width], projected_BTC[..., width:]
-        if form.conv:
+        if shape.conv:
             mixed_BTC, recent = self.conv(mixed_BTC, shard, recent)
-        inputs = self.rule(x_BTD, *cut_heads(mixed_BTC, form.mixed), positions_T)
+        inputs = self.rule(x_BTD, *cut_heads(mixed_BTC, shape.qkv), positions_T)
         o_BTHV, state = self._recur(inputs, shard, state)
         if cache is not None:
             cache = cache.extended(x_BTD.shape[1], *([] if recent is None else [recent]), *state)
 
-        if form.gate is None:
+        if shape.gate is None:
             y_BTHV = self.norm(o_BTHV)
         else:
-            (gate_BTHV,) = cut_heads(self.gate(x_BTD) if form.gate_rank else gate_BTC, [(form.heads, form.value)])
-            gate_BTHV = form.gate(gate_BTHV)
-            y_BTHV = self.norm(o_BTHV * gate_BTHV) if form.gate_first else self.norm(o_BTHV) * gate_BTHV
+            (gate_BTHV,) = cut_heads(self.gate(x_BTD) if shape.gate_rank else gate_BTC, [(shape.heads, shape.value)])
+            gate_BTHV = shape.gate(gate_BTHV)
+            y_BTHV = self.norm(o_BTHV * gate_BTHV) if shape.gate_first else self.norm(o_BTHV) * gate_BTHV
         return self.output(rearrange(y_BTHV, "b t h v -> b t (h v)")), cache
 
     def _recur(
-        self, inputs: Inputs, shard: Shard | None, state: tuple[Tensor, ...]
+        self, inputs: RecurrenceInputs, shard: Shard | None, state: tuple[Tensor, ...]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """o_BTHV, and if a state is given the state after these tokens."""
         q, k, v, log_decay, beta, bonus, skip = inputs
@@ -192,11 +192,11 @@ class RecurrentMixer(nn.Module):
         if beta is not None:
             recur = partial(hsp.delta_rule, beta=beta)
         else:
-            recur = partial(hsp.linear_attention, bonus=bonus, normalize=self.form.normalize)
-        recur = partial(recur, q, k, v, log_decay=log_decay, scale=self.form.scale, backend=self.backend)
+            recur = partial(hsp.linear_attention, bonus=bonus, normalize=self.shape.normalize)
+        recur = partial(recur, q, k, v, log_decay=log_decay, scale=self.shape.scale, backend=self.backend)
         if not state:
             o_BTHV = recur(shard=shard)
-        elif self.form.normalize:
+        elif self.shape.normalize:
             o_BTHV, state = recur(initial_state=state, return_final_state=True)
         else:
             o_BTHV, final = recur(initial_state=state[0], return_final_state=True)

@@ -35,9 +35,9 @@ class Steps(nn.Module):
         """Steps log-uniform in STEPS for project(x) = 0, and rates uniform in RATES."""
         rate = torch.rand(self.A_log.shape, generator=generator, dtype=torch.float32)
         self.A_log.copy_(torch.log(RATES[0] + (RATES[1] - RATES[0]) * rate))
-        place = torch.rand(self.dt_bias.shape, generator=generator, dtype=torch.float32)
+        uniform = torch.rand(self.dt_bias.shape, generator=generator, dtype=torch.float32)
         low, high = (math.log(step) for step in STEPS)
-        dt = torch.exp(low + (high - low) * place)
+        dt = torch.exp(low + (high - low) * uniform)
         self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:

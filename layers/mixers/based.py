@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from layers.cost import Cost
-from layers.recurrence import Form, Inputs, RecurrentMixer
+from layers.recurrence import MixerShape, RecurrenceInputs, RecurrentMixer
 from layers.registry import BlockContext, register
 
 
@@ -32,9 +32,9 @@ class BasedSpec:
         if self.feature_dim <= 0:
             raise ValueError(f"feature_dim of based is {self.feature_dim}; it must be greater than 0")
 
-    def form(self, context: BlockContext) -> Form:
+    def shape(self, context: BlockContext) -> MixerShape:
         features = 1 + self.feature_dim + pairs(self.feature_dim)
-        return Form(
+        return MixerShape(
             heads=context.heads,
             key=features,
             value=context.width(),
@@ -44,15 +44,17 @@ class BasedSpec:
         )
 
     def cost(self, context: BlockContext) -> Cost:
-        return self.form(context).cost(context.dim)
+        return self.shape(context).cost(context.dim)
 
     def build(self, context: BlockContext) -> RecurrentMixer:
-        return RecurrentMixer(self.form(context), context, BasedRule())
+        return RecurrentMixer(self.shape(context), context, BasedRule())
 
 
 class BasedRule(nn.Module):
-    def forward(self, x_BTD: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, positions_T: Tensor) -> Inputs:
-        return Inputs(taylor_features(q_BTHK), taylor_features(k_BTHK), v_BTHV)
+    def forward(
+        self, x_BTD: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, positions_T: Tensor
+    ) -> RecurrenceInputs:
+        return RecurrenceInputs(taylor_features(q_BTHK), taylor_features(k_BTHK), v_BTHV)
 
 
 def taylor_features(x_BTHK: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from layers.cost import Cost
 from layers.delta import DeltaRule
-from layers.recurrence import Form, RecurrentMixer
+from layers.recurrence import MixerShape, RecurrentMixer
 from layers.registry import BlockContext, at_least, register
 
 
@@ -34,8 +34,8 @@ class DeltaNetSpec:
     def __post_init__(self) -> None:
         at_least(2, "delta_net", conv=self.conv)
 
-    def form(self, context: BlockContext) -> Form:
-        return Form(
+    def shape(self, context: BlockContext) -> MixerShape:
+        return MixerShape(
             heads=context.heads,
             key=context.width(self.expand_k, option="expand_k"),
             value=context.width(self.expand_v, option="expand_v"),
@@ -45,8 +45,8 @@ class DeltaNetSpec:
         )
 
     def cost(self, context: BlockContext) -> Cost:
-        return self.form(context).cost(context.dim) + Cost(matrices=context.dim * context.heads)
+        return self.shape(context).cost(context.dim) + Cost(matrices=context.dim * context.heads)
 
     def build(self, context: BlockContext) -> RecurrentMixer:
         rule = DeltaRule(context.dim, context.heads, steps=None, negative=self.negative_eigenvalues)
-        return RecurrentMixer(self.form(context), context, rule)
+        return RecurrentMixer(self.shape(context), context, rule)

@@ -17,7 +17,7 @@ from torch import nn
 
 from layers.cost import Cost
 from layers.delta import DeltaRule
-from layers.recurrence import Form, RecurrentMixer
+from layers.recurrence import MixerShape, RecurrentMixer
 from layers.registry import BlockContext, at_least, register
 from layers.steps import Steps
 
@@ -37,8 +37,8 @@ class GatedDeltaNetSpec:
         at_least(0, "gated_delta_net", key_heads=self.key_heads)
         at_least(2, "gated_delta_net", conv=self.conv)
 
-    def form(self, context: BlockContext) -> Form:
-        return Form(
+    def shape(self, context: BlockContext) -> MixerShape:
+        return MixerShape(
             heads=context.heads,
             key=context.width(self.expand_k, option="expand_k"),
             value=context.width(self.expand_v, option="expand_v"),
@@ -51,9 +51,9 @@ class GatedDeltaNetSpec:
 
     def cost(self, context: BlockContext) -> Cost:
         gates = Cost(matrices=2 * context.dim * context.heads, vectors=2 * context.heads)  # beta and decay
-        return self.form(context).cost(context.dim) + gates
+        return self.shape(context).cost(context.dim) + gates
 
     def build(self, context: BlockContext) -> RecurrentMixer:
         steps = Steps(nn.Linear(context.dim, context.heads, bias=False), context.heads)
         rule = DeltaRule(context.dim, context.heads, steps, negative=self.negative_eigenvalues)
-        return RecurrentMixer(self.form(context), context, rule)
+        return RecurrentMixer(self.shape(context), context, rule)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from layers.cost import Cost
 from layers.precision import keep_wide
-from layers.recurrence import Form, Inputs, RecurrentMixer
+from layers.recurrence import MixerShape, RecurrenceInputs, RecurrentMixer
 from layers.registry import BlockContext, register
 
 
@@ -38,18 +38,18 @@ class GLASpec:
             if getattr(self, option) <= 0:
                 raise ValueError(f"{option} of gla is {getattr(self, option)}; it must be greater than 0")
 
-    def form(self, context: BlockContext) -> Form:
+    def shape(self, context: BlockContext) -> MixerShape:
         key, value = context.width(self.expand_k, option="expand_k"), context.width(self.expand_v, option="expand_v")
-        return Form(heads=context.heads, key=key, value=value, decay="vector", gate=F.silu)
+        return MixerShape(heads=context.heads, key=key, value=value, decay="vector", gate=F.silu)
 
     def cost(self, context: BlockContext) -> Cost:
-        form = self.form(context)
-        keys = form.heads * form.key
-        return form.cost(context.dim) + Cost(matrices=self.gate_rank * (context.dim + keys), vectors=keys)
+        shape = self.shape(context)
+        keys = shape.heads * shape.key
+        return shape.cost(context.dim) + Cost(matrices=self.gate_rank * (context.dim + keys), vectors=keys)
 
     def build(self, context: BlockContext) -> RecurrentMixer:
-        form = self.form(context)
-        return RecurrentMixer(form, context, GLARule(self, context.dim, form.heads * form.key))
+        shape = self.shape(context)
+        return RecurrentMixer(shape, context, GLARule(self, context.dim, shape.heads * shape.key))
 
 
 class GLARule(nn.Module):
@@ -61,9 +61,11 @@ class GLARule(nn.Module):
         halves = nn.Linear(dim, spec.gate_rank, bias=False), nn.Linear(spec.gate_rank, keys)
         self.low_rank: Sequence[nn.Linear] = nn.ModuleList(halves)  # type: ignore[assignment]
 
-    def forward(self, x_BTD: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, positions_T: Tensor) -> Inputs:
+    def forward(
+        self, x_BTD: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, positions_T: Tensor
+    ) -> RecurrenceInputs:
         down, up = self.low_rank
         wide = torch.promote_types(x_BTD.dtype, torch.float32)
         gate_BTC = F.linear(down(x_BTD), up.weight).to(wide) + up.bias.to(wide)  # the bias is wide, the product is not
         gate_BTHK = rearrange(gate_BTC, "b t (h k) -> b t h k", h=q_BTHK.shape[2])
-        return Inputs(q_BTHK, k_BTHK, v_BTHV, F.logsigmoid(gate_BTHK) / self.temperature)
+        return RecurrenceInputs(q_BTHK, k_BTHK, v_BTHV, F.logsigmoid(gate_BTHK) / self.temperature)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from layers.cost import Cost
 from layers.precision import keep_wide
-from layers.recurrence import Form, Inputs, RecurrentMixer
+from layers.recurrence import MixerShape, RecurrenceInputs, RecurrentMixer
 from layers.registry import BlockContext, register, unknown
 
 LOWER_BOUNDS = ("learned", "fixed", "none")
@@ -42,16 +42,16 @@ class HGRN2Spec:
         if self.lower_bound not in LOWER_BOUNDS:
             raise unknown("lower bound", self.lower_bound, LOWER_BOUNDS)
 
-    def form(self, context: BlockContext) -> Form:
+    def shape(self, context: BlockContext) -> MixerShape:
         width = context.width()
-        return Form(heads=context.heads, key=width, value=width, decay="vector", joint_norm=True)
+        return MixerShape(heads=context.heads, key=width, value=width, decay="vector", joint_norm=True)
 
     def cost(self, context: BlockContext) -> Cost:
         learned = self.lower_bound == "learned" and context.layer > 0
-        return self.form(context).cost(context.dim) + Cost(vectors=context.dim if learned else 0)
+        return self.shape(context).cost(context.dim) + Cost(vectors=context.dim if learned else 0)
 
     def build(self, context: BlockContext) -> RecurrentMixer:
-        return RecurrentMixer(self.form(context), context, HGRN2Rule(self, context))
+        return RecurrentMixer(self.shape(context), context, HGRN2Rule(self, context))
 
 
 class HGRN2Rule(nn.Module):
@@ -71,7 +71,9 @@ class HGRN2Rule(nn.Module):
         if self.bound is not None:
             self.bound.fill_(logit(self.start))
 
-    def forward(self, x_BTD: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, positions_T: Tensor) -> Inputs:
+    def forward(
+        self, x_BTD: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, positions_T: Tensor
+    ) -> RecurrenceInputs:
         z = k_BTHK.to(torch.promote_types(k_BTHK.dtype, torch.float32))
         log_f, write = F.logsigmoid(z), torch.sigmoid(-z)
         if self.start > 0:
@@ -84,7 +86,7 @@ class HGRN2Rule(nn.Module):
                 z >= 0, log_f - F.logsigmoid(z - log_b), log_b + F.logsigmoid(-z) - F.logsigmoid(log_b - z)
             )
             write = write * torch.sigmoid(-bound)
-        return Inputs(F.silu(q_BTHK), write.to(q_BTHK.dtype), v_BTHV, log_f)
+        return RecurrenceInputs(F.silu(q_BTHK), write.to(q_BTHK.dtype), v_BTHV, log_f)
 
 
 def logit(p: float) -> float:

@@ -18,7 +18,7 @@ from torch import nn
 
 from layers.cost import Cost
 from layers.delta import DeltaRule
-from layers.recurrence import Form, RecurrentMixer
+from layers.recurrence import MixerShape, RecurrentMixer
 from layers.registry import BlockContext, at_least, register
 from layers.steps import Steps
 
@@ -38,9 +38,9 @@ class KDASpec:
         at_least(0, "kda", gate_rank=self.gate_rank)
         at_least(2, "kda", conv=self.conv)
 
-    def form(self, context: BlockContext) -> Form:
+    def shape(self, context: BlockContext) -> MixerShape:
         value = context.width(self.expand_v, option="expand_v")
-        return Form(
+        return MixerShape(
             heads=context.heads,
             key=context.width(self.expand_k, option="expand_k"),
             value=value,
@@ -52,15 +52,15 @@ class KDASpec:
         )
 
     def cost(self, context: BlockContext) -> Cost:
-        form = self.form(context)
-        keys = form.heads * form.key
-        low_rank = Cost(matrices=form.gate_rank * (context.dim + keys), vectors=keys + form.heads)
-        return form.cost(context.dim) + low_rank + Cost(matrices=context.dim * form.heads)
+        shape = self.shape(context)
+        keys = shape.heads * shape.key
+        low_rank = Cost(matrices=shape.gate_rank * (context.dim + keys), vectors=keys + shape.heads)
+        return shape.cost(context.dim) + low_rank + Cost(matrices=context.dim * shape.heads)
 
     def build(self, context: BlockContext) -> RecurrentMixer:
-        form = self.form(context)
-        down = nn.Linear(context.dim, form.gate_rank, bias=False)
-        up = nn.Linear(form.gate_rank, form.heads * form.key, bias=False)
-        steps = Steps(nn.Sequential(down, up), form.heads, form.key)
-        rule = DeltaRule(context.dim, form.heads, steps, negative=self.negative_eigenvalues)
-        return RecurrentMixer(form, context, rule)
+        shape = self.shape(context)
+        down = nn.Linear(context.dim, shape.gate_rank, bias=False)
+        up = nn.Linear(shape.gate_rank, shape.heads * shape.key, bias=False)
+        steps = Steps(nn.Sequential(down, up), shape.heads, shape.key)
+        rule = DeltaRule(context.dim, shape.heads, steps, negative=self.negative_eigenvalues)
+        return RecurrentMixer(shape, context, rule)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers.cost import Cost
-from layers.recurrence import Form, Inputs, RecurrentMixer
+from layers.recurrence import MixerShape, RecurrenceInputs, RecurrentMixer
 from layers.registry import BlockContext, register
 
 
@@ -25,15 +25,17 @@ from layers.registry import BlockContext, register
 class LightningSpec:
     letter: ClassVar[str] = "L"
 
-    def form(self, context: BlockContext) -> Form:
+    def shape(self, context: BlockContext) -> MixerShape:
         width = context.width()
-        return Form(heads=context.heads, key=width, value=width, decay="fixed", gate=torch.sigmoid, joint_norm=True)
+        return MixerShape(
+            heads=context.heads, key=width, value=width, decay="fixed", gate=torch.sigmoid, joint_norm=True
+        )
 
     def cost(self, context: BlockContext) -> Cost:
-        return self.form(context).cost(context.dim)
+        return self.shape(context).cost(context.dim)
 
     def build(self, context: BlockContext) -> RecurrentMixer:
-        return RecurrentMixer(self.form(context), context, LightningRule(context))
+        return RecurrentMixer(self.shape(context), context, LightningRule(context))
 
 
 class LightningRule(nn.Module):
@@ -41,6 +43,8 @@ class LightningRule(nn.Module):
         super().__init__()
         self.slope = 8 / context.heads * (1 - context.layer / context.depth)
 
-    def forward(self, x_BTD: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, positions_T: Tensor) -> Inputs:
+    def forward(
+        self, x_BTD: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, positions_T: Tensor
+    ) -> RecurrenceInputs:
         head_H = torch.arange(q_BTHK.shape[2], device=x_BTD.device, dtype=torch.float64)
-        return Inputs(F.silu(q_BTHK), F.silu(k_BTHK), v_BTHV, -self.slope * head_H)
+        return RecurrenceInputs(F.silu(q_BTHK), F.silu(k_BTHK), v_BTHV, -self.slope * head_H)

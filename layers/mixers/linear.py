@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers.cost import Cost
-from layers.recurrence import Form, Inputs, RecurrentMixer
+from layers.recurrence import MixerShape, RecurrenceInputs, RecurrentMixer
 from layers.registry import BlockContext, register, unknown
 
 FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -43,14 +43,14 @@ class LinearSpec:
                 "'identity' can be; set normalize to false, or feature_map to elu+1, relu or softmax"
             )
 
-    def form(self, context: BlockContext) -> Form:
-        return Form(heads=context.heads, key=context.width(), value=context.width(), normalize=self.normalize)
+    def shape(self, context: BlockContext) -> MixerShape:
+        return MixerShape(heads=context.heads, key=context.width(), value=context.width(), normalize=self.normalize)
 
     def cost(self, context: BlockContext) -> Cost:
-        return self.form(context).cost(context.dim)
+        return self.shape(context).cost(context.dim)
 
     def build(self, context: BlockContext) -> RecurrentMixer:
-        return RecurrentMixer(self.form(context), context, LinearRule(FEATURE_MAPS[self.feature_map]))
+        return RecurrentMixer(self.shape(context), context, LinearRule(FEATURE_MAPS[self.feature_map]))
 
 
 class LinearRule(nn.Module):
@@ -58,5 +58,7 @@ class LinearRule(nn.Module):
         super().__init__()
         self.feature_map = feature_map
 
-    def forward(self, x_BTD: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, positions_T: Tensor) -> Inputs:
-        return Inputs(self.feature_map(q_BTHK), self.feature_map(k_BTHK), v_BTHV)
+    def forward(
+        self, x_BTD: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, positions_T: Tensor
+    ) -> RecurrenceInputs:
+        return RecurrenceInputs(self.feature_map(q_BTHK), self.feature_map(k_BTHK), v_BTHV)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers.cost import Cost
-from layers.recurrence import Form, Inputs, RecurrentMixer
+from layers.recurrence import MixerShape, RecurrenceInputs, RecurrentMixer
 from layers.registry import BlockContext, at_least, register
 from layers.steps import Steps
 
@@ -37,8 +37,8 @@ class Mamba2Spec:
         at_least(1, "mamba2", state=self.state, groups=self.groups)
         at_least(2, "mamba2", conv=self.conv)
 
-    def form(self, context: BlockContext) -> Form:
-        return Form(
+    def shape(self, context: BlockContext) -> MixerShape:
+        return MixerShape(
             heads=context.heads,
             key=self.state,
             value=context.width(self.expand),
@@ -54,10 +54,10 @@ class Mamba2Spec:
 
     def cost(self, context: BlockContext) -> Cost:
         steps = Cost(matrices=context.dim * context.heads, vectors=3 * context.heads)  # A_log, dt_bias and D
-        return self.form(context).cost(context.dim) + steps
+        return self.shape(context).cost(context.dim) + steps
 
     def build(self, context: BlockContext) -> RecurrentMixer:
-        return RecurrentMixer(self.form(context), context, Mamba2Rule(context))
+        return RecurrentMixer(self.shape(context), context, Mamba2Rule(context))
 
 
 class Mamba2Rule(nn.Module):
@@ -71,7 +71,9 @@ class Mamba2Rule(nn.Module):
         """D is one."""
         self.D.fill_(1.0)
 
-    def forward(self, x_BTD: Tensor, C_BTGK: Tensor, B_BTGK: Tensor, x_BTHV: Tensor, positions_T: Tensor) -> Inputs:
+    def forward(
+        self, x_BTD: Tensor, C_BTGK: Tensor, B_BTGK: Tensor, x_BTHV: Tensor, positions_T: Tensor
+    ) -> RecurrenceInputs:
         dt_BTH, log_decay_BTH = self.steps(x_BTD)
         v_BTHV = (dt_BTH[..., None] * x_BTHV).to(x_BTHV.dtype)
-        return Inputs(C_BTGK, B_BTGK, v_BTHV, log_decay_BTH, skip=self.D[:, None] * x_BTHV)
+        return RecurrenceInputs(C_BTGK, B_BTGK, v_BTHV, log_decay_BTH, skip=self.D[:, None] * x_BTHV)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from layers.cost import Cost
 from layers.mixers.based import pairs, squares
-from layers.recurrence import Form, Inputs, RecurrentMixer
+from layers.recurrence import MixerShape, RecurrenceInputs, RecurrentMixer
 from layers.registry import BlockContext, register
 
 
@@ -35,8 +35,8 @@ class ReBasedSpec:
         if self.feature_dim <= 1:  # the norm of one channel is 0
             raise ValueError(f"feature_dim of rebased is {self.feature_dim}; it must be at least 2")
 
-    def form(self, context: BlockContext) -> Form:
-        return Form(
+    def shape(self, context: BlockContext) -> MixerShape:
+        return MixerShape(
             heads=context.heads,
             key=pairs(self.feature_dim),
             value=context.width(),
@@ -46,10 +46,10 @@ class ReBasedSpec:
         )
 
     def cost(self, context: BlockContext) -> Cost:
-        return self.form(context).cost(context.dim) + Cost(vectors=4 * context.heads * self.feature_dim)
+        return self.shape(context).cost(context.dim) + Cost(vectors=4 * context.heads * self.feature_dim)
 
     def build(self, context: BlockContext) -> RecurrentMixer:
-        return RecurrentMixer(self.form(context), context, ReBasedRule(context, self.feature_dim))
+        return RecurrentMixer(self.shape(context), context, ReBasedRule(context, self.feature_dim))
 
 
 class ReBasedRule(nn.Module):
@@ -67,10 +67,12 @@ class ReBasedRule(nn.Module):
         self.gamma.fill_(1.0)
         self.beta.zero_()
 
-    def forward(self, x_BTD: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, positions_T: Tensor) -> Inputs:
+    def forward(
+        self, x_BTD: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, positions_T: Tensor
+    ) -> RecurrenceInputs:
         gammas, betas = self.gamma.view(self.shape), self.beta.view(self.shape)
         q_BTHK, k_BTHK = (
             squares(F.layer_norm(x, x.shape[-1:], eps=self.norm_eps) * gamma_HK + beta_HK)
             for x, gamma_HK, beta_HK in zip((q_BTHK, k_BTHK), gammas, betas, strict=True)
         )
-        return Inputs(q_BTHK, k_BTHK, v_BTHV)
+        return RecurrenceInputs(q_BTHK, k_BTHK, v_BTHV)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers.cost import Cost
-from layers.recurrence import Form, Inputs, RecurrentMixer
+from layers.recurrence import MixerShape, RecurrenceInputs, RecurrentMixer
 from layers.registry import BlockContext, register
 from layers.rotary import rotate
 
@@ -28,15 +28,15 @@ class RetentionSpec:
 
     expand_v: float = 2.0
 
-    def form(self, context: BlockContext) -> Form:
+    def shape(self, context: BlockContext) -> MixerShape:
         value = context.width(self.expand_v, option="expand_v")
-        return Form(heads=context.heads, key=context.width(even=True), value=value, decay="fixed", gate=F.silu)
+        return MixerShape(heads=context.heads, key=context.width(even=True), value=value, decay="fixed", gate=F.silu)
 
     def cost(self, context: BlockContext) -> Cost:
-        return self.form(context).cost(context.dim)
+        return self.shape(context).cost(context.dim)
 
     def build(self, context: BlockContext) -> RecurrentMixer:
-        return RecurrentMixer(self.form(context), context, RetentionRule(context))
+        return RecurrentMixer(self.shape(context), context, RetentionRule(context))
 
 
 class RetentionRule(nn.Module):
@@ -44,7 +44,9 @@ class RetentionRule(nn.Module):
         super().__init__()
         self.rope_base = context.rope_base
 
-    def forward(self, x_BTD: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, positions_T: Tensor) -> Inputs:
+    def forward(
+        self, x_BTD: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, positions_T: Tensor
+    ) -> RecurrenceInputs:
         q_BTHK, k_BTHK = rotate(positions_T, self.rope_base, q_BTHK, k_BTHK)
         head_H = torch.arange(q_BTHK.shape[2], device=x_BTD.device, dtype=torch.float64)
-        return Inputs(q_BTHK, k_BTHK, v_BTHV, torch.log1p(-torch.exp2(-5 - head_H)))
+        return RecurrenceInputs(q_BTHK, k_BTHK, v_BTHV, torch.log1p(-torch.exp2(-5 - head_H)))

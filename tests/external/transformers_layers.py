@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hybrid_sp as hsp
-from layers.recurrence import Form, Inputs, RecurrentMixer
+from layers.recurrence import MixerShape, RecurrenceInputs, RecurrentMixer
 from layers.registry import BlockContext, mixer_spec
 from tests.external.program import Errors, report
 from tests.support.oracle import relative
@@ -149,8 +149,8 @@ class MiniMaxRule(nn.Module):
         super().__init__()
         self.slopes_H = slopes_H
 
-    def forward(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Inputs:
-        return Inputs(F.silu(q), F.silu(k), F.silu(v), -self.slopes_H)
+    def forward(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> RecurrenceInputs:
+        return RecurrenceInputs(F.silu(q), F.silu(k), F.silu(v), -self.slopes_H)
 
 
 def minimax() -> Comparison:
@@ -174,9 +174,11 @@ def minimax() -> Comparison:
             "output.weight": w["out_proj.weight"],
         }
 
-    form = Form(heads=HEADS, key=width, value=width, decay="fixed", scale=1.0, gate=torch.sigmoid, joint_norm=True)
+    shape = MixerShape(
+        heads=HEADS, key=width, value=width, decay="fixed", scale=1.0, gate=torch.sigmoid, joint_norm=True
+    )
     context = BlockContext(**{**vars(CONTEXT), "norm_eps": theirs.norm.variance_epsilon})
-    ours = RecurrentMixer(form, context, MiniMaxRule(theirs.slope_rate.flatten().double()))
+    ours = RecurrentMixer(shape, context, MiniMaxRule(theirs.slope_rate.flatten().double()))
     return Comparison(theirs=theirs, ours=ours, rename=rename, call=lambda layer, x: layer(x, None, None)[0])
 
 

@@ -41,7 +41,7 @@ def test_output_and_gradients_are_those_of_the_formula(case: Case) -> None:
         assert_close(f"d {name}", weight.grad, weights[name].grad, 1e-10)
 
 
-def test_forms_say_how_the_state_decays() -> None:
+def test_shapes_say_how_the_state_decays() -> None:
     dims = {"none": None, "fixed": 1, "scalar": 3, "vector": 4}
     for case in CASES:
         mixer = case.build()
@@ -49,8 +49,8 @@ def test_forms_say_how_the_state_decays() -> None:
             q, k, v, *_ = mixer.project(tokens(5))
             inputs = mixer.rule(tokens(5), q, k, v, torch.arange(5))
             log_decay = inputs.log_decay
-            assert (None if log_decay is None else log_decay.ndim) == dims[mixer.form.decay], case
-            assert (inputs.beta is not None) == mixer.form.delta, case
+            assert (None if log_decay is None else log_decay.ndim) == dims[mixer.shape.decay], case
+            assert (inputs.beta is not None) == mixer.shape.delta, case
 
 
 @every_case
@@ -107,7 +107,7 @@ def test_dtypes(case: Case, dtype: torch.dtype, bound: float) -> None:
         assert step.dtype == dtype
         assert [tensor.dtype for tensor in cache.tensors] == [tensor.dtype for tensor in mixer.init_cache(2).tensors]
         if isinstance(mixer, RecurrentMixer):
-            assert {tensor.dtype for tensor in cache.tensors[bool(mixer.form.conv) :]} == {torch.float32}
+            assert {tensor.dtype for tensor in cache.tensors[bool(mixer.shape.conv) :]} == {torch.float32}
         assert relative(step[:, 0], y[:, t]) < bound
 
 
