@@ -17,9 +17,9 @@ from analysis import tables, traffic
 from analysis.points import Point, group_runs, kinds
 from analysis.runs import Run
 from analysis.tables import Table
+from layers.config import ModelConfig, block_specs, expand_pattern, model_facts
 from layers.cost import Cost
 from layers.registry import BlockContext, MixerSpec
-from layers.spec import ModelConfig, block_specs, expand_pattern, model_facts
 
 FAMILIES = (
     "no decay", "polynomial features", "fixed decay", "scalar gate", "vector gate", "delta rule", "softmax",

@@ -16,8 +16,8 @@ from analysis.tables import Table
 from hybrid_sp.comm.link import Link
 from hybrid_sp.exchange import auto
 from hybrid_sp.shard import BASELINES
+from layers.config import ModelConfig, block_specs, expand_pattern
 from layers.cost import Attention, Cost, Summary
-from layers.spec import ModelConfig, block_specs, expand_pattern
 from recipes.config import TrainConfig, recomputed_blocks
 
 C = TypeVar("C", ModelConfig, TrainConfig)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from layers.norm import l2_norm
 from layers.recurrence import RecurrenceInputs
-from layers.steps import Steps
+from layers.timestep import TimeStep
 
 
 class DeltaRule(nn.Module):
@@ -17,7 +17,7 @@ class DeltaRule(nn.Module):
     between 0 and 1 (arXiv 2411.12537). `steps` gives the log decay; None: the state does not decay.
     """
 
-    def __init__(self, dim: int, heads: int, steps: Steps | None, *, negative: bool = False) -> None:
+    def __init__(self, dim: int, heads: int, steps: TimeStep | None, *, negative: bool = False) -> None:
         super().__init__()
         self.beta = nn.Linear(dim, heads, bias=False)
         self.steps = steps

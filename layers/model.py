@@ -12,8 +12,8 @@ import hybrid_sp as hsp
 from hybrid_sp.shard import Shard
 from layers.block import Block
 from layers.cache import LayerCache
+from layers.config import ModelConfig, block_specs, mlp_width
 from layers.loss import cross_entropy
-from layers.spec import ModelConfig, block_specs, mlp_width
 
 Cache = tuple[LayerCache, ...]  # one per block
 

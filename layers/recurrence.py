@@ -16,8 +16,8 @@ from hybrid_sp.shard import Shard
 from layers.cache import LayerCache
 from layers.conv import ShortConv
 from layers.cost import Cost, Summary
-from layers.heads import HeadProjection, Sizes, channels, cut_heads
 from layers.norm import HeadNorm
+from layers.projection import HeadProjection, Sizes, channels, cut_heads
 from layers.registry import BlockContext
 from layers.rotary import token_positions
 

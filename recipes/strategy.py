@@ -11,7 +11,7 @@ from hybrid_sp.comm.groups import Group
 from hybrid_sp.comm.link import Link
 from hybrid_sp.exchange import choose
 from hybrid_sp.exchange.auto import Choice, measured
-from layers.spec import block_specs, expand_pattern
+from layers.config import block_specs, expand_pattern
 from recipes.config import Recipe
 
 

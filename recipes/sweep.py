@@ -25,7 +25,7 @@ from typing import IO, Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from layers.spec import block_specs, expand_pattern
+from layers.config import block_specs, expand_pattern
 from recipes import config, lock, record
 from recipes.load import file_name, load_recipe
 from recipes.typed_yaml import Written, key_and_text, override, read, refuse_text, typed

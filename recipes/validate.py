@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from hybrid_sp.backends import BACKENDS
 from hybrid_sp.baselines.head_parallel import FORMS
 from hybrid_sp.shard import CHECKS, KINDS
-from layers.spec import ModelConfig, block_specs, expand_pattern, model_facts
+from layers.config import ModelConfig, block_specs, expand_pattern, model_facts
 from recipes.config import NAME_BYTES, Recipe, RecipeError, layout, sequence_parallel
 
 SEEDS = 10**13  # the largest one: torch takes 64 bits, and each rank makes its own of it

@@ -19,7 +19,7 @@ from layers.cost import Cost
 from layers.delta import DeltaRule
 from layers.recurrence import MixerShape, RecurrentMixer
 from layers.registry import BlockContext, at_least, register
-from layers.steps import Steps
+from layers.timestep import TimeStep
 
 
 @register("gated_delta_net")
@@ -54,6 +54,6 @@ class GatedDeltaNetSpec:
         return self.shape(context).cost(context.dim) + gates
 
     def build(self, context: BlockContext) -> RecurrentMixer:
-        steps = Steps(nn.Linear(context.dim, context.heads, bias=False), context.heads)
+        steps = TimeStep(nn.Linear(context.dim, context.heads, bias=False), context.heads)
         rule = DeltaRule(context.dim, context.heads, steps, negative=self.negative_eigenvalues)
         return RecurrentMixer(self.shape(context), context, rule)

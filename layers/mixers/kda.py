@@ -20,7 +20,7 @@ from layers.cost import Cost
 from layers.delta import DeltaRule
 from layers.recurrence import MixerShape, RecurrentMixer
 from layers.registry import BlockContext, at_least, register
-from layers.steps import Steps
+from layers.timestep import TimeStep
 
 
 @register("kda")
@@ -61,6 +61,6 @@ class KDASpec:
         shape = self.shape(context)
         down = nn.Linear(context.dim, shape.gate_rank, bias=False)
         up = nn.Linear(shape.gate_rank, shape.heads * shape.key, bias=False)
-        steps = Steps(nn.Sequential(down, up), shape.heads, shape.key)
+        steps = TimeStep(nn.Sequential(down, up), shape.heads, shape.key)
         rule = DeltaRule(context.dim, shape.heads, steps, negative=self.negative_eigenvalues)
         return RecurrentMixer(shape, context, rule)

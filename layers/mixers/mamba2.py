@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from layers.cost import Cost
 from layers.recurrence import MixerShape, RecurrenceInputs, RecurrentMixer
 from layers.registry import BlockContext, at_least, register
-from layers.steps import Steps
+from layers.timestep import TimeStep
 
 
 @register("mamba2")
@@ -63,7 +63,7 @@ class Mamba2Spec:
 class Mamba2Rule(nn.Module):
     def __init__(self, context: BlockContext) -> None:
         super().__init__()
-        self.steps = Steps(nn.Linear(context.dim, context.heads, bias=False), context.heads)
+        self.steps = TimeStep(nn.Linear(context.dim, context.heads, bias=False), context.heads)
         self.D = nn.Parameter(torch.ones(context.heads))
 
     @torch.no_grad()

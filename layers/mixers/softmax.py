@@ -20,7 +20,7 @@ import hybrid_sp as hsp
 from hybrid_sp.shard import Shard
 from layers.cache import LayerCache
 from layers.cost import Attention, Cost
-from layers.heads import HeadProjection
+from layers.projection import HeadProjection
 from layers.registry import BlockContext, register
 from layers.rotary import rotate, token_positions
 

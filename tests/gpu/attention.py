@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hybrid_sp as hsp
-import layers.spec  # noqa: F401 (registers the mixers)
+import layers.config  # noqa: F401 (registers the mixers)
 from layers.registry import BlockContext, mixer_spec
 from tests.support.oracle import relative
 

@@ -11,9 +11,9 @@ import torch
 
 import hybrid_sp as hsp
 from hybrid_sp.backends import BACKENDS
+from layers.config import ModelConfig, block_specs
 from layers.model import HybridLM
 from layers.registry import MIXERS, mixer_spec
-from layers.spec import ModelConfig, block_specs
 from tests.layers.formulas.parts import CONTEXT
 
 NAMES = ["auto", *sorted({name for names in BACKENDS.values() for name in names})]

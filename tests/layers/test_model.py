@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from layers.config import ModelConfig, model_facts
 from layers.model import HybridLM
-from layers.spec import ModelConfig, model_facts
 from tests.support.oracle import assert_close, relative
 
 CONFIG = ModelConfig(

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hybrid_sp as hsp
+from layers.config import ModelConfig
 from layers.mixers.gla import GLARule
 from layers.mixers.hgrn2 import HGRN2Rule
 from layers.mixers.rwkv6 import RWKV6Mixer
 from layers.model import HybridLM
 from layers.registry import MIXERS
-from layers.spec import ModelConfig
-from layers.steps import Steps
+from layers.timestep import TimeStep
 from tests.layers.cases import CASES, CONTEXT, Case, tokens
 from tests.support.oracle import relative
 
@@ -106,7 +106,7 @@ def from_activations(mixer: nn.Module, exact: nn.Module, x: Tensor) -> Tensor | 
         b = torch.sigmoid(exact_rule.bound.double()).view(logit.shape[2:])
         return torch.log(b + (1 - b) * torch.sigmoid(logit.double()))
     steps = getattr(rule, "steps", None)
-    if isinstance(steps, Steps):
+    if isinstance(steps, TimeStep):
         exact_steps = exact_rule.get_submodule("steps")
         dt = F.softplus(steps.project(x).double() + exact_steps.dt_bias.double())
         rate = exact_steps.A_log.double().exp()

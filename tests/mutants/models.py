@@ -13,7 +13,7 @@ FAMILIES = "tests/analysis/test_families.py"
 MODEL_MUTANTS = [
     Mutant(
         name="rates of decay rounded with the model",
-        file="layers/steps.py",
+        file="layers/timestep.py",
         old='keep_wide("A_log", "dt_bias")',
         new='keep_wide("dt_bias")',
         test=f"{PRECISION}::test_decays_are_those_of_the_gate_parameters_and_not_of_rounded_ones[mamba2-8]",

@@ -1,4 +1,4 @@
-"""Steps: the time steps of a state space model, and the decays that follow from them (Mamba-2, arXiv 2405.21060)."""
+"""TimeStep: the time steps of a state space model, and the decays that follow from them (Mamba-2, arXiv 2405.21060)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from layers.precision import keep_wide
 
-RATES = (1.0, 16.0)  # exp(A_log) begins uniform in this range
-STEPS = (1e-3, 1e-1)  # softplus(dt_bias) begins log-uniform in this range
+RATE_RANGE = (1.0, 16.0)  # exp(A_log) begins uniform in this range
+DT_RANGE = (1e-3, 1e-1)  # softplus(dt_bias) begins log-uniform in this range
 
 
-class Steps(nn.Module):
+class TimeStep(nn.Module):
     """x_BTD -> dt = softplus(project(x) + dt_bias) and log_decay = -exp(A_log) dt, in fp32 (fp64 for fp64).
 
     Both are [B, T, heads] or with a `width` [B, T, heads, width]; `project` gives as many channels, dt_bias has one
@@ -32,11 +32,11 @@ class Steps(nn.Module):
 
     @torch.no_grad()
     def draw_weights(self, generator: torch.Generator | None = None) -> None:
-        """Steps log-uniform in STEPS for project(x) = 0, and rates uniform in RATES."""
+        """Steps log-uniform in DT_RANGE for project(x) = 0, and rates uniform in RATE_RANGE."""
         rate = torch.rand(self.A_log.shape, generator=generator, dtype=torch.float32)
-        self.A_log.copy_(torch.log(RATES[0] + (RATES[1] - RATES[0]) * rate))
+        self.A_log.copy_(torch.log(RATE_RANGE[0] + (RATE_RANGE[1] - RATE_RANGE[0]) * rate))
         uniform = torch.rand(self.dt_bias.shape, generator=generator, dtype=torch.float32)
-        low, high = (math.log(step) for step in STEPS)
+        low, high = (math.log(step) for step in DT_RANGE)
         dt = torch.exp(low + (high - low) * uniform)
         self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 

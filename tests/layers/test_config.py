@@ -10,9 +10,9 @@ import torch
 from omegaconf import OmegaConf
 from torch.utils.flop_counter import FlopCounterMode
 
+from layers.config import ModelConfig, block_specs, expand_pattern, mlp_width, model_facts, pattern_letters
 from layers.model import HybridLM
 from layers.registry import MIXERS
-from layers.spec import ModelConfig, block_specs, expand_pattern, mlp_width, model_facts, pattern_letters
 
 
 @pytest.mark.parametrize(
