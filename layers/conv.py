@@ -21,10 +21,10 @@ class ShortConv(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, width))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
-        self.draw_weights()
+        self.reset_parameters()
 
     @torch.no_grad()
-    def draw_weights(self, generator: torch.Generator | None = None) -> None:
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Weights uniform between -W**-0.5 and W**-0.5, as torch draws those of a convolution; a bias of zero."""
         noise = torch.rand(self.weight.shape, generator=generator, dtype=torch.float32)
         self.weight.copy_((2 * noise - 1) * self.weight.shape[1] ** -0.5)

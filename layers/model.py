@@ -48,7 +48,7 @@ class HybridLM(nn.Module):
 
         Matrices are normal with variance 1 / inputs, those that write to the residual stream with 1 / (2 depth) of
         that, so that its variance does not grow with the depth; the embedding has variance 1 / dim. A module with
-        parameters of another kind draws these, and no submodule's, in its own `draw_weights(generator)`.
+        parameters of another kind draws these, and no submodule's, in its own `reset_parameters(generator)`.
         """
         generator = torch.Generator("cpu").manual_seed(seed)
 
@@ -65,8 +65,10 @@ class HybridLM(nn.Module):
                 draw(module.weight, 1 / module.embedding_dim)
             elif isinstance(module, nn.RMSNorm):
                 module.weight.fill_(1.0)
-            elif own := getattr(module, "draw_weights", None):
-                own(generator)
+            elif (reset := getattr(module, "reset_parameters", None)) and not reset.__module__.startswith("torch."):
+                reset(
+                    generator
+                )  # torch's own methods of this name take no generator and would draw from the global one
 
     def hidden(self, tokens_BT: Tensor, shard: Shard | None = None) -> Tensor:
         """What the head reads, [B, T, D]."""

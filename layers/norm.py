@@ -20,7 +20,7 @@ class HeadNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(weights * width))
 
     @torch.no_grad()
-    def draw_weights(self, generator: torch.Generator | None = None) -> None:
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """All ones."""
         self.weight.fill_(1.0)
 

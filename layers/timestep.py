@@ -28,10 +28,10 @@ class TimeStep(nn.Module):
         self.project, self.width = project, width
         self.A_log = nn.Parameter(torch.empty(heads))
         self.dt_bias = nn.Parameter(torch.empty(heads * (width or 1)))
-        self.draw_weights()
+        self.reset_parameters()
 
     @torch.no_grad()
-    def draw_weights(self, generator: torch.Generator | None = None) -> None:
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Steps log-uniform in DT_RANGE for project(x) = 0, and rates uniform in RATE_RANGE."""
         rate = torch.rand(self.A_log.shape, generator=generator, dtype=torch.float32)
         self.A_log.copy_(torch.log(RATE_RANGE[0] + (RATE_RANGE[1] - RATE_RANGE[0]) * rate))

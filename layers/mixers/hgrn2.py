@@ -63,10 +63,10 @@ class HGRN2Rule(nn.Module):
         self.bound = None
         if spec.lower_bound == "learned" and self.start > 0:
             self.bound = nn.Parameter(torch.empty(context.heads * context.width()))
-        self.draw_weights()
+        self.reset_parameters()
 
     @torch.no_grad()
-    def draw_weights(self, generator: torch.Generator | None = None) -> None:
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """b = l / depth."""
         if self.bound is not None:
             self.bound.fill_(logit(self.start))

@@ -67,7 +67,7 @@ class Mamba2Rule(nn.Module):
         self.D = nn.Parameter(torch.ones(context.heads))
 
     @torch.no_grad()
-    def draw_weights(self, generator: torch.Generator | None = None) -> None:
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """D is one."""
         self.D.fill_(1.0)
 

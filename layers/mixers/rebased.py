@@ -59,10 +59,10 @@ class ReBasedRule(nn.Module):
         self.shape = (2, context.heads, dim)  # of gamma and beta: of queries and of keys
         self.gamma = nn.Parameter(torch.empty(math.prod(self.shape)))
         self.beta = nn.Parameter(torch.empty(math.prod(self.shape)))
-        self.draw_weights()
+        self.reset_parameters()
 
     @torch.no_grad()
-    def draw_weights(self, generator: torch.Generator | None = None) -> None:
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """The norm alone."""
         self.gamma.fill_(1.0)
         self.beta.zero_()

@@ -82,10 +82,10 @@ class RWKV6Mixer(nn.Module):
         self.receptance, self.key, self.value, self.gate = (nn.Linear(dim, dim, bias=False) for _ in range(4))
         self.norm_weight, self.norm_bias = nn.Parameter(torch.empty(dim)), nn.Parameter(torch.empty(dim))
         self.output = nn.Linear(dim, dim, bias=False)
-        self.draw_weights()
+        self.reset_parameters()
 
     @torch.no_grad()
-    def draw_weights(self, generator: torch.Generator | None = None) -> None:
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """All that is not an nn.Linear: the later the channel, the less it is mixed and the faster it forgets."""
         (layer, depth), dim = self.depths, len(self.decay)
         late, early = layer / max(depth - 1, 1), 1 - layer / depth
