@@ -34,4 +34,4 @@ class Block(nn.Module):
     @staticmethod
     def cost(spec: MixerSpec, context: BlockContext, mlp_dim: int) -> Cost:
         """The cost of a block built from the same arguments."""
-        return spec.cost(context) + SwiGLU.cost(context.dim, mlp_dim) + Cost(vectors=2 * context.dim)
+        return spec.cost(context) + SwiGLU.cost(context.dim, mlp_dim) + Cost(other_params=2 * context.dim)

@@ -154,6 +154,6 @@ def mlp_width(config: ModelConfig) -> int:
 def model_facts(config: ModelConfig) -> Cost:
     """The cost of HybridLM(config), by arithmetic; ValueError for every config that HybridLM would refuse."""
     blocks = [Block.cost(spec, context, mlp_width(config)) for spec, context in block_specs(config)]
-    head = Cost(matrices=config.vocab * config.dim)
-    embedding = Cost(vectors=0 if config.tie_embeddings else config.vocab * config.dim)
-    return sum(blocks, start=embedding + head + Cost(vectors=config.dim))
+    head = Cost(matmul_params=config.vocab * config.dim)
+    embedding = Cost(other_params=0 if config.tie_embeddings else config.vocab * config.dim)
+    return sum(blocks, start=embedding + head + Cost(other_params=config.dim))

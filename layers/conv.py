@@ -50,4 +50,6 @@ class ShortConv(nn.Module):
         """The cost of a convolution of these sizes."""
         halo = Halo(tokens=width - 1, channels=channels)
         vectors = channels if bias else 0
-        return Cost(matrices=channels * width, vectors=vectors, recent=channels * (width - 1), halos=(halo,))
+        return Cost(
+            matmul_params=channels * width, other_params=vectors, conv_state=channels * (width - 1), halos=(halo,)
+        )

@@ -17,7 +17,7 @@ class Attention:
     window: int | None = None
 
     @property
-    def mixing(self) -> int:
+    def pair_flops(self) -> int:
         """FLOPs per pair of a query and a key that it sees: q k^T and p v."""
         return 4 * self.heads * self.width
 
@@ -88,11 +88,11 @@ class Cost:
     counted as it is written, update and read of the state, not as any chunk size computes it.
     """
 
-    matrices: int = 0  # parameters that every token is multiplied by
-    vectors: int = 0  # parameters that are looked up, scaled by or added
-    mixing: int = 0  # FLOPs per token of a recurrence
+    matmul_params: int = 0  # parameters that every token is multiplied by
+    other_params: int = 0  # parameters that are looked up, scaled by or added
+    recurrence_flops: int = 0  # FLOPs per token of a recurrence
     state: int = 0  # numbers kept per sequence, whatever its length, in fp32 (fp64 for an fp64 model)
-    recent: int = 0  # numbers kept per sequence, whatever its length, in the model's dtype
+    conv_state: int = 0  # numbers kept per sequence, whatever its length, in the model's dtype
     attention: tuple[Attention, ...] = ()  # what grows with the length
     summaries: tuple[Summary, ...] = ()  # sent where a sequence is cut over ranks
     halos: tuple[Halo, ...] = ()  # likewise
@@ -103,12 +103,12 @@ class Cost:
     @property
     def parameters(self) -> int:
         """How many parameters there are."""
-        return self.matrices + self.vectors
+        return self.matmul_params + self.other_params
 
     def flops(self, length: int) -> int:
         """FLOPs of the forward pass over a sequence of `length` tokens."""
-        pairs = sum(part.mixing * part.pairs(length) for part in self.attention)
-        return (2 * self.matrices + self.mixing) * length + pairs
+        pairs = sum(part.pair_flops * part.pairs(length) for part in self.attention)
+        return (2 * self.matmul_params + self.recurrence_flops) * length + pairs
 
     def flops_per_token(self, length: int) -> float:
         """FLOPs of the forward pass per token, the mean over a sequence of `length` tokens."""
@@ -117,5 +117,5 @@ class Cost:
     def state_bytes(self, batch: int, length: int, dtype: torch.dtype = torch.float32) -> int:
         """Bytes of the decoding cache of `batch` sequences after `length` tokens each, for a model of this dtype."""
         wide = torch.promote_types(dtype, torch.float32)
-        narrow = self.recent + sum(part.cache * part.keys(length) for part in self.attention)
+        narrow = self.conv_state + sum(part.cache * part.keys(length) for part in self.attention)
         return batch * (self.state * wide.itemsize + narrow * dtype.itemsize)

@@ -23,4 +23,4 @@ class SwiGLU(nn.Module):
     @staticmethod
     def cost(dim: int, width: int) -> Cost:
         """The cost of a SwiGLU of these sizes."""
-        return Cost(matrices=3 * dim * width)
+        return Cost(matmul_params=3 * dim * width)

@@ -99,9 +99,10 @@ class MixerShape:
         matrix = values * self.key
         normaliser = self.heads * self.key if self.normalize else 0
         cost = Cost(
-            matrices=dim * (channels(self.projected) + values) + self.gate_rank * (dim + values),
-            vectors=self.norm_weights * self.value,
-            mixing=(6 if self.delta else 4) * matrix + 2 * normaliser,  # S + k^T v and q S, with delta k S; q z
+            matmul_params=dim * (channels(self.projected) + values) + self.gate_rank * (dim + values),
+            other_params=self.norm_weights * self.value,
+            recurrence_flops=(6 if self.delta else 4) * matrix
+            + 2 * normaliser,  # S + k^T v and q S, with delta k S; q z
             state=matrix + normaliser,
             summaries=(self.summary,),
         )

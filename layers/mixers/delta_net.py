@@ -45,7 +45,7 @@ class DeltaNetSpec:
         )
 
     def cost(self, context: BlockContext) -> Cost:
-        return self.shape(context).cost(context.dim) + Cost(matrices=context.dim * context.heads)
+        return self.shape(context).cost(context.dim) + Cost(matmul_params=context.dim * context.heads)
 
     def build(self, context: BlockContext) -> RecurrentMixer:
         rule = DeltaRule(context.dim, context.heads, steps=None, negative=self.negative_eigenvalues)

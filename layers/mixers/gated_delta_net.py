@@ -50,7 +50,7 @@ class GatedDeltaNetSpec:
         )
 
     def cost(self, context: BlockContext) -> Cost:
-        gates = Cost(matrices=2 * context.dim * context.heads, vectors=2 * context.heads)  # beta and decay
+        gates = Cost(matmul_params=2 * context.dim * context.heads, other_params=2 * context.heads)  # beta and decay
         return self.shape(context).cost(context.dim) + gates
 
     def build(self, context: BlockContext) -> RecurrentMixer:

@@ -45,7 +45,7 @@ class GLASpec:
     def cost(self, context: BlockContext) -> Cost:
         shape = self.shape(context)
         keys = shape.heads * shape.key
-        return shape.cost(context.dim) + Cost(matrices=self.gate_rank * (context.dim + keys), vectors=keys)
+        return shape.cost(context.dim) + Cost(matmul_params=self.gate_rank * (context.dim + keys), other_params=keys)
 
     def build(self, context: BlockContext) -> RecurrentMixer:
         shape = self.shape(context)

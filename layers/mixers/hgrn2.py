@@ -48,7 +48,7 @@ class HGRN2Spec:
 
     def cost(self, context: BlockContext) -> Cost:
         learned = self.lower_bound == "learned" and context.layer > 0
-        return self.shape(context).cost(context.dim) + Cost(vectors=context.dim if learned else 0)
+        return self.shape(context).cost(context.dim) + Cost(other_params=context.dim if learned else 0)
 
     def build(self, context: BlockContext) -> RecurrentMixer:
         return RecurrentMixer(self.shape(context), context, HGRN2Rule(self, context))

@@ -54,8 +54,8 @@ class KDASpec:
     def cost(self, context: BlockContext) -> Cost:
         shape = self.shape(context)
         keys = shape.heads * shape.key
-        low_rank = Cost(matrices=shape.gate_rank * (context.dim + keys), vectors=keys + shape.heads)
-        return shape.cost(context.dim) + low_rank + Cost(matrices=context.dim * shape.heads)
+        low_rank = Cost(matmul_params=shape.gate_rank * (context.dim + keys), other_params=keys + shape.heads)
+        return shape.cost(context.dim) + low_rank + Cost(matmul_params=context.dim * shape.heads)
 
     def build(self, context: BlockContext) -> RecurrentMixer:
         shape = self.shape(context)

@@ -53,7 +53,7 @@ class Mamba2Spec:
         )
 
     def cost(self, context: BlockContext) -> Cost:
-        steps = Cost(matrices=context.dim * context.heads, vectors=3 * context.heads)  # A_log, dt_bias and D
+        steps = Cost(matmul_params=context.dim * context.heads, other_params=3 * context.heads)  # A_log, dt_bias and D
         return self.shape(context).cost(context.dim) + steps
 
     def build(self, context: BlockContext) -> RecurrentMixer:

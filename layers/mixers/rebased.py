@@ -46,7 +46,7 @@ class ReBasedSpec:
         )
 
     def cost(self, context: BlockContext) -> Cost:
-        return self.shape(context).cost(context.dim) + Cost(vectors=4 * context.heads * self.feature_dim)
+        return self.shape(context).cost(context.dim) + Cost(other_params=4 * context.heads * self.feature_dim)
 
     def build(self, context: BlockContext) -> RecurrentMixer:
         return RecurrentMixer(self.shape(context), context, ReBasedRule(context, self.feature_dim))

@@ -49,11 +49,11 @@ class RWKV6Spec:
     def cost(self, context: BlockContext) -> Cost:
         dim, width = context.dim, context.width()
         return Cost(
-            matrices=dim * (5 * dim + 2 * len(MIXED) * self.shift_rank + 2 * self.decay_rank),
-            vectors=dim * (1 + len(MIXED) + 4),  # mu; mu_i; w, u and the norm
-            mixing=4 * dim * width + 2 * dim,  # S + k^T v and r S; r (u k)
+            matmul_params=dim * (5 * dim + 2 * len(MIXED) * self.shift_rank + 2 * self.decay_rank),
+            other_params=dim * (1 + len(MIXED) + 4),  # mu; mu_i; w, u and the norm
+            recurrence_flops=4 * dim * width + 2 * dim,  # S + k^T v and r S; r (u k)
             state=dim * width,
-            recent=dim,
+            conv_state=dim,
             summaries=(Summary(heads=context.heads, key=width, value=width, transition="vector", gates=width),),
             halos=(Halo(tokens=1, channels=dim),),
         )

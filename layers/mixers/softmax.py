@@ -85,4 +85,4 @@ class SoftmaxMixer(nn.Module):
         width = context.width(even=True)
         attention = Attention(heads=context.heads, kv_heads=context.kv_heads, width=width, window=window)
         matrices = context.dim * 2 * (context.heads + context.kv_heads) * width
-        return Cost(matrices=matrices, attention=(attention,))
+        return Cost(matmul_params=matrices, attention=(attention,))

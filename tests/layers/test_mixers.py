@@ -117,8 +117,8 @@ def test_cost_is_what_is_counted(case: Case, dtype: torch.dtype, monkeypatch: py
     batch, length = 3, 7
     mixer = case.build(dtype)
     cost = mixer_spec(case.mixer, **case.options).cost(CONTEXT)
-    assert cost.matrices == sum(weight.numel() for weight in mixer.parameters() if weight.ndim > 1)
-    assert cost.vectors == sum(weight.numel() for weight in mixer.parameters() if weight.ndim == 1)
+    assert cost.matmul_params == sum(weight.numel() for weight in mixer.parameters() if weight.ndim > 1)
+    assert cost.other_params == sum(weight.numel() for weight in mixer.parameters() if weight.ndim == 1)
 
     cache = mixer.init_cache(batch)
     x = tokens(length, dtype, batch)
