@@ -19,7 +19,7 @@ from analysis.runs import Run
 from analysis.tables import Table
 from layers.config import ModelConfig, block_specs, expand_pattern, model_facts
 from layers.cost import Cost
-from layers.registry import BlockContext, MixerSpec
+from layers.registry import BlockContext, MixerSpec, mixer_cost
 
 FAMILIES = (
     "no decay", "polynomial features", "fixed decay", "scalar gate", "vector gate", "delta rule", "softmax",
@@ -35,7 +35,7 @@ Block = tuple[str, MixerSpec, BlockContext]
 
 def family(spec: MixerSpec, context: BlockContext) -> str:
     """What a mixer's state is multiplied by, or what stands in its place."""
-    facts = spec.cost(context)
+    facts = mixer_cost(spec, context)
     if facts.attention:
         return "softmax"
     (summary,) = facts.summaries
@@ -78,8 +78,8 @@ def table(points: Sequence[Point]) -> Table:
                 _each(blocks, family),
                 kind or "softmax",
                 f"{model_facts(model).parameters:,}",
-                _each(blocks, lambda spec, context: state(spec.cost(context))),
-                _each(blocks, lambda spec, context: convolution(spec.cost(context))),
+                _each(blocks, lambda spec, context: state(mixer_cost(spec, context))),
+                _each(blocks, lambda spec, context: convolution(mixer_cost(spec, context))),
                 *losses,
             )
         )

@@ -18,6 +18,7 @@ from hybrid_sp.exchange import auto
 from hybrid_sp.shard import BASELINES
 from layers.config import ModelConfig, block_specs, expand_pattern
 from layers.cost import Attention, Cost, Summary
+from layers.registry import mixer_cost
 from recipes.config import TrainConfig, recomputed_blocks
 
 C = TypeVar("C", ModelConfig, TrainConfig)
@@ -112,7 +113,7 @@ def _layers(run: Run) -> list[tuple[str, Cost]]:
     """Every block's mixer by name, with its cost."""
     model = model_config(run)
     blocks = zip(expand_pattern(model), block_specs(model), strict=True)
-    return [(name, spec.cost(context)) for name, (spec, context) in blocks]
+    return [(name, mixer_cost(spec, context)) for name, (spec, context) in blocks]
 
 
 def model_config(run: Run) -> ModelConfig:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from hybrid_sp.shard import Shard
 from layers.cache import LayerCache
-from layers.cost import Cost
+from layers.cost import Cost, count_parameters
 from layers.mlp import SwiGLU
 from layers.registry import BlockContext, Mixer, MixerSpec
 
@@ -31,7 +31,6 @@ class Block(nn.Module):
         x_BTD = x_BTD + mixed_BTD
         return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache
 
-    @staticmethod
-    def cost(spec: MixerSpec, context: BlockContext, mlp_dim: int) -> Cost:
-        """The cost of a block built from the same arguments."""
-        return spec.cost(context) + SwiGLU.cost(context.dim, mlp_dim) + Cost(other_params=2 * context.dim)
+    def cost(self) -> Cost:
+        """The cost of the mixer, the MLP and the norms."""
+        return self.mixer.cost() + count_parameters(self.mixer_norm, self.mlp_norm, self.mlp)

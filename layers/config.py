@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
+import torch
+
 import layers.mixers  # noqa: F401 (registers them)
 from hybrid_sp.backends import BACKENDS
 from layers.block import Block
@@ -153,7 +155,8 @@ def mlp_width(config: ModelConfig) -> int:
 
 def model_facts(config: ModelConfig) -> Cost:
     """The cost of HybridLM(config), by arithmetic; ValueError for every config that HybridLM would refuse."""
-    blocks = [Block.cost(spec, context, mlp_width(config)) for spec, context in block_specs(config)]
+    with torch.device("meta"):  # no memory is taken and no number drawn
+        blocks = [Block(spec, context, mlp_width(config)).cost() for spec, context in block_specs(config)]
     head = Cost(matmul_params=config.vocab * config.dim)
     embedding = Cost(other_params=0 if config.tie_embeddings else config.vocab * config.dim)
     return sum(blocks, start=embedding + head + Cost(other_params=config.dim))

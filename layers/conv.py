@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import hybrid_sp as hsp
 from hybrid_sp.shard import Shard
-from layers.cost import Cost, Halo
+from layers.cost import Halo
 
 
 class ShortConv(nn.Module):
@@ -45,11 +45,8 @@ class ShortConv(nn.Module):
             return convolve(shard=shard), None
         return convolve(initial_state=state, return_final_state=True)
 
-    @staticmethod
-    def cost(channels: int, width: int, *, bias: bool = False) -> Cost:
-        """The cost of a convolution of these sizes."""
-        halo = Halo(tokens=width - 1, channels=channels)
-        vectors = channels if bias else 0
-        return Cost(
-            matmul_params=channels * width, other_params=vectors, conv_state=channels * (width - 1), halos=(halo,)
-        )
+    @property
+    def halo(self) -> Halo:
+        """The inputs that the first token of a span reads from before it."""
+        channels, width = self.weight.shape
+        return Halo(tokens=width - 1, channels=channels)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,13 +93,17 @@ class Cost:
     other_params: int = 0  # parameters that are looked up, scaled by or added
     recurrence_flops: int = 0  # FLOPs per token of a recurrence
     state: int = 0  # numbers kept per sequence, whatever its length, in fp32 (fp64 for an fp64 model)
-    conv_state: int = 0  # numbers kept per sequence, whatever its length, in the model's dtype
     attention: tuple[Attention, ...] = ()  # what grows with the length
     summaries: tuple[Summary, ...] = ()  # sent where a sequence is cut over ranks
     halos: tuple[Halo, ...] = ()  # likewise
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(**{name: getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__})
+
+    @property
+    def conv_state(self) -> int:
+        """Numbers kept per sequence, whatever its length, in the model's dtype: the inputs that convolutions reach."""
+        return sum(halo.tokens * halo.channels for halo in self.halos)
 
     @property
     def parameters(self) -> int:
@@ -119,3 +124,10 @@ class Cost:
         wide = torch.promote_types(dtype, torch.float32)
         narrow = self.conv_state + sum(part.cache * part.keys(length) for part in self.attention)
         return batch * (self.state * wide.itemsize + narrow * dtype.itemsize)
+
+
+def count_parameters(*modules: nn.Module) -> Cost:
+    """The parameters of modules, which have none in common: those with two dims or more are multiplied by tokens."""
+    weights = [weight for module in modules for weight in module.parameters()]
+    matmul_params = sum(weight.numel() for weight in weights if weight.ndim > 1)
+    return Cost(matmul_params=matmul_params, other_params=sum(weight.numel() for weight in weights) - matmul_params)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layers.cost import Cost
-
 
 class SwiGLU(nn.Module):
     """y = (silu(x W_gate) * x W_up) W_output, both input projections from one matrix product."""
@@ -19,8 +17,3 @@ class SwiGLU(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         gate, up = self.input(x_BTD).chunk(2, dim=-1)
         return self.output(F.silu(gate) * up)
-
-    @staticmethod
-    def cost(dim: int, width: int) -> Cost:
-        """The cost of a SwiGLU of these sizes."""
-        return Cost(matmul_params=3 * dim * width)

@@ -15,7 +15,7 @@ import hybrid_sp as hsp
 from hybrid_sp.shard import Shard
 from layers.cache import LayerCache
 from layers.conv import ShortConv
-from layers.cost import Cost, Summary
+from layers.cost import Cost, Summary, count_parameters
 from layers.norm import HeadNorm
 from layers.projection import HeadProjection, Sizes, channels, cut_heads
 from layers.registry import BlockContext
@@ -93,21 +93,6 @@ class MixerShape:
             gates=gates,
         )
 
-    def cost(self, dim: int) -> Cost:
-        """The cost of a mixer of this shape, without what its rule adds."""
-        values = self.heads * self.value
-        matrix = values * self.key
-        normaliser = self.heads * self.key if self.normalize else 0
-        cost = Cost(
-            matmul_params=dim * (channels(self.projected) + values) + self.gate_rank * (dim + values),
-            other_params=self.norm_weights * self.value,
-            recurrence_flops=(6 if self.delta else 4) * matrix
-            + 2 * normaliser,  # S + k^T v and q S, with delta k S; q z
-            state=matrix + normaliser,
-            summaries=(self.summary,),
-        )
-        return cost + ShortConv.cost(channels(self.qkv), self.conv, bias=self.conv_bias) if self.conv else cost
-
 
 class RecurrenceInputs(NamedTuple):
     """What a rule makes of one run of tokens: the arguments of hsp.delta_rule if beta is given, else those of
@@ -158,6 +143,18 @@ class RecurrentMixer(nn.Module):
         recent = [self.conv.init_state(batch)] if shape.conv else []
         normaliser = [state[..., 0].clone()] if shape.normalize else []
         return LayerCache(position=0, tensors=(*recent, state, *normaliser))
+
+    def cost(self) -> Cost:
+        """The cost of the recurrence and of the convolution, with the mixer's parameters."""
+        shape = self.shape
+        matrix = shape.heads * shape.value * shape.key
+        normaliser = shape.heads * shape.key if shape.normalize else 0
+        return count_parameters(self) + Cost(
+            recurrence_flops=(6 if shape.delta else 4) * matrix + 2 * normaliser,  # S + k^T v, q S, with delta k S; q z
+            state=matrix + normaliser,
+            summaries=(shape.summary,),
+            halos=(self.conv.halo,) if shape.conv else (),
+        )
 
     def forward(
         self, x_BTD: Tensor, shard: Shard | None = None, cache: LayerCache | None = None

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar, Protocol, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from hybrid_sp.backends import BACKENDS
@@ -70,13 +71,13 @@ class Mixer(Protocol):
 
     def init_cache(self, batch: int) -> LayerCache: ...
 
+    def cost(self) -> Cost: ...
+
 
 class MixerSpec(Protocol):
-    """A frozen dataclass of a mixer's options, with its cost beside."""
+    """A frozen dataclass of a mixer's options, from which it is built."""
 
     letter: ClassVar[str]  # in pattern strings: L linear, N normal (softmax) attention
-
-    def cost(self, context: BlockContext) -> Cost: ...
 
     def build(self, context: BlockContext) -> Mixer: ...
 
@@ -84,6 +85,12 @@ class MixerSpec(Protocol):
 MIXERS: dict[str, type[MixerSpec]] = {}
 
 SpecClass = TypeVar("SpecClass", bound=type)
+
+
+def mixer_cost(spec: MixerSpec, context: BlockContext) -> Cost:
+    """The cost of the mixer that the spec builds, which is built without memory for its weights."""
+    with torch.device("meta"):
+        return spec.build(context).cost()
 
 
 def register(name: str) -> Callable[[SpecClass], SpecClass]:

@@ -12,6 +12,7 @@ from hybrid_sp.comm.link import Link
 from hybrid_sp.exchange import choose
 from hybrid_sp.exchange.auto import Choice, measured
 from layers.config import block_specs, expand_pattern
+from layers.registry import mixer_cost
 from recipes.config import Recipe
 
 
@@ -54,7 +55,7 @@ def strategy(recipe: Recipe, sp: hsp.SequenceParallel) -> Strategy:
     number_bytes = 8 if recipe.train.dtype == "float64" else 4
     linear: dict[str, Choice] = {}
     for name, (spec, context) in zip(expand_pattern(recipe.model), block_specs(recipe.model), strict=True):
-        for summary in spec.cost(context).summaries:
+        for summary in mixer_cost(spec, context).summaries:
             state, transition = (batch * summary.heads * number_bytes * n for n in summary.numbers)
             linear[name] = choose(sp, state_bytes=state, transition_bytes=transition)
     return Strategy(linear=linear, softmax=sp.softmax, link=sp.link if sp.linear == "auto" else None)

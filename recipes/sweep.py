@@ -26,6 +26,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from layers.config import block_specs, expand_pattern
+from layers.registry import mixer_cost
 from recipes import config, lock, record
 from recipes.load import file_name, load_recipe
 from recipes.typed_yaml import Written, key_and_text, override, read, refuse_text, typed
@@ -216,7 +217,7 @@ def _experiment(recipe: config.Recipe) -> str:
     """What a recipe computes, as a string to compare: the model by its pattern and by the options of mixers in it, and
     the strategies of the kinds of layer that it has."""
     pattern, values = list(expand_pattern(recipe.model)), _recipe_values(recipe)
-    facts = [spec.cost(context) for spec, context in block_specs(recipe.model)]
+    facts = [mixer_cost(spec, context) for spec, context in block_specs(recipe.model)]
     if not any(one.summaries for one in facts):
         values |= {"parallel.linear": None, "parallel.link": None}
     if not any(one.attention for one in facts):

@@ -10,6 +10,7 @@ from hybrid_sp.backends import BACKENDS
 from hybrid_sp.baselines.head_parallel import FORMS
 from hybrid_sp.shard import CHECKS, KINDS
 from layers.config import ModelConfig, block_specs, expand_pattern, model_facts
+from layers.registry import mixer_cost
 from recipes.config import NAME_BYTES, Recipe, RecipeError, layout, sequence_parallel
 
 SEEDS = 10**13  # the largest one: torch takes 64 bits, and each rank makes its own of it
@@ -152,7 +153,7 @@ def _validate_strategies(recipe: Recipe, sp: int) -> None:
     """What a strategy asks of the blocks: that their (key) heads can be cut, or that their decays are of one kind."""
     chosen = {"linear": recipe.parallel.linear, "softmax": recipe.parallel.softmax}
     for name, (spec, context) in zip(expand_pattern(recipe.model), block_specs(recipe.model), strict=True):
-        facts = spec.cost(context)
+        facts = mixer_cost(spec, context)
         heads = {  # the fewest, those of keys: they divide those of values and queries
             "linear": [one.groups or one.heads for one in facts.summaries],
             "softmax": [one.kv_heads for one in facts.attention],
@@ -195,7 +196,7 @@ def _validate_model(recipe: Recipe) -> None:
 
 def _operators(model: ModelConfig) -> list[str]:
     """The engine's operators with a choice of backends that the model's blocks call."""
-    facts = [spec.cost(context) for spec, context in block_specs(model)]
+    facts = [mixer_cost(spec, context) for spec, context in block_specs(model)]
     summaries = [one.transition for fact in facts for one in fact.summaries]
     linear = ["delta_rule" if transition == "matrix" else "linear_attention" for transition in summaries]
     return sorted({*linear, *("softmax_attention" for fact in facts if fact.attention)})

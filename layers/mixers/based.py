@@ -16,7 +16,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from layers.cost import Cost
 from layers.recurrence import MixerShape, RecurrenceInputs, RecurrentMixer
 from layers.registry import BlockContext, register
 
@@ -42,9 +41,6 @@ class BasedSpec:
             normalize=True,
             scale=1.0,
         )
-
-    def cost(self, context: BlockContext) -> Cost:
-        return self.shape(context).cost(context.dim)
 
     def build(self, context: BlockContext) -> RecurrentMixer:
         return RecurrentMixer(self.shape(context), context, BasedRule())

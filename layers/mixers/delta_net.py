@@ -14,7 +14,6 @@ from typing import ClassVar
 
 import torch.nn.functional as F
 
-from layers.cost import Cost
 from layers.delta import DeltaRule
 from layers.recurrence import MixerShape, RecurrentMixer
 from layers.registry import BlockContext, at_least, register
@@ -43,9 +42,6 @@ class DeltaNetSpec:
             delta=True,
             gate=F.silu if self.output_gate else None,
         )
-
-    def cost(self, context: BlockContext) -> Cost:
-        return self.shape(context).cost(context.dim) + Cost(matmul_params=context.dim * context.heads)
 
     def build(self, context: BlockContext) -> RecurrentMixer:
         rule = DeltaRule(context.dim, context.heads, steps=None, negative=self.negative_eigenvalues)

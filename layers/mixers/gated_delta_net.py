@@ -15,7 +15,6 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import nn
 
-from layers.cost import Cost
 from layers.delta import DeltaRule
 from layers.recurrence import MixerShape, RecurrentMixer
 from layers.registry import BlockContext, at_least, register
@@ -48,10 +47,6 @@ class GatedDeltaNetSpec:
             delta=True,
             gate=F.silu,
         )
-
-    def cost(self, context: BlockContext) -> Cost:
-        gates = Cost(matmul_params=2 * context.dim * context.heads, other_params=2 * context.heads)  # beta and decay
-        return self.shape(context).cost(context.dim) + gates
 
     def build(self, context: BlockContext) -> RecurrentMixer:
         steps = TimeStep(nn.Linear(context.dim, context.heads, bias=False), context.heads)

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from layers.cost import Cost
 from layers.precision import keep_wide
 from layers.recurrence import MixerShape, RecurrenceInputs, RecurrentMixer
 from layers.registry import BlockContext, register
@@ -41,11 +40,6 @@ class GLASpec:
     def shape(self, context: BlockContext) -> MixerShape:
         key, value = context.width(self.expand_k, option="expand_k"), context.width(self.expand_v, option="expand_v")
         return MixerShape(heads=context.heads, key=key, value=value, decay="vector", gate=F.silu)
-
-    def cost(self, context: BlockContext) -> Cost:
-        shape = self.shape(context)
-        keys = shape.heads * shape.key
-        return shape.cost(context.dim) + Cost(matmul_params=self.gate_rank * (context.dim + keys), other_params=keys)
 
     def build(self, context: BlockContext) -> RecurrentMixer:
         shape = self.shape(context)

@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layers.cost import Cost
 from layers.precision import keep_wide
 from layers.recurrence import MixerShape, RecurrenceInputs, RecurrentMixer
 from layers.registry import BlockContext, register, unknown
@@ -45,10 +44,6 @@ class HGRN2Spec:
     def shape(self, context: BlockContext) -> MixerShape:
         width = context.width()
         return MixerShape(heads=context.heads, key=width, value=width, decay="vector", joint_norm=True)
-
-    def cost(self, context: BlockContext) -> Cost:
-        learned = self.lower_bound == "learned" and context.layer > 0
-        return self.shape(context).cost(context.dim) + Cost(other_params=context.dim if learned else 0)
 
     def build(self, context: BlockContext) -> RecurrentMixer:
         return RecurrentMixer(self.shape(context), context, HGRN2Rule(self, context))

@@ -16,7 +16,6 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from layers.cost import Cost
 from layers.delta import DeltaRule
 from layers.recurrence import MixerShape, RecurrentMixer
 from layers.registry import BlockContext, at_least, register
@@ -50,12 +49,6 @@ class KDASpec:
             gate=torch.sigmoid,
             gate_rank=self.gate_rank or value,
         )
-
-    def cost(self, context: BlockContext) -> Cost:
-        shape = self.shape(context)
-        keys = shape.heads * shape.key
-        low_rank = Cost(matmul_params=shape.gate_rank * (context.dim + keys), other_params=keys + shape.heads)
-        return shape.cost(context.dim) + low_rank + Cost(matmul_params=context.dim * shape.heads)
 
     def build(self, context: BlockContext) -> RecurrentMixer:
         shape = self.shape(context)

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layers.cost import Cost
 from layers.recurrence import MixerShape, RecurrenceInputs, RecurrentMixer
 from layers.registry import BlockContext, register
 
@@ -30,9 +29,6 @@ class LightningSpec:
         return MixerShape(
             heads=context.heads, key=width, value=width, decay="fixed", gate=torch.sigmoid, joint_norm=True
         )
-
-    def cost(self, context: BlockContext) -> Cost:
-        return self.shape(context).cost(context.dim)
 
     def build(self, context: BlockContext) -> RecurrentMixer:
         return RecurrentMixer(self.shape(context), context, LightningRule(context))

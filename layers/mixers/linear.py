@@ -14,7 +14,6 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layers.cost import Cost
 from layers.recurrence import MixerShape, RecurrenceInputs, RecurrentMixer
 from layers.registry import BlockContext, register, unknown
 
@@ -45,9 +44,6 @@ class LinearSpec:
 
     def shape(self, context: BlockContext) -> MixerShape:
         return MixerShape(heads=context.heads, key=context.width(), value=context.width(), normalize=self.normalize)
-
-    def cost(self, context: BlockContext) -> Cost:
-        return self.shape(context).cost(context.dim)
 
     def build(self, context: BlockContext) -> RecurrentMixer:
         return RecurrentMixer(self.shape(context), context, LinearRule(FEATURE_MAPS[self.feature_map]))

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layers.cost import Cost
 from layers.recurrence import MixerShape, RecurrenceInputs, RecurrentMixer
 from layers.registry import BlockContext, at_least, register
 from layers.timestep import TimeStep
@@ -51,10 +50,6 @@ class Mamba2Spec:
             gate_first=True,
             group_norm=True,
         )
-
-    def cost(self, context: BlockContext) -> Cost:
-        steps = Cost(matmul_params=context.dim * context.heads, other_params=3 * context.heads)  # A_log, dt_bias and D
-        return self.shape(context).cost(context.dim) + steps
 
     def build(self, context: BlockContext) -> RecurrentMixer:
         return RecurrentMixer(self.shape(context), context, Mamba2Rule(context))

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layers.cost import Cost
 from layers.mixers.based import pairs, squares
 from layers.recurrence import MixerShape, RecurrenceInputs, RecurrentMixer
 from layers.registry import BlockContext, register
@@ -44,9 +43,6 @@ class ReBasedSpec:
             normalize=True,
             scale=1 / self.feature_dim,
         )
-
-    def cost(self, context: BlockContext) -> Cost:
-        return self.shape(context).cost(context.dim) + Cost(other_params=4 * context.heads * self.feature_dim)
 
     def build(self, context: BlockContext) -> RecurrentMixer:
         return RecurrentMixer(self.shape(context), context, ReBasedRule(context, self.feature_dim))

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layers.cost import Cost
 from layers.recurrence import MixerShape, RecurrenceInputs, RecurrentMixer
 from layers.registry import BlockContext, register
 from layers.rotary import rotate
@@ -31,9 +30,6 @@ class RetentionSpec:
     def shape(self, context: BlockContext) -> MixerShape:
         value = context.width(self.expand_v, option="expand_v")
         return MixerShape(heads=context.heads, key=context.width(even=True), value=value, decay="fixed", gate=F.silu)
-
-    def cost(self, context: BlockContext) -> Cost:
-        return self.shape(context).cost(context.dim)
 
     def build(self, context: BlockContext) -> RecurrentMixer:
         return RecurrentMixer(self.shape(context), context, RetentionRule(context))

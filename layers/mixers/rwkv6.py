@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import hybrid_sp as hsp
 from hybrid_sp.shard import Shard
 from layers.cache import LayerCache, require_one_device
-from layers.cost import Cost, Halo, Summary
+from layers.cost import Cost, Halo, Summary, count_parameters
 from layers.precision import keep_wide
 from layers.registry import BlockContext, register
 
@@ -45,18 +45,6 @@ class RWKV6Spec:
         for option in ("shift_rank", "decay_rank"):
             if getattr(self, option) <= 0:
                 raise ValueError(f"{option} of rwkv6 is {getattr(self, option)}; it must be greater than 0")
-
-    def cost(self, context: BlockContext) -> Cost:
-        dim, width = context.dim, context.width()
-        return Cost(
-            matmul_params=dim * (5 * dim + 2 * len(MIXED) * self.shift_rank + 2 * self.decay_rank),
-            other_params=dim * (1 + len(MIXED) + 4),  # mu; mu_i; w, u and the norm
-            recurrence_flops=4 * dim * width + 2 * dim,  # S + k^T v and r S; r (u k)
-            state=dim * width,
-            conv_state=dim,
-            summaries=(Summary(heads=context.heads, key=width, value=width, transition="vector", gates=width),),
-            halos=(Halo(tokens=1, channels=dim),),
-        )
 
     def build(self, context: BlockContext) -> RWKV6Mixer:
         return RWKV6Mixer(self, context)
@@ -109,6 +97,16 @@ class RWKV6Mixer(nn.Module):
         dtype, width = torch.promote_types(weight.dtype, torch.float32), dim // self.heads
         state = weight.new_zeros(batch, self.heads, width, width, dtype=dtype)
         return LayerCache(position=0, tensors=(weight.new_zeros(batch, 1, dim), state))
+
+    def cost(self) -> Cost:
+        """The cost of the recurrence and of the token shift, with the mixer's parameters."""
+        dim, width = len(self.bonus), len(self.bonus) // self.heads
+        return count_parameters(self) + Cost(
+            recurrence_flops=4 * dim * width + 2 * dim,  # S + k^T v and r S; r (u k)
+            state=dim * width,
+            summaries=(Summary(heads=self.heads, key=width, value=width, transition="vector", gates=width),),
+            halos=(Halo(tokens=1, channels=dim),),
+        )
 
     def forward(
         self, x_BTD: Tensor, shard: Shard | None = None, cache: LayerCache | None = None

@@ -13,7 +13,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from layers.cost import Cost
 from layers.mixers.softmax import SoftmaxMixer
 from layers.registry import BlockContext, register
 
@@ -28,9 +27,6 @@ class SlidingWindowSpec:
     def __post_init__(self) -> None:
         if self.window <= 0:
             raise ValueError(f"window of sliding_window is {self.window}; it must be greater than 0")
-
-    def cost(self, context: BlockContext) -> Cost:
-        return SoftmaxMixer.cost(context, self.window)
 
     def build(self, context: BlockContext) -> SoftmaxMixer:
         return SoftmaxMixer(context, self.window)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import hybrid_sp as hsp
 from hybrid_sp.shard import Shard
 from layers.cache import LayerCache
-from layers.cost import Attention, Cost
+from layers.cost import Attention, Cost, count_parameters
 from layers.projection import HeadProjection
 from layers.registry import BlockContext, register
 from layers.rotary import rotate, token_positions
@@ -29,9 +29,6 @@ from layers.rotary import rotate, token_positions
 @dataclass(frozen=True, kw_only=True)
 class SoftmaxSpec:
     letter: ClassVar[str] = "N"
-
-    def cost(self, context: BlockContext) -> Cost:
-        return SoftmaxMixer.cost(context)
 
     def build(self, context: BlockContext) -> SoftmaxMixer:
         return SoftmaxMixer(context)
@@ -79,10 +76,8 @@ class SoftmaxMixer(nn.Module):
             o_BTHK = attend(k_BTGK, v_BTGK, causal=False)
         return self.output(rearrange(o_BTHK, "b t h k -> b t (h k)")), cache
 
-    @staticmethod
-    def cost(context: BlockContext, window: int | None = None) -> Cost:
-        """The cost of a mixer built from the same arguments."""
-        width = context.width(even=True)
-        attention = Attention(heads=context.heads, kv_heads=context.kv_heads, width=width, window=window)
-        matrices = context.dim * 2 * (context.heads + context.kv_heads) * width
-        return Cost(matmul_params=matrices, attention=(attention,))
+    def cost(self) -> Cost:
+        """The cost of attention, with the mixer's parameters."""
+        (heads, width), (kv_heads, _), _ = self.project.sizes
+        attention = Attention(heads=heads, kv_heads=kv_heads, width=width, window=self.window)
+        return count_parameters(self) + Cost(attention=(attention,))

@@ -10,7 +10,7 @@ import pytest
 from analysis import families, plots, report
 from analysis.points import group_runs, ratio_table
 from analysis.runs import read_folder
-from layers.registry import MIXERS, BlockContext, mixer_spec
+from layers.registry import MIXERS, BlockContext, mixer_cost, mixer_spec
 from tests.analysis.fabricated import write_run
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +36,7 @@ KINDS = {  # family, numbers of a layer's state, tokens of its convolution
 @pytest.mark.parametrize("name", MIXERS)
 def test_what_each_mixer_is_and_keeps(name: str) -> None:
     spec = mixer_spec(name)
-    facts = spec.cost(CONTEXT)
+    facts = mixer_cost(spec, CONTEXT)
     got = families.family(spec, CONTEXT), families.state(facts), families.convolution(facts)
     if name == "softmax":
         assert got == ("softmax", "32 a token", "none")

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import hybrid_sp as hsp
 from layers.recurrence import RecurrentMixer
-from layers.registry import MIXERS, mixer_spec
+from layers.registry import MIXERS, mixer_cost, mixer_spec
 from tests.layers.cases import CASES, CONTEXT, Case, tokens
 from tests.support.oracle import assert_close, relative
 
@@ -116,7 +116,7 @@ def test_dtypes(case: Case, dtype: torch.dtype, bound: float) -> None:
 def test_cost_is_what_is_counted(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     batch, length = 3, 7
     mixer = case.build(dtype)
-    cost = mixer_spec(case.mixer, **case.options).cost(CONTEXT)
+    cost = mixer_cost(mixer_spec(case.mixer, **case.options), CONTEXT)
     assert cost.matmul_params == sum(weight.numel() for weight in mixer.parameters() if weight.ndim > 1)
     assert cost.other_params == sum(weight.numel() for weight in mixer.parameters() if weight.ndim == 1)
 
