@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import hybrid_sp as hsp
+from hybrid_sp.ops.cross_entropy import cross_entropy
 from hybrid_sp.shard import Shard
 from layers.block import Block
 from layers.cache import LayerCache
 from layers.config import ModelConfig, block_specs, mlp_width
-from layers.loss import cross_entropy
 
 Cache = tuple[LayerCache, ...]  # one per block
 

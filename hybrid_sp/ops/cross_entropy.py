@@ -1,4 +1,7 @@
-"""Cross-entropy in chunks of tokens: the logits of a long sequence never exist all at once."""
+"""The cross-entropy of a language model in chunks of tokens, which never holds the logits of a whole sequence.
+
+Tokens need nothing of one another, so no rank communicates: each sums the losses of its own tokens.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,11 @@ from hybrid_sp.shard import NO_LABEL
 
 
 def cross_entropy(x_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, *, chunk: int = 1024) -> tuple[Tensor, Tensor]:
-    """The sum of -log softmax(x W^T)[label] over the tokens whose label is not -100, and how many those are.
+    """Sum -log softmax(x W^T)[label] over the tokens whose label is not -100, and count these tokens.
 
-    x_BTD and weight_VD share a dtype; labels_BT are integers in [0, V) or -100. The sum is in fp32 (fp64 for fp64) and
-    has a graph even if no token is valid. At most `chunk` rows of logits exist at a time, because the gradients of a
-    chunk are taken while its logits are there, instead of computing them again in the backward pass.
+    x_BTD and weight_VD share a dtype; labels_BT are integers in [0, V) or -100. The sum is in fp32 (fp64 for fp64). It
+    has a graph even if no token is valid. At most `chunk` rows of logits exist at a time: the forward pass takes the
+    gradients of a chunk while its logits exist, and the backward pass only scales them.
     """
     if not torch.is_grad_enabled():
         x_BTD, weight_VD = x_BTD.detach(), weight_VD.detach()
