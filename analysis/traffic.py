@@ -17,7 +17,7 @@ from hybrid_sp.comm.link import Link
 from hybrid_sp.exchange import auto
 from hybrid_sp.shard import BASELINES
 from layers.config import ModelConfig, block_specs, expand_pattern
-from layers.cost import Attention, Cost, Summary
+from layers.cost import STATE_BYTES, Attention, Cost, Summary, gradient_all_reduce, halo_backward, halo_forward
 from layers.registry import mixer_cost
 from recipes.config import TrainConfig, recomputed_blocks
 
@@ -143,15 +143,15 @@ def volume(facts: Cost, cut: Setting, rank: int = 0, again: bool = False) -> Vol
             halos.append((keys.window - 1, 2 * keys.kv_heads * keys.width))
             if not cut.keep_kv:
                 halo = {**ranks, "rank": rank, "tokens": halos[-1][0], "channels": halos[-1][1]}
-                backward += cost.halo_forward(**halo, element_bytes=cut.kv_bytes)
+                backward += halo_forward(**halo, element_bytes=cut.kv_bytes)
             continue
         there, back = _softmax(keys, cut)
         forward, backward = forward + there, backward + back
         repeated += there * (cut.softmax != "all_gather")
     for tokens, channels in halos:
         halo = {**ranks, "rank": rank, "tokens": tokens, "channels": channels}
-        forward += cost.halo_forward(**halo, element_bytes=cut.kv_bytes)
-        backward += cost.halo_backward(**halo)
+        forward += halo_forward(**halo, element_bytes=cut.kv_bytes)
+        backward += halo_backward(**halo)
     return Volume(forward=cut.wide * (forward + again * repeated), backward=cut.wide * backward)
 
 
@@ -180,7 +180,7 @@ def exchange(summary: Summary, cut: Setting) -> str:
         return cut.linear
     if cut.link is None:
         raise ValueError('the link by which linear="auto" has chosen is neither in the recipe nor in the provenance')
-    state, transition = (cut.B * summary.heads * cost.STATE_BYTES * cut.wide * n for n in summary.numbers)
+    state, transition = (cut.B * summary.heads * STATE_BYTES * cut.wide * n for n in summary.numbers)
     return auto.fastest(auto.seconds(cut.link, cut.P, cut.spans, state, transition, final=False))
 
 
@@ -271,7 +271,7 @@ def _step_table(points: Sequence[Point]) -> tuple[str, Table]:
         run = point.runs[0]
         counted, exchanges = median(row.received_bytes for row in run.train), exchanged(run)
         cut = setting(run)
-        gradients = cut.wide * cost.gradient_all_reduce(P=cut.world, parameters=run.parameters)
+        gradients = cut.wide * gradient_all_reduce(P=cut.world, parameters=run.parameters)
         rows.append(
             (
                 *point.strategy.values(),

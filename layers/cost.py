@@ -37,6 +37,7 @@ class Attention:
         return keys * (keys + 1) // 2 + (length - keys) * keys
 
 
+STATE_BYTES = 4  # fp32, in which states and gradients travel
 TRANSITIONS = ("none", "fixed", "scalar", "vector", "matrix")
 
 
@@ -131,3 +132,38 @@ def count_parameters(*modules: nn.Module) -> Cost:
     weights = [weight for module in modules for weight in module.parameters()]
     matmul_params = sum(weight.numel() for weight in weights if weight.ndim > 1)
     return Cost(matmul_params=matmul_params, other_params=sum(weight.numel() for weight in weights) - matmul_params)
+
+
+def halo_spans(*, P: int, spans: int = 1, rank: int = 0) -> tuple[int, int]:
+    """Count the spans of a rank that another rank precedes, and those that another rank follows.
+
+    Contiguous (spans = 1): all but the first rank, all but the last. Zigzag (spans = 2): rank r owns spans r and
+    2P-1-r of 2P. The first of all has none before it, the last none after it, and the two of rank P-1 meet.
+    """
+    own = (rank,) if spans == 1 else (rank, 2 * P - 1 - rank)
+    before = sum(span > 0 and span - 1 not in own for span in own)
+    after = sum(span < P * spans - 1 and span + 1 not in own for span in own)
+    return before, after
+
+
+def halo_forward(
+    *, P: int, B: int, tokens: int, channels: int, element_bytes: int = 2, spans: int = 1, rank: int = 0
+) -> int:
+    """Count the bytes that a rank receives of the tokens before its spans: h * B * tokens * channels * element_bytes.
+
+    h is the first number of `halo_spans`. No span is shorter than the halo.
+    """
+    return halo_spans(P=P, spans=spans, rank=rank)[0] * B * tokens * channels * element_bytes
+
+
+def halo_backward(*, P: int, B: int, tokens: int, channels: int, spans: int = 1, rank: int = 0) -> int:
+    """Count the bytes of gradients received for tokens that others have read: h * B * tokens * channels * 4.
+
+    h is the second number of `halo_spans`.
+    """
+    return halo_spans(P=P, spans=spans, rank=rank)[1] * B * tokens * channels * STATE_BYTES
+
+
+def gradient_all_reduce(*, P: int, parameters: int) -> int:
+    """Count the bytes of one sum of all gradients over P ranks: 2 (P-1) / P * parameters * 4, by ring or halving."""
+    return 2 * (P - 1) * parameters * STATE_BYTES // P

@@ -11,18 +11,17 @@ import hybrid_sp as hsp
 from analysis import cost
 from hybrid_sp.comm.groups import Group
 from hybrid_sp.exchange import EXCHANGES
-from layers.cost import TRANSITIONS, transition_elements
+from layers.cost import STATE_BYTES, TRANSITIONS
 from tests.support.ranks import run_ranks
 
 STATE: dict[str, int] = {"B": 2, "H": 4, "K": 6, "V": 5}
-HALO: dict[str, int] = {"tokens": 3, "channels": 5}
 KV: dict[str, int] = {"B": 2, "G": 2, "D": 8}
 
 
 def test_published_examples() -> None:
     # LASP-2 section 3.4 with d the whole width: B=16, H=16, d=2048 is 1.07 billion elements, 2.14 GB in 16 bits.
     example = cost.linear_chain_forward(P=64, B=16, H=16, K=2048, V=2048, rank=1)
-    assert example / cost.STATE_BYTES == pytest.approx(1.07e9, rel=4e-3)
+    assert example / STATE_BYTES == pytest.approx(1.07e9, rel=4e-3)
     # Equal precision: states against keys and values of head dim 128, with as many key heads and with a quarter.
     assert cost.break_even_tokens(H=32, K=128, V=128, G=32, D=128, kv_bytes=4) == 64
     assert cost.break_even_tokens(H=32, K=128, V=128, G=8, D=128, kv_bytes=4) == 256
@@ -76,8 +75,7 @@ def test_ulysses_shrinks_with_ranks_and_is_bounded_by_heads() -> None:
         cost.ulysses(P=8, **shape)
 
 
-def test_gradients_and_decoding() -> None:
-    assert cost.gradient_all_reduce(P=4, parameters=1000) == 6000
+def test_decoding() -> None:
     assert cost.decode_state(B=1, H=4, K=8, V=8) == 1024
     assert cost.decode_kv(B=1, L=10, G=2, D=8) == 640
 
@@ -86,11 +84,6 @@ def test_gradients_and_decoding() -> None:
 def test_more_ranks_than_tokens_are_refused(P: int) -> None:
     with pytest.raises(ValueError, match=f"{P} ranks for a sequence of 10 tokens; take 1 to 10"):
         cost.span_tokens(10, P)
-
-
-def test_an_unknown_transition_lists_the_known() -> None:
-    with pytest.raises(ValueError, match="'diagonal'.*none, fixed, scalar, vector, matrix"):
-        transition_elements("diagonal", 4)
 
 
 def count_exchanges(group: Group, length: int, layout: str, exchange: str) -> dict[str, tuple[int, int]]:
@@ -123,8 +116,6 @@ def count_exchanges(group: Group, length: int, layout: str, exchange: str) -> di
     q, k, v = torch.rand(B, T, H, K), torch.rand(B, T, H, K) / K, torch.rand(B, T, H, V)
     beta = torch.rand(B, T, H)
     count("matrix", lambda *x: hsp.delta_rule(*x, beta=beta, shard=shard), q, k, v)
-    x, weight = torch.rand(B, T, HALO["channels"]), torch.rand(HALO["channels"], HALO["tokens"] + 1)
-    count("halo", lambda *x: hsp.short_conv(*x, shard=shard), x, weight)
     q, k, v = torch.rand(B, T, 2 * G, D), torch.rand(B, T, G, D), torch.rand(B, T, G, D)
     count("softmax", lambda *x: hsp.softmax_attention(*x, shard=shard), q, k, v)
     return counted
@@ -143,8 +134,6 @@ def test_the_model_is_what_the_ledger_counts(P: int, length: int, layout: str, e
     for rank, counted in enumerate(run_ranks(count_exchanges, P, length, layout, exchange)):
         shape = {"P": P, "spans": spans, "rank": rank, **STATE}
         expected = {name: cost.linear_exchange(exchange, **shape, **kind) for name, kind in kinds.items()}
-        halo = {"P": P, "B": STATE["B"], "spans": spans, "rank": rank, **HALO}
-        expected["halo"] = cost.halo_forward(**halo, element_bytes=4), cost.halo_backward(**halo)
         assert counted == expected | {"softmax": softmax}, f"rank {rank} of {P}, {layout}"
 
 
