@@ -1,4 +1,4 @@
-"""The model: a registry of mixers, the blocks they stand in, and the hybrid language model made of them."""
+"""The model: a registry of mixers, the blocks that hold them, and the hybrid language model that stacks blocks."""
 
 from layers.config import ModelConfig, expand_pattern, model_facts, pattern_letters
 from layers.model import HybridLM

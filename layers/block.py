@@ -1,4 +1,4 @@
-"""Block: a mixer between tokens and an MLP within each, both behind a norm and beside the residual stream."""
+"""The block: a mixer moves information between tokens, then an MLP works on each token; both add to the residual."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from layers.registry import BlockContext, Mixer, MixerSpec
 
 
 class Block(nn.Module):
-    """x + mixer(RMSNorm(x)), then x + SwiGLU(RMSNorm(x)).
+    """Compute x + mixer(RMSNorm(x)), then x + SwiGLU(RMSNorm(x)).
 
-    The norms are torch's, which compute in fp32 (fp64 for fp64) and round once to the dtype of their input.
+    The norms are torch's. They compute in fp32 (fp64 for fp64) and round once to the dtype of their input.
     """
 
     def __init__(self, spec: MixerSpec, context: BlockContext, mlp_dim: int) -> None:
@@ -32,5 +32,5 @@ class Block(nn.Module):
         return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache
 
     def cost(self) -> Cost:
-        """The cost of the mixer, the MLP and the norms."""
+        """Add the costs of the mixer, the MLP and the norms."""
         return self.mixer.cost() + count_parameters(self.mixer_norm, self.mlp_norm, self.mlp)

@@ -1,4 +1,4 @@
-"""DeltaRule: the rule of the mixers whose state replaces what it holds under a key."""
+"""The delta rule: a write replaces the value that the state holds under a key."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from layers.timestep import TimeStep
 
 
 class DeltaRule(nn.Module):
-    """Queries and keys of length 1, and beta = sigmoid(x W) per head, the share of what is held that is replaced.
+    """Prepare the inputs of a delta rule: queries and keys of length 1, and beta = sigmoid(x W) per head.
 
-    With `negative` beta is twice that: I - beta k k^T then has an eigenvalue between -1 and 1 along k instead of one
-    between 0 and 1 (arXiv 2411.12537). `steps` gives the log decay; None: the state does not decay.
+    Beta is the share of the old value that a write replaces. `negative` doubles it. The eigenvalue of I - beta k k^T
+    along k is then between -1 and 1 instead of 0 and 1 (arXiv 2411.12537).
+    `steps` gives the log decay. With None the state does not decay.
     """
 
     def __init__(self, dim: int, heads: int, steps: TimeStep | None, *, negative: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""SwiGLU, the feed-forward part of a block (arXiv 2002.05202)."""
+"""The feed-forward part of a block, SwiGLU (arXiv 2002.05202)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class SwiGLU(nn.Module):
-    """y = (silu(x W_gate) * x W_up) W_output, both input projections from one matrix product."""
+    """Compute y = (silu(x W_gate) * x W_up) W_output. One matrix product makes both input projections."""
 
     def __init__(self, dim: int, width: int) -> None:
         super().__init__()

@@ -1,4 +1,7 @@
-"""RecurrentMixer: what every linear mixer is made of, around the rule that makes it the one it is."""
+"""The parts that linear mixers share: projections, short convolution, recurrence, norm and gate.
+
+A mixer supplies its shape, and a rule that turns queries, keys and values into the inputs of the recurrence.
+"""
 
 from __future__ import annotations
 
@@ -24,25 +27,25 @@ from layers.rotary import token_positions
 
 @dataclass(frozen=True, kw_only=True)
 class MixerShape:
-    """The sizes of a linear mixer, what its recurrence is, and how its output leaves the heads.
+    """Describe a linear mixer: its sizes, its recurrence, and the norm and gate of its output.
 
-    The state is S_BHKV, and z_BHK beside it with `normalize`. Unnormalised outputs grow with the tokens read, so these
-    pass through an RMSNorm: per head with one weight [V], with `joint_norm` over all heads with a weight [H*V], or with
-    `group_norm` over the heads that share a key, with a weight [H*V].
+    The state is S_BHKV, with z_BHK if `normalize` divides the output by a sum of features. Other outputs grow with the
+    number of tokens and therefore pass through an RMSNorm: per head with one weight [V]; with `joint_norm` over all
+    heads with a weight [H*V]; with `group_norm` over the heads that share a key, with a weight [H*V].
     """
 
     heads: int  # of values, decays and states
-    key: int  # width of queries and keys as they meet the state
+    key: int  # width of queries and keys in the recurrence
     value: int
     groups: int | None = None  # heads of queries and keys; value head h reads h // (heads // groups). None: heads
-    features: int | None = None  # width of queries and keys as they are projected, before a feature map; None: key
-    conv: int = 0  # width of the short convolution, with SiLU, that queries, keys and values pass through; 0: none
+    features: int | None = None  # width of queries and keys before a feature map; None: key
+    conv: int = 0  # tokens that the short convolution of queries, keys and values reads; 0: none
     conv_bias: bool = False
-    decay: str = "none"  # of the state: none, fixed (per head), scalar (per head and token) or vector (over K as well)
-    delta: bool = False  # the delta rule: what the state has under a key is replaced, not added to
-    scale: float | None = None  # of what is read; None: K**-0.5
+    decay: str = "none"  # none, fixed (per head), scalar (per head and token) or vector (over K as well)
+    delta: bool = False  # whether a write replaces the value under its key, by the delta rule, or adds to it
+    scale: float | None = None  # of queries; None: K**-0.5
     gate: Callable[[Tensor], Tensor] | None = None  # the activation of the output gate
-    gate_rank: int = 0  # channels in which the two matrices that project the gate meet; 0: it is one matrix
+    gate_rank: int = 0  # inner channels of a gate of two matrices; 0: one matrix
     gate_first: bool = False  # norm(o * gate) instead of norm(o) * gate
     normalize: bool = False
     joint_norm: bool = False
@@ -50,23 +53,23 @@ class MixerShape:
 
     @property
     def key_heads(self) -> int:
-        """Heads of queries and keys."""
+        """The number of heads of queries and keys."""
         return self.heads if self.groups is None else self.groups
 
     @property
     def qkv(self) -> Sizes:
-        """(heads, width) of the query, the key and the value, as they are projected."""
+        """The (heads, width) of the projected query, key and value."""
         width = self.key if self.features is None else self.features
         return [(self.key_heads, width), (self.key_heads, width), (self.heads, self.value)]
 
     @property
     def projected(self) -> Sizes:
-        """(heads, width) of all that one matrix product projects: query, key, value, and a gate of full rank."""
+        """The (heads, width) of all outputs of the first projection: query, key, value, and a gate of one matrix."""
         return [*self.qkv, *([(self.heads, self.value)] if self.gate and not self.gate_rank else [])]
 
     @property
     def norm_heads(self) -> int:
-        """Heads that one output norm is taken over; 0 if the normaliser takes its place."""
+        """The number of heads in one output norm; 0 with a normaliser, which replaces the norm."""
         if self.normalize:
             return 0
         if self.group_norm:
@@ -75,12 +78,12 @@ class MixerShape:
 
     @property
     def norm_weights(self) -> int:
-        """Heads whose channels have an output norm's weight of their own."""
+        """The number of heads whose channels the weight of the output norm has."""
         return self.heads if self.group_norm else self.norm_heads
 
     @property
     def summary(self) -> Summary:
-        """What is sent of a span."""
+        """The message about one span that ranks exchange."""
         transition = "matrix" if self.delta else self.decay
         gates = self.delta + {"scalar": 1, "vector": self.key}.get(self.decay, 0)
         return Summary(
@@ -95,8 +98,10 @@ class MixerShape:
 
 
 class RecurrenceInputs(NamedTuple):
-    """What a rule makes of one run of tokens: the arguments of hsp.delta_rule if beta is given, else those of
-    hsp.linear_attention, and a `skip` that is added to what they return."""
+    """Hold the output of a rule: the arguments of hsp.delta_rule if beta is given, else of hsp.linear_attention.
+
+    `skip` is added to the operator's output.
+    """
 
     q: Tensor  # [B,T,G,K]
     k: Tensor  # [B,T,G,K]
@@ -108,14 +113,13 @@ class RecurrenceInputs(NamedTuple):
 
 
 class RecurrentMixer(nn.Module):
-    """x_BTD -> q, k, v, gate, the first three through a short convolution if there is one; the rule turns them into
-    the inputs of a recurrence; then
+    """Project x_BTD to q, k, v and a gate, convolve q, k and v if the shape asks, apply the rule, and recur:
 
         S_t = exp(log_decay_t) S_(t-1) + k_t^T v_t        y_t = (norm(scale * q_t S_t) * gate(g_t)) W_output
 
-    or with the delta rule S_t = (I - beta_t k_t^T k_t) exp(log_decay_t) S_(t-1) + beta_t k_t^T v_t.
-    `rule(x_BTD, q, k, v, positions_T)` returns RecurrenceInputs. One token after another with a cache is this same
-    forward, from state to state.
+    The delta rule is S_t = (I - beta_t k_t^T k_t) exp(log_decay_t) S_(t-1) + beta_t k_t^T v_t.
+    `rule(x_BTD, q, k, v, positions_T)` returns RecurrenceInputs. Decoding with a cache is the same forward, which then
+    starts from a state and returns the next one.
     """
 
     def __init__(self, shape: MixerShape, context: BlockContext, rule: nn.Module) -> None:
@@ -136,7 +140,7 @@ class RecurrentMixer(nn.Module):
         self.output = nn.Linear(values, context.dim, bias=False)
 
     def init_cache(self, batch: int) -> LayerCache:
-        """The state before the first token: zero, in the dtype of the model, at least fp32."""
+        """Make the cache before the first token: a state of zeros in the dtype of the model, at least fp32."""
         shape, weight = self.shape, self.output.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
         state = torch.zeros(batch, shape.heads, shape.key, shape.value, device=weight.device, dtype=dtype)
@@ -145,7 +149,7 @@ class RecurrentMixer(nn.Module):
         return LayerCache(position=0, tensors=(*recent, state, *normaliser))
 
     def cost(self) -> Cost:
-        """The cost of the recurrence and of the convolution, with the mixer's parameters."""
+        """Add the cost of the recurrence and the convolution to the mixer's parameters."""
         shape = self.shape
         matrix = shape.heads * shape.value * shape.key
         normaliser = shape.heads * shape.key if shape.normalize else 0
@@ -164,15 +168,18 @@ class RecurrentMixer(nn.Module):
         state = () if cache is None else cache.tensors
         recent, state = (state[0], state[1:]) if state and shape.conv else (None, state)
 
+        # 1. Project, and convolve the channels of q, k and v.
         projected_BTC, width = self.project.linear(x_BTD), channels(shape.qkv)
         mixed_BTC, gate_BTC = projected_BTC[..., :width], projected_BTC[..., width:]
         if shape.conv:
             mixed_BTC, recent = self.conv(mixed_BTC, shard, recent)
+        # 2. Let the rule make the inputs of the recurrence, and recur over the sequence or from the cached state.
         inputs = self.rule(x_BTD, *cut_heads(mixed_BTC, shape.qkv), positions_T)
         o_BTHV, state = self._recur(inputs, shard, state)
         if cache is not None:
             cache = cache.extended(x_BTD.shape[1], *([] if recent is None else [recent]), *state)
 
+        # 3. Normalise and gate the output, and write to the residual stream.
         if shape.gate is None:
             y_BTHV = self.norm(o_BTHV)
         else:
@@ -184,7 +191,7 @@ class RecurrentMixer(nn.Module):
     def _recur(
         self, inputs: RecurrenceInputs, shard: Shard | None, state: tuple[Tensor, ...]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """o_BTHV, and if a state is given the state after these tokens."""
+        """Return o_BTHV, and the state after these tokens if a state is given."""
         q, k, v, log_decay, beta, bonus, skip = inputs
         recur: Any
         if beta is not None:

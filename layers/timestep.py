@@ -1,4 +1,4 @@
-"""TimeStep: the time steps of a state space model, and the decays that follow from them (Mamba-2, arXiv 2405.21060)."""
+"""The time step dt of a state space model, and the decay that follows from it (Mamba-2, arXiv 2405.21060)."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 from layers.precision import keep_wide
 
-RATE_RANGE = (1.0, 16.0)  # exp(A_log) begins uniform in this range
-DT_RANGE = (1e-3, 1e-1)  # softplus(dt_bias) begins log-uniform in this range
+RATE_RANGE = (1.0, 16.0)  # of exp(A_log) at the start, uniform
+DT_RANGE = (1e-3, 1e-1)  # of softplus(dt_bias) at the start, log-uniform
 
 
 class TimeStep(nn.Module):
-    """x_BTD -> dt = softplus(project(x) + dt_bias) and log_decay = -exp(A_log) dt, in fp32 (fp64 for fp64).
+    """Compute dt = softplus(project(x) + dt_bias) and log_decay = -exp(A_log) dt in fp32 (fp64 for fp64).
 
-    Both are [B, T, heads] or with a `width` [B, T, heads, width]; `project` gives as many channels, dt_bias has one
-    number for each, A_log one for each head.
+    Both are [B, T, heads], or [B, T, heads, width] with a `width`. `project` and dt_bias have one channel per number of
+    a token; A_log has one number per head.
     """
 
     _apply = keep_wide("A_log", "dt_bias")
@@ -32,7 +32,7 @@ class TimeStep(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Steps log-uniform in DT_RANGE for project(x) = 0, and rates uniform in RATE_RANGE."""
+        """Draw time steps log-uniformly in DT_RANGE, for project(x) = 0, and rates uniformly in RATE_RANGE."""
         rate = torch.rand(self.A_log.shape, generator=generator, dtype=torch.float32)
         self.A_log.copy_(torch.log(RATE_RANGE[0] + (RATE_RANGE[1] - RATE_RANGE[0]) * rate))
         uniform = torch.rand(self.dt_bias.shape, generator=generator, dtype=torch.float32)

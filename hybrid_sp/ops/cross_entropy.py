@@ -35,6 +35,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         dx_ND = torch.empty_like(x_ND) if ctx.needs_input_grad[0] else None
         dweight_VD = torch.zeros_like(weight_VD, dtype=wide) if ctx.needs_input_grad[1] else None
         for start in range(0, len(x_ND), chunk):
+            # 1. Log-probabilities of a chunk. A token without a label stands in with label 0 and is masked.
             rows = slice(start, start + chunk)
             valid_C1 = (labels_N[rows] != NO_LABEL)[:, None]
             labels_C1 = labels_N[rows, None].where(valid_C1, 0)
@@ -42,6 +43,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             loss -= log_p_CV.gather(1, labels_C1).where(valid_C1, 0).sum()
             if dx_ND is None and dweight_VD is None:
                 continue
+            # 2. Gradients of the chunk: the logits get softmax - one-hot.
             dlogits_CV = log_p_CV.exp_().scatter_add_(1, labels_C1, -torch.ones_like(labels_C1, dtype=wide))
             dlogits_CV = (dlogits_CV * valid_C1).to(x_ND.dtype)
             if dx_ND is not None:

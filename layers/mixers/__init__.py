@@ -1,4 +1,4 @@
-"""The mixers, one a file. This list is what makes them known to the registry."""
+"""The mixers, one per file. Importing them here registers them."""
 
 from layers.mixers import (  # noqa: F401
     based,

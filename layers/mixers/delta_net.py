@@ -1,10 +1,10 @@
-"""DeltaNet (arXiv 2102.11174), with the short convolutions and normalised keys of arXiv 2406.06484.
+"""The DeltaNet mixer (arXiv 2102.11174), with the short convolutions and normalised keys of arXiv 2406.06484.
 
     S_t = (I - b_t k_t^T k_t) S_(t-1) + b_t k_t^T v_t        b_t = sigmoid(x_t W_b)
     y_t = (RMSNorm(q_t S_t / sqrt(K)) [* silu(g_t)]) W_o     the gate only with output_gate
 
-b_t is twice that with negative_eigenvalues (arXiv 2411.12537). q, k and v pass through a short convolution with SiLU,
-then q and k are divided by their length. The norm is per head.
+With negative_eigenvalues b_t is twice as large (arXiv 2411.12537). q, k and v pass through a short convolution with
+SiLU. Then q and k are divided by their length. The norm is per head.
 """
 
 from __future__ import annotations

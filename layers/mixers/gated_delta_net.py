@@ -1,10 +1,10 @@
-"""Gated DeltaNet (arXiv 2412.06464), as Qwen3-Next has it with fewer heads of keys than of values.
+"""The Gated DeltaNet mixer (arXiv 2412.06464). As in Qwen3-Next, values may have more heads than keys.
 
     S_t = a_t (I - b_t k_t^T k_t) S_(t-1) + b_t k_t^T v_t    log a_t = -exp(A_log) softplus(x_t W_a + dt_bias) per head
     y_t = (RMSNorm(q_t S_t / sqrt(K)) * silu(g_t)) W_o       b_t = sigmoid(x_t W_b)
 
-b_t is twice that with negative_eigenvalues (arXiv 2411.12537). q, k and v pass through a short convolution with SiLU,
-then q and k are divided by their length. The norm is per head. Values have twice the width of keys.
+With negative_eigenvalues b_t is twice as large (arXiv 2411.12537). q, k and v pass through a short convolution with
+SiLU. Then q and k are divided by their length. The norm is per head. Values have twice the width of keys.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Gated linear attention, GLA (arXiv 2312.06635).
+"""The gated linear attention mixer, GLA (arXiv 2312.06635).
 
     S_t = diag(a_t) S_(t-1) + k_t^T v_t        log a_t = logsigmoid(x_t W_1 W_2 + b) / 16
     y_t = (RMSNorm(q_t S_t / sqrt(K)) * silu(g_t)) W_o
 
-The norm is per head. W_1 and W_2 meet in 16 channels. Keys have half the channels of the model, values all of them.
+The norm is per head. W_1 W_2 has rank 16. Keys have half as many channels as the model, values as many.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class GLASpec:
 
     expand_k: float = 0.5
     expand_v: float = 1.0
-    gate_rank: int = 16
+    gate_rank: int = 16  # of W_1 W_2
     temperature: float = 16.0
 
     def __post_init__(self) -> None:
@@ -60,6 +60,6 @@ class GLARule(nn.Module):
     ) -> RecurrenceInputs:
         down, up = self.low_rank
         wide = torch.promote_types(x_BTD.dtype, torch.float32)
-        gate_BTC = F.linear(down(x_BTD), up.weight).to(wide) + up.bias.to(wide)  # the bias is wide, the product is not
+        gate_BTC = F.linear(down(x_BTD), up.weight).to(wide) + up.bias.to(wide)  # fp32 bias, bf16 product
         gate_BTHK = rearrange(gate_BTC, "b t (h k) -> b t h k", h=q_BTHK.shape[2])
         return RecurrenceInputs(q_BTHK, k_BTHK, v_BTHV, F.logsigmoid(gate_BTHK) / self.temperature)

@@ -1,14 +1,14 @@
-"""HGRN2: a gated linear RNN whose forget gate is also the key (arXiv 2404.07904).
+"""The HGRN2 mixer: a gated linear RNN whose forget gate is also the key (arXiv 2404.07904).
 
     f_t = b + (1 - b) sigmoid(x_t W_f)        S_t = diag(f_t) S_(t-1) + (1 - f_t)^T v_t
     y_t = RMSNorm(silu(x_t W_q) S_t / sqrt(K)) W_o
 
-No key is projected: what is forgotten makes room for what is written. The norm is over all heads together. The lower
-bound b grows with the depth, so that deeper blocks remember longer. In the paper the bounds of all blocks are partial
-sums of one softmax over the depth, which starts as l / depth in block l, from 0. Here no mixer shares weights with
-another: b starts as that same l / depth, for every channel of keys, and `lower_bound` says what follows:
+The key is the share 1 - f_t of the state that a token forgets. The norm is over all heads together. The lower bound b
+grows with the depth, so that deeper blocks remember longer. In the paper the bounds of all blocks are partial sums of
+one softmax over the depth, which start at l / depth in block l, from 0. Here mixers share no weights. b starts at the
+same l / depth for every channel of keys, and `lower_bound` is one of:
 
-    learned     b = sigmoid(a weight), which training may move to any place between 0 and 1; in block 0 it stays 0
+    learned     b = sigmoid(a weight), which training may move between 0 and 1; in block 0 it stays 0
     fixed       b stays l / depth
     none        b = 0 in every block
 """
@@ -62,7 +62,7 @@ class HGRN2Rule(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """b = l / depth."""
+        """Set b to l / depth."""
         if self.bound is not None:
             self.bound.fill_(logit(self.start))
 
@@ -76,7 +76,7 @@ class HGRN2Rule(nn.Module):
             if self.bound is not None:
                 bound = self.bound.to(z.dtype).view(z.shape[2:])
             log_b = F.logsigmoid(bound)
-            # f = sigmoid(z) / sigmoid(z - log b); the second form is the first, written for large negative z.
+            # f = sigmoid(z) / sigmoid(z - log b). The second form is equal, and exact for large negative z.
             log_f = torch.where(
                 z >= 0, log_f - F.logsigmoid(z - log_b), log_b + F.logsigmoid(-z) - F.logsigmoid(log_b - z)
             )
@@ -85,5 +85,5 @@ class HGRN2Rule(nn.Module):
 
 
 def logit(p: float) -> float:
-    """The inverse of sigmoid."""
+    """Invert the sigmoid."""
     return math.log(p / (1 - p))

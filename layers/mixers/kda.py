@@ -1,11 +1,11 @@
-"""Kimi Delta Attention, KDA, the linear mixer of Kimi Linear (arXiv 2510.26692).
+"""The Kimi Delta Attention mixer, KDA, of Kimi Linear (arXiv 2510.26692).
 
     S_t = (I - b_t k_t^T k_t) diag(a_t) S_(t-1) + b_t k_t^T v_t    log a_t = -exp(A_log) softplus(x_t W_1 W_2 + dt_bias)
     y_t = (RMSNorm(q_t S_t / sqrt(K)) * sigmoid(x_t W_3 W_4)) W_o    b_t = sigmoid(x_t W_b)
 
-a_t has a number for every channel of a key, A_log one per head. W_1 and W_2 meet in as many channels as a value has,
-W_3 and W_4 too. b_t is twice that with negative_eigenvalues (arXiv 2411.12537). q, k and v pass through a short
-convolution with SiLU, then q and k are divided by their length. The norm is per head.
+a_t has one number per channel of a key, A_log one per head. The ranks of W_1 W_2 and W_3 W_4 are the width of a value.
+With negative_eigenvalues b_t is twice as large (arXiv 2411.12537). q, k and v pass through a short convolution with
+SiLU. Then q and k are divided by their length. The norm is per head.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class KDASpec:
 
     expand_k: float = 1.0
     expand_v: float = 1.0
-    gate_rank: int = 0  # channels in which the two matrices of a gate meet; 0: as many as a value has
+    gate_rank: int = 0  # rank of the products of two matrices; 0: the width of a value
     conv: int = 4  # tokens that the short convolution reads
     negative_eigenvalues: bool = False
 

@@ -1,4 +1,4 @@
-"""Lightning attention: the decays of TransNormerLLM (arXiv 2307.14995), the gate and norm of MiniMax-01 (2501.08313).
+"""The lightning attention mixer: decays of TransNormerLLM (arXiv 2307.14995), gate and norm of MiniMax-01 (2501.08313).
 
     S_t = a S_(t-1) + silu(k_t)^T v_t        log a = -(8 h / H) (1 - l / depth) in head h of H in block l, both from 0
     y_t = (RMSNorm(silu(q_t) S_t / sqrt(K)) * sigmoid(g_t)) W_o

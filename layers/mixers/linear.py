@@ -1,8 +1,10 @@
-"""Basic linear attention (arXiv 2006.16236; without a normaliser arXiv 2502.07563, equations 3-4).
+"""The basic linear attention mixer (arXiv 2006.16236; without a normaliser arXiv 2502.07563, equations 3-4).
 
-S_t = S_(t-1) + f(k_t)^T v_t        z_t = z_(t-1) + f(k_t)
-y_t = RMSNorm(f(q_t) S_t / sqrt(K)) W_o                   normalize = False; the norm per head, as LASP-2 has it
-y_t = (f(q_t) S_t / (f(q_t) z_t)) W_o                     normalize = True, for an f that is not negative
+    S_t = S_(t-1) + f(k_t)^T v_t        z_t = z_(t-1) + f(k_t)
+    y_t = RMSNorm(f(q_t) S_t / sqrt(K)) W_o                   normalize = False; the norm is per head, as in LASP-2
+    y_t = (f(q_t) S_t / (f(q_t) z_t)) W_o                     normalize = True, for an f that is never negative
+
+The feature map f is elu+1, relu, softmax over the channels of a head, or the identity.
 """
 
 from __future__ import annotations

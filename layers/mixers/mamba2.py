@@ -1,11 +1,11 @@
-"""Mamba-2, structured state space duality (arXiv 2405.21060).
+"""The Mamba-2 mixer, structured state space duality (arXiv 2405.21060).
 
     S_t = a_t S_(t-1) + B_t^T (dt_t x_t)    log a_t = -exp(A_log) dt_t    dt_t = softplus(u_t W_dt + dt_bias) per head
     y_t = RMSNorm((C_t S_t + D x_t) * silu(z_t)) W_o
 
-u is the mixer's input; x, B, C and z are projected from it. x, B and C, the value, the key and the query of other
-linear mixers, pass through a short convolution with bias and SiLU. The heads of a group share B and C, and the norm is
-over the channels of a group.
+u is the mixer's input, from which x, B, C and z are projected. x, B and C are the value, key and query of other linear
+mixers, and pass through a short convolution with bias and SiLU. The heads of a group share B and C. The norm is over
+the channels of a group.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Mamba2Rule(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """D is one."""
+        """Set D to ones."""
         self.D.fill_(1.0)
 
     def forward(

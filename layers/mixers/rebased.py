@@ -1,11 +1,11 @@
-"""ReBased linear attention (arXiv 2402.10644): Based with a parabola that training places.
+"""The ReBased linear attention mixer (arXiv 2402.10644): Based with a learned parabola.
 
     y_t = (sum over s <= t of w_ts v_s / sum over s <= t of w_ts) W_o        w_ts = (q'_t . k'_s)^2 / d
     q' = gamma_q * norm(q) + beta_q        k' = gamma_k * norm(k) + beta_k
 
-Queries and keys have d = `feature_dim` channels; w is a product of d (d + 1) / 2 features, and unlike Based's it can be
-0, so that a token is ignored. The norm is a LayerNorm per head without weights of its own; gamma and beta, one for each
-head and channel, start as 1 and 0.
+Queries and keys have d = `feature_dim` channels. w is a product of d (d + 1) / 2 features. Unlike Based's it can be 0,
+which ignores a token. The norm is a LayerNorm per head without weights. gamma and beta have one number per head and
+channel, and start at 1 and 0.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class ReBasedRule(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """The norm alone."""
+        """Set gamma to ones and beta to zeros."""
         self.gamma.fill_(1.0)
         self.beta.zero_()
 

@@ -1,6 +1,6 @@
-"""Multi-scale retention, the mixer of RetNet (arXiv 2307.08621).
+"""The multi-scale retention mixer of RetNet (arXiv 2307.08621).
 
-    S_t = a S_(t-1) + R(k_t)^T v_t        a = 1 - 2^(-5-h) in head h, from 0; R turns by the angles of position t
+    S_t = a S_(t-1) + R(k_t)^T v_t        a = 1 - 2^(-5-h) in head h, from 0; R rotates by the angles of position t
     y_t = (RMSNorm(R(q_t) S_t / sqrt(K)) * silu(g_t)) W_o
 
 The norm is per head. Values are twice as wide as keys.
