@@ -26,6 +26,20 @@ MODEL_MUTANTS = [
         test=f"{PRECISION}::test_log_decays_in_bf16_are_those_of_fp32_gates_and_bf16_activations[gla]",
     ),
     Mutant(
+        name="modules of torch draw their weights by themselves",
+        file="layers/model.py",
+        old=' and not reset.__module__.startswith("torch.")',
+        new="",
+        test="tests/layers/test_model.py::test_modules_of_torch_do_not_draw_by_themselves",
+    ),
+    Mutant(
+        name="matrices counted as other parameters",
+        file="layers/cost.py",
+        old="if weight.ndim > 1",
+        new="if weight.ndim > 2",
+        test="tests/layers/test_mixers.py::test_cost_is_what_is_counted[torch.float32-gla]",
+    ),
+    Mutant(
         name="a gate widened after it was rounded",
         file="layers/precision.py",
         old="return x.to(y.device, torch.float32) if kept else y",
