@@ -17,9 +17,9 @@ from analysis import tables, traffic
 from analysis.points import Point, group_runs, kinds
 from analysis.runs import Run
 from analysis.tables import Table
+from layers.config import ModelConfig, block_specs, expand_pattern, model_facts
 from layers.cost import Cost
-from layers.registry import MixerSpec, Place
-from layers.spec import ModelConfig, block_specs, expand_pattern, model_facts
+from layers.registry import BlockContext, MixerSpec, mixer_cost
 
 FAMILIES = (
     "no decay", "polynomial features", "fixed decay", "scalar gate", "vector gate", "delta rule", "softmax",
@@ -30,19 +30,19 @@ LEGEND = (
     "share. State: numbers that one layer keeps of a sequence, over all heads; a window or softmax layer keeps keys "
     "and values. Convolution: tokens that a short convolution (or rwkv6's token shift) reads."
 )
-Block = tuple[str, MixerSpec, Place]
+Block = tuple[str, MixerSpec, BlockContext]
 
 
-def family(spec: MixerSpec, place: Place) -> str:
+def family(spec: MixerSpec, context: BlockContext) -> str:
     """Name the mixer's family: the kind of its decay, or softmax, the delta rule or polynomial features instead."""
-    facts = spec.cost(place)
+    facts = mixer_cost(spec, context)
     if facts.attention:
         return "softmax"
     (summary,) = facts.summaries
     if summary.transition == "matrix":
         return "delta rule"
-    form = getattr(spec, "form", None)
-    if form is not None and form(place).features is not None:
+    shape = getattr(spec, "shape", None)
+    if shape is not None and shape(context).features is not None:
         return "polynomial features"
     return DECAYS[summary.transition]
 
@@ -78,8 +78,8 @@ def table(points: Sequence[Point]) -> Table:
                 _each(blocks, family),
                 kind or "softmax",
                 f"{model_facts(model).parameters:,}",
-                _each(blocks, lambda spec, place: state(spec.cost(place))),
-                _each(blocks, lambda spec, place: convolution(spec.cost(place))),
+                _each(blocks, lambda spec, context: state(mixer_cost(spec, context))),
+                _each(blocks, lambda spec, context: convolution(mixer_cost(spec, context))),
                 *losses,
             )
         )
@@ -91,12 +91,12 @@ def table(points: Sequence[Point]) -> Table:
 def _mixers(model: ModelConfig, kind: str | None) -> list[Block]:
     """Return the last block of each linear mixer; for None, the last softmax block."""
     blocks = zip(expand_pattern(model), block_specs(model), strict=True)
-    found = {name: (name, spec, place) for name, (spec, place) in blocks if (spec.letter == "N") == (kind is None)}
+    found = {name: (name, spec, context) for name, (spec, context) in blocks if (spec.letter == "N") == (kind is None)}
     return list(found.values())
 
 
-def _each(blocks: Iterable[Block], fact: Callable[[MixerSpec, Place], str]) -> str:
-    return " and ".join(dict.fromkeys(fact(spec, place) for _, spec, place in blocks))
+def _each(blocks: Iterable[Block], fact: Callable[[MixerSpec, BlockContext], str]) -> str:
+    return " and ".join(dict.fromkeys(fact(spec, context) for _, spec, context in blocks))
 
 
 def read(file: Path) -> list[Run]:

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 
-from analysis import cost
 from analysis.points import Point
 from analysis.runs import Run
 from analysis.tables import Table
@@ -18,8 +17,17 @@ from hybrid_sp.comm.link import Link
 from hybrid_sp.exchange import EXCHANGES, Sizes, choose_by, kv
 from hybrid_sp.exchange.strategy import GRADIENT, TokenSizes, TokenStrategy
 from hybrid_sp.shard import LAYOUTS
-from layers.cost import Attention, Cost, Summary, transition_elements
-from layers.spec import ModelConfig, block_specs, expand_pattern
+from layers.config import ModelConfig, block_specs, expand_pattern
+from layers.cost import (
+    Attention,
+    Cost,
+    Summary,
+    gradient_all_reduce,
+    halo_backward,
+    halo_forward,
+    transition_elements,
+)
+from layers.registry import mixer_cost
 from recipes.config import TrainConfig, recomputed_blocks
 
 C = TypeVar("C", ModelConfig, TrainConfig)
@@ -103,7 +111,7 @@ def _layers(run: Run) -> list[tuple[str, Cost]]:
     """Return the name of every block's mixer, with its cost facts."""
     model = model_config(run)
     blocks = zip(expand_pattern(model), block_specs(model), strict=True)
-    return [(name, spec.cost(place)) for name, (spec, place) in blocks]
+    return [(name, mixer_cost(spec, context)) for name, (spec, context) in blocks]
 
 
 def model_config(run: Run) -> ModelConfig:
@@ -136,15 +144,15 @@ def volume(facts: Cost, cut: Setting, rank: int = 0, again: bool = False) -> Vol
             halos.append((keys.window - 1, 2 * keys.kv_heads * keys.width))
             if not cut.keep_kv:
                 halo = {**ranks, "rank": rank, "tokens": halos[-1][0], "channels": halos[-1][1]}
-                backward += cost.halo_forward(**halo, element_bytes=cut.kv_bytes)
+                backward += halo_forward(**halo, element_bytes=cut.kv_bytes)
             continue
         there, back = _softmax(keys, cut)
         forward, backward = forward + there, backward + back
         repeated += there * (cut.softmax != "all_gather")
     for tokens, channels in halos:
         halo = {**ranks, "rank": rank, "tokens": tokens, "channels": channels}
-        forward += cost.halo_forward(**halo, element_bytes=cut.kv_bytes)
-        backward += cost.halo_backward(**halo)
+        forward += halo_forward(**halo, element_bytes=cut.kv_bytes)
+        backward += halo_backward(**halo)
     return Volume(forward=cut.wide * (forward + again * repeated), backward=cut.wide * backward)
 
 
@@ -189,6 +197,18 @@ def _as_halo(keys: Attention, cut: Setting) -> bool:
     return keys.window is not None and cut.softmax == "all_gather"
 
 
+def break_even_tokens(
+    *, H: int, K: int, V: int, G: int, D: int, transition: str = "none", spans: int = 1, kv_bytes: int = 2
+) -> float:
+    """Compute the tokens per rank T above which a linear layer's forward gather is smaller than a softmax layer's.
+
+    n * H * (K V + a) * 4 = 2 * T * G * D * kv_bytes, solved for T, for n spans on a rank and a transition of a numbers.
+    Neither the ranks nor the batch matter.
+    """
+    state = spans * H * (K * V + transition_elements(transition, K)) * GRADIENT
+    return state / (2 * G * D * kv_bytes)
+
+
 def cost_tables(points: Sequence[Point]) -> tuple[tuple[str, Table], ...]:
     """Return the report's two tables, one layer by kind of exchange and whole steps, with a sentence above each."""
     cut = setting(points[0].runs[0])
@@ -227,7 +247,7 @@ def _layer_table(points: Sequence[Point]) -> tuple[str, Table]:
             row(name, EXCHANGES[other].label, volumes(Cost(summaries=facts.summaries), replace(cut, linear=other)))
         for summary in facts.summaries:
             if full is not None:
-                tokens = cost.break_even_tokens(
+                tokens = break_even_tokens(
                     H=summary.heads,
                     K=summary.key,
                     V=summary.value,
@@ -266,7 +286,7 @@ def _step_table(points: Sequence[Point]) -> tuple[str, Table]:
         run = point.runs[0]
         counted, exchanges = median(row.received_bytes for row in run.train), exchanged(run)
         cut = setting(run)
-        gradients = cut.wide * cost.gradient_all_reduce(P=cut.world, parameters=run.parameters)
+        gradients = cut.wide * gradient_all_reduce(P=cut.world, parameters=run.parameters)
         rows.append(
             (
                 *point.strategy.values(),

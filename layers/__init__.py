@@ -1,7 +1,7 @@
-"""The model: a registry of mixers, the blocks they stand in, and the hybrid language model made of them."""
+"""The model: a registry of mixers, the blocks that hold them, and the hybrid language model that stacks blocks."""
 
+from layers.config import ModelConfig, expand_pattern, model_facts, pattern_letters
 from layers.model import HybridLM
 from layers.registry import MIXERS, mixer_spec
-from layers.spec import ModelConfig, expand_pattern, model_facts, pattern_letters
 
 __all__ = ["MIXERS", "HybridLM", "ModelConfig", "expand_pattern", "mixer_spec", "model_facts", "pattern_letters"]

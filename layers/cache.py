@@ -1,4 +1,4 @@
-"""LayerCache: what one mixer remembers of the tokens it has read."""
+"""The decoding cache of one mixer."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from hybrid_sp.shard import Shard
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCache:
-    """`position` tokens have been read; `tensors` is what is left of them.
+    """Hold the memory of one mixer after it has read `position` tokens.
 
-    A linear mixer keeps the last inputs of its short convolution (or token shift) if it has one, [B, W-1, channels] in
-    the model's dtype, and then its state S_BHKV (and z_BHK if it normalises), all of constant size; softmax attention
-    keeps the keys and values of every token, or of the last ones that its window holds, [B, tokens, G, K].
+    A linear mixer keeps tensors of constant size. First come the last inputs of its short convolution or token shift,
+    [B, W-1, channels] in the model's dtype. Then comes its state S_BHKV, with z_BHK if it has a normaliser.
+    Softmax attention keeps the keys and values [B, tokens, G, K] of every token, or of the last `window` tokens.
     """
 
     position: int
     tensors: tuple[Tensor, ...]
 
     def extended(self, tokens: int, *tensors: Tensor) -> LayerCache:
-        """The cache after `tokens` more tokens, of which `tensors` is left."""
+        """Make the cache after `tokens` more tokens, with `tensors` as its new memory."""
         return LayerCache(position=self.position + tokens, tensors=tensors)
 
 
 def require_one_device(shard: Shard | None, cache: LayerCache | None) -> None:
-    """Raise ValueError if a mixer is given a part of a sequence and also a cache to go on from."""
+    """Raise ValueError if a mixer gets both a shard of a sequence and a cache."""
     if shard is not None and cache is not None:
         raise ValueError("got both a shard and a cache: decoding runs on one device; leave out the shard")

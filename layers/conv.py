@@ -1,4 +1,4 @@
-"""ShortConv: a causal convolution over a few tokens, of every channel by itself."""
+"""The short convolution: causal, over a few tokens, with each channel on its own."""
 
 from __future__ import annotations
 
@@ -11,43 +11,45 @@ from torch import Tensor, nn
 
 import hybrid_sp as hsp
 from hybrid_sp.shard import Shard
-from layers.cost import Cost, Halo
+from layers.cost import Halo
 
 
 class ShortConv(nn.Module):
-    """y_t = silu(sum over i < W of weight[:, i] * x_(t-W+1+i) + bias); before the first token of a document x is 0."""
+    """Compute y_t = silu(sum over i < W of weight[:, i] * x_(t-W+1+i) + bias).
+
+    Before the first token of a document, x is 0.
+    """
 
     def __init__(self, channels: int, width: int, *, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, width))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
-        self.draw_weights()
+        self.reset_parameters()
 
     @torch.no_grad()
-    def draw_weights(self, generator: torch.Generator | None = None) -> None:
-        """Weights uniform between -W**-0.5 and W**-0.5, as torch draws those of a convolution; a bias of zero."""
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw weights uniformly between -W**-0.5 and W**-0.5, like torch for a convolution, and zero the bias."""
         noise = torch.rand(self.weight.shape, generator=generator, dtype=torch.float32)
         self.weight.copy_((2 * noise - 1) * self.weight.shape[1] ** -0.5)
         if self.bias is not None:
             self.bias.zero_()
 
     def init_state(self, batch: int) -> Tensor:
-        """The inputs before the first token: the last W - 1, all zero."""
+        """Return the W - 1 inputs before the first token, [B, W-1, channels], which are zero."""
         channels, width = self.weight.shape
         return self.weight.new_zeros(batch, width - 1, channels)
 
     def forward(
         self, x_BTC: Tensor, shard: Shard | None = None, state: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """y_BTC, and if a state is given the state after these tokens."""
+        """Return y_BTC, and the state after these tokens if a state is given."""
         convolve: Callable[..., Any] = partial(hsp.short_conv, x_BTC, self.weight, self.bias, activation="silu")
         if state is None:
             return convolve(shard=shard), None
         return convolve(initial_state=state, return_final_state=True)
 
-    @staticmethod
-    def cost(channels: int, width: int, *, bias: bool = False) -> Cost:
-        """The cost of a convolution of these sizes."""
-        halo = Halo(tokens=width - 1, channels=channels)
-        vectors = channels if bias else 0
-        return Cost(matrices=channels * width, vectors=vectors, recent=channels * (width - 1), halos=(halo,))
+    @property
+    def halo(self) -> Halo:
+        """The inputs before a span that its first token reads."""
+        channels, width = self.weight.shape
+        return Halo(tokens=width - 1, channels=channels)

@@ -1,15 +1,13 @@
-"""SwiGLU, the feed-forward part of a block (arXiv 2002.05202)."""
+"""The feed-forward part of a block, SwiGLU (arXiv 2002.05202)."""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layers.cost import Cost
-
 
 class SwiGLU(nn.Module):
-    """y = (silu(x W_gate) * x W_up) W_output, both input projections from one matrix product."""
+    """Compute y = (silu(x W_gate) * x W_up) W_output. One matrix product makes both input projections."""
 
     def __init__(self, dim: int, width: int) -> None:
         super().__init__()
@@ -19,8 +17,3 @@ class SwiGLU(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         gate, up = self.input(x_BTD).chunk(2, dim=-1)
         return self.output(F.silu(gate) * up)
-
-    @staticmethod
-    def cost(dim: int, width: int) -> Cost:
-        """The cost of a SwiGLU of these sizes."""
-        return Cost(matrices=3 * dim * width)

@@ -1,4 +1,4 @@
-"""HybridLM: a language model of linear and softmax blocks in any pattern (Linear-Llama3, arXiv 2502.07563)."""
+"""The language model of linear and softmax blocks in any pattern (Linear-Llama3, arXiv 2502.07563)."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import hybrid_sp as hsp
+from hybrid_sp.ops.cross_entropy import cross_entropy
 from hybrid_sp.shard import Shard
 from layers.block import Block
 from layers.cache import LayerCache
-from layers.loss import cross_entropy
-from layers.spec import ModelConfig, block_specs, mlp_width
+from layers.config import ModelConfig, block_specs, mlp_width
 
 Cache = tuple[LayerCache, ...]  # one per block
 
 
 class HybridLM(nn.Module):
-    """Token embedding, blocks, final RMSNorm and output head, tied to the embedding if the config says so.
+    """Stack a token embedding, blocks, a final RMSNorm and an output head, which the config may tie to the embedding.
 
-    Of the blocks in `recompute` (their numbers) no activations are kept for backward, which computes them again from
-    the block's input. What the block received from other ranks is kept, so nothing but a baseline communicates again
-    (`hybrid_sp.checkpoint_contexts`). Outputs and gradients stay as they are.
+    `recompute` numbers the blocks under activation checkpointing: backward computes their activations again from the
+    block's input. Messages from other ranks are kept, so only the baselines communicate again
+    (`hybrid_sp.checkpoint_contexts`). Outputs and gradients do not change.
 
     `to(torch.bfloat16)` leaves the parameters that make decays in fp32 (`layers.precision`).
     """
@@ -33,7 +33,7 @@ class HybridLM(nn.Module):
         self.config, self.recompute = config, frozenset(recompute)
         if not self.recompute <= set(range(config.depth)):
             raise ValueError(f"recompute {sorted(self.recompute)} names blocks beyond 0 to {config.depth - 1}")
-        blocks = [Block(spec, place, mlp_width(config)) for spec, place in block_specs(config)]
+        blocks = [Block(spec, context, mlp_width(config)) for spec, context in block_specs(config)]
         self.blocks: Sequence[Block] = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.embedding = nn.Embedding(config.vocab, config.dim)
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
@@ -44,11 +44,11 @@ class HybridLM(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Draws all weights anew; they depend on the config and the seed alone, not on device, dtype, rank or world.
+        """Draw all weights anew from the config and the seed alone, whatever the device, dtype, rank or world.
 
-        Matrices are normal with variance 1 / inputs, those that write to the residual stream with 1 / (2 depth) of
-        that, so that its variance does not grow with the depth; the embedding has variance 1 / dim. A module with
-        parameters of another kind draws these, and no submodule's, in its own `draw_weights(generator)`.
+        Matrices are normal with variance 1 / inputs, and the embedding with variance 1 / dim. Matrices that write to
+        the residual stream have 1 / (2 depth) of that variance, so that the stream's does not grow with the depth.
+        A module draws parameters of another kind, but no submodule's, in its own `reset_parameters(generator)`.
         """
         generator = torch.Generator("cpu").manual_seed(seed)
 
@@ -65,11 +65,11 @@ class HybridLM(nn.Module):
                 draw(module.weight, 1 / module.embedding_dim)
             elif isinstance(module, nn.RMSNorm):
                 module.weight.fill_(1.0)
-            elif own := getattr(module, "draw_weights", None):
-                own(generator)
+            elif (reset := getattr(module, "reset_parameters", None)) and not reset.__module__.startswith("torch."):
+                reset(generator)  # torch's own methods take none and draw from the global one
 
     def hidden(self, tokens_BT: Tensor, shard: Shard | None = None) -> Tensor:
-        """What the head reads, [B, T, D]."""
+        """Return the input of the head, [B, T, D]."""
         x_BTD = self.embedding(tokens_BT)
         for number, block in enumerate(self.blocks):
             if number in self.recompute and torch.is_grad_enabled():
@@ -79,27 +79,27 @@ class HybridLM(nn.Module):
         return self.norm(x_BTD)
 
     def forward(self, tokens_BT: Tensor, shard: Shard | None = None) -> Tensor:
-        """Logits [B, T, V] of the token after each of this rank's tokens."""
+        """Return the logits [B, T, V] of the token after each of this rank's tokens."""
         return self.head(self.hidden(tokens_BT, shard))
 
     def loss(self, tokens_BT: Tensor, labels_BT: Tensor, shard: Shard | None = None) -> tuple[Tensor, Tensor]:
-        """The sum of the cross-entropies in nats over this rank's valid labels (not -100), and how many those are."""
+        """Sum the cross-entropies in nats over this rank's valid labels (not -100), and count these labels."""
         return cross_entropy(self.hidden(tokens_BT, shard), self.head.weight, labels_BT)
 
     def init_cache(self, batch: int) -> Cache:
-        """The cache of `batch` sequences that have no token yet, to decode from with `step`."""
+        """Make the cache of `batch` empty sequences, from which `step` decodes."""
         return tuple(block.mixer.init_cache(batch) for block in self.blocks)
 
     def step(self, token_B: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
-        """Logits [B, V] of the token after this one, and the cache that has read it; the cache given stays as it is.
+        """Return the logits [B, V] of the next token, and a new cache that has read this one.
 
-        Equal to the last column of `forward` on all tokens so far. Linear blocks keep a state of constant size,
-        softmax blocks the keys and values of every token.
+        The logits equal the last column of `forward` on all tokens so far. Linear blocks keep a state of constant size,
+        softmax blocks keep the keys and values of every token.
         """
         return self._read(token_B[:, None], cache)
 
     def prefill(self, tokens_BT: Tensor) -> tuple[Tensor, Cache]:
-        """The same for all tokens of a prompt at once: equal to one `step` after another from an empty cache."""
+        """Read all tokens of a prompt at once, with the result of one `step` per token from an empty cache."""
         return self._read(tokens_BT, self.init_cache(len(tokens_BT)))
 
     def _read(self, tokens_BT: Tensor, cache: Cache) -> tuple[Tensor, Cache]:

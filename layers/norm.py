@@ -1,4 +1,4 @@
-"""Norms of heads: RMSNorm of what is read from the state, and the L2 norm of queries and keys."""
+"""The norms of heads: RMSNorm of the output of a recurrence, and the L2 norm of queries and keys."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 
 class HeadNorm(nn.Module):
-    """RMSNorm of o_BTHV over `together` heads at a time, with a weight for each of the last `weights` heads' channels.
+    """Apply RMSNorm to o_BTHV over groups of `together` heads.
 
-    The RMS is torch's: taken in fp32 (fp64 for fp64) and rounded once. `weights` is `together`, so that all groups of
-    heads share a weight, or the number of heads.
+    The weight has the channels of `weights` heads. With `weights` = `together` all groups share it, and with the number
+    of heads each group has its own. torch takes the RMS in fp32 (fp64 for fp64) and rounds once.
     """
 
     def __init__(self, together: int, weights: int, width: int, eps: float) -> None:
@@ -20,8 +20,8 @@ class HeadNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(weights * width))
 
     @torch.no_grad()
-    def draw_weights(self, generator: torch.Generator | None = None) -> None:
-        """All ones."""
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Set the weight to ones."""
         self.weight.fill_(1.0)
 
     def forward(self, o_BTHV: Tensor) -> Tensor:
@@ -35,6 +35,6 @@ class HeadNorm(nn.Module):
 
 
 def l2_norm(x_BTHK: Tensor) -> Tensor:
-    """x / sqrt(sum of x^2 over K + 1e-6), in fp32 (fp64 for fp64) and rounded once."""
+    """Compute x / sqrt(sum of x^2 over K + 1e-6) in fp32 (fp64 for fp64) and round once."""
     wide = x_BTHK.to(torch.promote_types(x_BTHK.dtype, torch.float32))
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x_BTHK.dtype)

@@ -1,6 +1,6 @@
-"""Gate parameters, of which decays are made, stay at least fp32 in a model of narrower weights.
+"""The precision of gate parameters: those that make decays stay at least fp32 in a bf16 or fp16 model.
 
-A decay acts once a token: what rounding does to it grows with the tokens that a state remembers.
+A decay acts once a token, so a rounding error in it grows with the number of tokens that the state remembers.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ Apply = Callable[..., nn.Module]
 
 
 def keep_wide(*names: str) -> Apply:
-    """The `_apply` of a module that casts its parameters and their gradients, all but the named ones below fp32.
+    """Make an `_apply` for a module that casts its parameters and gradients, but never the named ones below fp32.
 
-    `to`, `bfloat16`, `half`, `double` and `cuda` of a module, and of whatever holds it, go through `nn.Module._apply`.
+    `to`, `bfloat16`, `half`, `double` and `cuda` of the module and of its parents all go through `nn.Module._apply`.
     """
 
     def apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:

@@ -1,4 +1,4 @@
-"""The registry of mixers: a mixer is known by the name that its spec is registered under."""
+"""The registry of mixers by name, and the interfaces of a mixer and its spec."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar, Protocol, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from hybrid_sp.backends import BACKENDS
@@ -16,20 +17,23 @@ from layers.cost import Cost
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where in the model a mixer stands: all that it is told besides its own options."""
+class BlockContext:
+    """Describe the block and the model around a mixer, in addition to the mixer's own options."""
 
     dim: int
     heads: int
     kv_heads: int
-    layer: int  # index of the block, from 0
+    layer: int  # number of the block, from 0
     depth: int  # number of blocks
     norm_eps: float
     rope_base: float
     backend: str = "auto"
 
     def width(self, expand: float = 1.0, *, option: str = "expand", even: bool = False) -> int:
-        """Channels per head of `expand * dim` channels, as the mixer's `option` asks; `even` if they are rotated."""
+        """Divide `expand * dim` channels by the heads.
+
+        `option` names the mixer's option in the ValueError for sizes that do not fit. `even` requires pairs to rotate.
+        """
         channels = self.dim * expand
         if channels < self.heads or channels % self.heads:
             raise ValueError(
@@ -45,21 +49,24 @@ class Place:
         return width
 
     def backend_of(self, operator: str) -> str:
-        """What an operator of the engine is asked to run on: the model's backend, if the operator has it, else auto."""
+        """Return the model's backend if this operator of the engine has it, else auto."""
         return self.backend if self.backend in BACKENDS[operator] else "auto"
 
     def groups(self, count: int, *, option: str) -> int:
-        """Heads of keys, each shared by as many heads of values, as the mixer's `option` asks; 0: as many as heads."""
+        """Return the number of key heads, each shared by equally many value heads. 0 means as many as heads.
+
+        `option` names the mixer's option in the ValueError for a number that does not divide the heads.
+        """
         if count and self.heads % count:
             raise ValueError(f"heads {self.heads} is not a multiple of {option} {count}; change one of them")
         return count or self.heads
 
 
 class Mixer(Protocol):
-    """What a block needs of a mixer: an nn.Module that moves information between tokens.
+    """Define the interface of a mixer, an nn.Module that moves information between tokens.
 
-    `output` is the projection that writes to the residual stream. With a cache, the tokens continue the ones it has
-    read, on one device, and the cache returned has read these too.
+    `output` is the projection that writes to the residual stream. With a cache, on one device, the tokens continue
+    those in the cache, and the new cache contains them too. `cost` includes the mixer's parameters.
     """
 
     output: nn.Linear
@@ -70,15 +77,15 @@ class Mixer(Protocol):
 
     def init_cache(self, batch: int) -> LayerCache: ...
 
+    def cost(self) -> Cost: ...
+
 
 class MixerSpec(Protocol):
-    """A frozen dataclass of a mixer's options, with its cost beside."""
+    """Define the interface of a spec, a frozen dataclass that holds a mixer's options and builds the mixer."""
 
     letter: ClassVar[str]  # in pattern strings: L linear, N normal (softmax) attention
 
-    def cost(self, place: Place) -> Cost: ...
-
-    def build(self, place: Place) -> Mixer: ...
+    def build(self, context: BlockContext) -> Mixer: ...
 
 
 MIXERS: dict[str, type[MixerSpec]] = {}
@@ -86,8 +93,14 @@ MIXERS: dict[str, type[MixerSpec]] = {}
 SpecClass = TypeVar("SpecClass", bound=type)
 
 
+def mixer_cost(spec: MixerSpec, context: BlockContext) -> Cost:
+    """Count the cost of the mixer that the spec builds, without the memory of its weights."""
+    with torch.device("meta"):
+        return spec.build(context).cost()
+
+
 def register(name: str) -> Callable[[SpecClass], SpecClass]:
-    """Class decorator that makes a spec known to recipes as `name`."""
+    """Register the decorated spec class, which recipes then know as `name`."""
 
     def add(spec_class: SpecClass) -> SpecClass:
         assert name not in MIXERS, f"two mixers are called {name!r}"
@@ -98,7 +111,7 @@ def register(name: str) -> Callable[[SpecClass], SpecClass]:
 
 
 def unknown(kind: str, name: str, known: Iterable[str], owner: str = "") -> ValueError:
-    """The error for a name that is not among the known ones, with the nearest of them."""
+    """Make the error for an unknown name, which suggests the nearest known one."""
     names = sorted(known)
     nearest = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
@@ -106,14 +119,14 @@ def unknown(kind: str, name: str, known: Iterable[str], owner: str = "") -> Valu
 
 
 def at_least(least: int, mixer: str, **options: int) -> None:
-    """ValueError for an option of the mixer that is less than the least."""
+    """Raise ValueError for an option of the mixer below the least value."""
     for option, value in options.items():
         if value < least:
             raise ValueError(f"{option} of {mixer} is {value}; it must be at least {least}")
 
 
 def mixer_spec(name: str, **options: Any) -> MixerSpec:
-    """The spec of the mixer called `name` with these options; ValueError for an unknown name, option or type."""
+    """Make the spec of the mixer called `name`. An unknown name or option, or a wrong type, raises ValueError."""
     if name not in MIXERS:
         raise unknown("mixer", name, MIXERS)
     known = {field.name: field for field in fields(MIXERS[name])}  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Rotary position embedding (RoPE, arXiv 2104.09864), with channel i paired with channel i + K/2."""
+"""The rotary position embedding (RoPE, arXiv 2104.09864), which pairs channel i with channel i + K/2."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from layers.cache import LayerCache, require_one_device
 
 
 def token_positions(x_BTD: Tensor, shard: Shard | None, cache: LayerCache | None) -> Tensor:
-    """The position [T] of each local token: the shard's, or counted on from the tokens that the cache has read."""
+    """Return the position [T] of each local token: the shard's, or the next ones after those in the cache."""
     require_one_device(shard, cache)
     if shard is not None:
         return shard.positions.to(x_BTD.device)
@@ -19,9 +19,9 @@ def token_positions(x_BTD: Tensor, shard: Shard | None, cache: LayerCache | None
 
 
 def rotate(positions_T: Tensor, base: float, *tensors_BTHK: Tensor) -> list[Tensor]:
-    """Turns each pair of channels i, i + K/2 of every tensor by the angle position * base**(-2i/K).
+    """Turn each pair of channels i and i + K/2 of every tensor by the angle position * base**(-2i/K).
 
-    K is even. Angles are taken in fp64, as fp32 is off by 0.06 rad a million tokens away; the rotation is done in the
+    K is even. Angles are fp64, because fp32 is off by 0.06 rad at position one million. The rotation is computed in the
     dtype of the tensors, at least fp32, and rounded once.
     """
     half = tensors_BTHK[0].shape[-1] // 2

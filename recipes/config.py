@@ -9,7 +9,7 @@ from typing import Any, Literal
 import hybrid_sp as hsp
 from hybrid_sp.comm.groups import Group
 from hybrid_sp.comm.link import Link
-from layers.spec import ModelConfig, expand_pattern, pattern_letters
+from layers.config import ModelConfig, expand_pattern, pattern_letters
 
 FORMAT = 1  # of recipe.yaml and of checkpoints; raise it for every change that older code would misread
 NAME_BYTES = 240  # file systems allow 255; the rest is for the suffix of a folder that is moved aside

@@ -11,7 +11,8 @@ from hybrid_sp.comm.groups import Group
 from hybrid_sp.comm.link import Link
 from hybrid_sp.exchange import choose
 from hybrid_sp.exchange.auto import Choice, measure_link
-from layers.spec import block_specs, expand_pattern
+from layers.config import block_specs, expand_pattern
+from layers.registry import mixer_cost
 from recipes.config import Recipe
 
 
@@ -58,8 +59,8 @@ def strategy(recipe: Recipe, sp: hsp.SequenceParallel) -> Strategy:
     batch = 1 if recipe.data.pack else recipe.train.batch // (recipe.parallel.dp * recipe.train.accumulation)
     number_bytes = 8 if recipe.train.dtype == "float64" else 4
     linear: dict[str, Choice] = {}
-    for name, (spec, place) in zip(expand_pattern(recipe.model), block_specs(recipe.model), strict=True):
-        for summary in spec.cost(place).summaries:
+    for name, (spec, context) in zip(expand_pattern(recipe.model), block_specs(recipe.model), strict=True):
+        for summary in mixer_cost(spec, context).summaries:
             state, transition = (batch * summary.heads * number_bytes * n for n in summary.numbers)
             linear[name] = choose(sp, state_bytes=state, transition_bytes=transition)
     return Strategy(linear=linear, softmax=sp.softmax, link=sp.link if sp.linear == "auto" else None)

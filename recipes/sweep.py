@@ -24,7 +24,8 @@ from typing import IO, Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from layers.spec import block_specs, expand_pattern
+from layers.config import block_specs, expand_pattern
+from layers.registry import mixer_cost
 from recipes import config, lock, record
 from recipes.load import file_name, load_recipe
 from recipes.typed_yaml import Written, key_and_text, override, read, refuse_text, typed
@@ -217,7 +218,7 @@ def _experiment(recipe: config.Recipe) -> str:
     in the model.
     """
     pattern, values = list(expand_pattern(recipe.model)), _recipe_values(recipe)
-    costs = [spec.cost(place) for spec, place in block_specs(recipe.model)]
+    costs = [mixer_cost(spec, context) for spec, context in block_specs(recipe.model)]
     if not any(cost.summaries for cost in costs):
         values |= {"parallel.linear": None, "parallel.link": None}
     if not any(cost.attention for cost in costs):

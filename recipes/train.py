@@ -26,8 +26,8 @@ import hybrid_sp as hsp
 from hybrid_sp.comm import collectives, groups
 from hybrid_sp.comm.trace import rank_events
 from hybrid_sp.mesh import DeviceMesh, whole_group
+from layers.config import expand_pattern, model_facts, pattern_letters
 from layers.model import HybridLM
-from layers.spec import expand_pattern, model_facts, pattern_letters
 from recipes import checkpoint, config, data, generate, optim, record, tracker
 from recipes.allocator import keep_freed_memory
 from recipes.config import Recipe, RecipeError

@@ -1,6 +1,6 @@
-"""The mixers, one a file. This list is what makes them known to the registry."""
+"""The mixers, one per file. Importing them here registers them."""
 
-from layers.mixers import (
+from layers.mixers import (  # noqa: F401
     based,
     delta_net,
     gated_delta_net,
@@ -16,20 +16,3 @@ from layers.mixers import (
     sliding_window,
     softmax,
 )
-
-__all__ = [
-    "based",
-    "delta_net",
-    "gated_delta_net",
-    "gla",
-    "hgrn2",
-    "kda",
-    "lightning",
-    "linear",
-    "mamba2",
-    "rebased",
-    "retention",
-    "rwkv6",
-    "sliding_window",
-    "softmax",
-]

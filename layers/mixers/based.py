@@ -1,11 +1,11 @@
-"""The linear attention of Based (arXiv 2402.18668): the exponential of softmax attention to its second order.
+"""The linear attention of Based (arXiv 2402.18668): the exponential of softmax attention to second order.
 
     y_t = (sum over s <= t of w_ts v_s / sum over s <= t of w_ts) W_o
     w_ts = 1 + x + x^2 / 2        x = q_t . k_s / sqrt(d)
 
-Queries and keys have d = `feature_dim` channels. w is a product of features f(q_t) . f(k_s): 1, d and d (d + 1) / 2 of
-them, 153 for d = 16, because the product of two channels does not depend on their order. w is at least 1/2, so the mean
-needs no output norm.
+Queries and keys have d = `feature_dim` channels. w is a product of features f(q_t) . f(k_s). Their number is
+1 + d + d (d + 1) / 2, 153 for d = 16, because the product of two channels does not depend on their order.
+w is at least 1/2, so the weighted mean needs no output norm.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from layers.cost import Cost
-from layers.recurrence import Form, Inputs, RecurrentMixer
-from layers.registry import Place, register
+from layers.recurrence import MixerShape, RecurrenceInputs, RecurrentMixer
+from layers.registry import BlockContext, register
 
 
 @register("based")
@@ -32,42 +31,41 @@ class BasedSpec:
         if self.feature_dim <= 0:
             raise ValueError(f"feature_dim of based is {self.feature_dim}; it must be greater than 0")
 
-    def form(self, place: Place) -> Form:
+    def shape(self, context: BlockContext) -> MixerShape:
         features = 1 + self.feature_dim + pairs(self.feature_dim)
-        return Form(
-            heads=place.heads,
+        return MixerShape(
+            heads=context.heads,
             key=features,
-            value=place.width(),
+            value=context.width(),
             features=self.feature_dim,
             normalize=True,
             scale=1.0,
         )
 
-    def cost(self, place: Place) -> Cost:
-        return self.form(place).cost(place.dim)
-
-    def build(self, place: Place) -> RecurrentMixer:
-        return RecurrentMixer(self.form(place), place, BasedRule())
+    def build(self, context: BlockContext) -> RecurrentMixer:
+        return RecurrentMixer(self.shape(context), context, BasedRule())
 
 
 class BasedRule(nn.Module):
-    def forward(self, x_BTD: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, positions_T: Tensor) -> Inputs:
-        return Inputs(taylor_features(q_BTHK), taylor_features(k_BTHK), v_BTHV)
+    def forward(
+        self, x_BTD: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, positions_T: Tensor
+    ) -> RecurrenceInputs:
+        return RecurrenceInputs(taylor_features(q_BTHK), taylor_features(k_BTHK), v_BTHV)
 
 
 def taylor_features(x_BTHK: Tensor) -> Tensor:
-    """f with f(q) . f(k) = 1 + x + x^2 / 2, x = q . k / sqrt(K): all of x^0, x^1 and x^2, each in its own scale."""
+    """Map x to f(x) with f(q) . f(k) = 1 + s + s^2 / 2 for s = q . k / sqrt(K)."""
     scaled = x_BTHK / x_BTHK.shape[-1] ** 0.25
     return torch.cat([torch.ones_like(x_BTHK[..., :1]), scaled, squares(scaled) / 2**0.5], dim=-1)
 
 
 def squares(x_BTHK: Tensor) -> Tensor:
-    """f with f(q) . f(k) = (q . k)^2: the products x_i x_j for i <= j, those of two channels times sqrt(2)."""
+    """Map x to f(x) with f(q) . f(k) = (q . k)^2: x_i^2, and sqrt(2) x_i x_j for i < j."""
     twice = x_BTHK * 2**0.5
     products = [twice[..., i : i + 1] * x_BTHK[..., i + 1 :] for i in range(x_BTHK.shape[-1] - 1)]
     return torch.cat([x_BTHK.square(), *products], dim=-1)
 
 
 def pairs(dim: int) -> int:
-    """How many features `squares` makes of `dim` channels."""
+    """Count the features that `squares` makes of `dim` channels."""
     return dim * (dim + 1) // 2

@@ -1,10 +1,10 @@
-"""DeltaNet (arXiv 2102.11174), with the short convolutions and normalised keys of arXiv 2406.06484.
+"""The DeltaNet mixer (arXiv 2102.11174), with the short convolutions and normalised keys of arXiv 2406.06484.
 
     S_t = (I - b_t k_t^T k_t) S_(t-1) + b_t k_t^T v_t        b_t = sigmoid(x_t W_b)
     y_t = (RMSNorm(q_t S_t / sqrt(K)) [* silu(g_t)]) W_o     the gate only with output_gate
 
-b_t is twice that with negative_eigenvalues (arXiv 2411.12537). q, k and v pass through a short convolution with SiLU,
-then q and k are divided by their length. The norm is per head.
+With negative_eigenvalues b_t is twice as large (arXiv 2411.12537). q, k and v pass through a short convolution with
+SiLU. Then q and k are divided by their length. The norm is per head.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from typing import ClassVar
 
 import torch.nn.functional as F
 
-from layers.cost import Cost
 from layers.delta import DeltaRule
-from layers.recurrence import Form, RecurrentMixer
-from layers.registry import Place, at_least, register
+from layers.recurrence import MixerShape, RecurrentMixer
+from layers.registry import BlockContext, at_least, register
 
 
 @register("delta_net")
@@ -34,19 +33,16 @@ class DeltaNetSpec:
     def __post_init__(self) -> None:
         at_least(2, "delta_net", conv=self.conv)
 
-    def form(self, place: Place) -> Form:
-        return Form(
-            heads=place.heads,
-            key=place.width(self.expand_k, option="expand_k"),
-            value=place.width(self.expand_v, option="expand_v"),
+    def shape(self, context: BlockContext) -> MixerShape:
+        return MixerShape(
+            heads=context.heads,
+            key=context.width(self.expand_k, option="expand_k"),
+            value=context.width(self.expand_v, option="expand_v"),
             conv=self.conv,
             delta=True,
             gate=F.silu if self.output_gate else None,
         )
 
-    def cost(self, place: Place) -> Cost:
-        return self.form(place).cost(place.dim) + Cost(matrices=place.dim * place.heads)
-
-    def build(self, place: Place) -> RecurrentMixer:
-        rule = DeltaRule(place.dim, place.heads, steps=None, negative=self.negative_eigenvalues)
-        return RecurrentMixer(self.form(place), place, rule)
+    def build(self, context: BlockContext) -> RecurrentMixer:
+        rule = DeltaRule(context.dim, context.heads, steps=None, negative=self.negative_eigenvalues)
+        return RecurrentMixer(self.shape(context), context, rule)

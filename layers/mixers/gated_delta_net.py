@@ -1,10 +1,10 @@
-"""Gated DeltaNet (arXiv 2412.06464), as Qwen3-Next has it with fewer heads of keys than of values.
+"""The Gated DeltaNet mixer (arXiv 2412.06464). As in Qwen3-Next, values may have more heads than keys.
 
     S_t = a_t (I - b_t k_t^T k_t) S_(t-1) + b_t k_t^T v_t    log a_t = -exp(A_log) softplus(x_t W_a + dt_bias) per head
     y_t = (RMSNorm(q_t S_t / sqrt(K)) * silu(g_t)) W_o       b_t = sigmoid(x_t W_b)
 
-b_t is twice that with negative_eigenvalues (arXiv 2411.12537). q, k and v pass through a short convolution with SiLU,
-then q and k are divided by their length. The norm is per head. Values have twice the width of keys.
+With negative_eigenvalues b_t is twice as large (arXiv 2411.12537). q, k and v pass through a short convolution with
+SiLU. Then q and k are divided by their length. The norm is per head. Values have twice the width of keys.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import nn
 
-from layers.cost import Cost
 from layers.delta import DeltaRule
-from layers.recurrence import Form, RecurrentMixer
-from layers.registry import Place, at_least, register
-from layers.steps import Steps
+from layers.recurrence import MixerShape, RecurrentMixer
+from layers.registry import BlockContext, at_least, register
+from layers.timestep import TimeStep
 
 
 @register("gated_delta_net")
@@ -37,23 +36,19 @@ class GatedDeltaNetSpec:
         at_least(0, "gated_delta_net", key_heads=self.key_heads)
         at_least(2, "gated_delta_net", conv=self.conv)
 
-    def form(self, place: Place) -> Form:
-        return Form(
-            heads=place.heads,
-            key=place.width(self.expand_k, option="expand_k"),
-            value=place.width(self.expand_v, option="expand_v"),
-            groups=place.groups(self.key_heads, option="key_heads"),
+    def shape(self, context: BlockContext) -> MixerShape:
+        return MixerShape(
+            heads=context.heads,
+            key=context.width(self.expand_k, option="expand_k"),
+            value=context.width(self.expand_v, option="expand_v"),
+            groups=context.groups(self.key_heads, option="key_heads"),
             conv=self.conv,
             decay="scalar",
             delta=True,
             gate=F.silu,
         )
 
-    def cost(self, place: Place) -> Cost:
-        gates = Cost(matrices=2 * place.dim * place.heads, vectors=2 * place.heads)  # beta and decay
-        return self.form(place).cost(place.dim) + gates
-
-    def build(self, place: Place) -> RecurrentMixer:
-        steps = Steps(nn.Linear(place.dim, place.heads, bias=False), place.heads)
-        rule = DeltaRule(place.dim, place.heads, steps, negative=self.negative_eigenvalues)
-        return RecurrentMixer(self.form(place), place, rule)
+    def build(self, context: BlockContext) -> RecurrentMixer:
+        steps = TimeStep(nn.Linear(context.dim, context.heads, bias=False), context.heads)
+        rule = DeltaRule(context.dim, context.heads, steps, negative=self.negative_eigenvalues)
+        return RecurrentMixer(self.shape(context), context, rule)

@@ -1,9 +1,9 @@
-"""Gated linear attention, GLA (arXiv 2312.06635).
+"""The gated linear attention mixer, GLA (arXiv 2312.06635).
 
     S_t = diag(a_t) S_(t-1) + k_t^T v_t        log a_t = logsigmoid(x_t W_1 W_2 + b) / 16
     y_t = (RMSNorm(q_t S_t / sqrt(K)) * silu(g_t)) W_o
 
-The norm is per head. W_1 and W_2 meet in 16 channels. Keys have half the channels of the model, values all of them.
+The norm is per head. W_1 W_2 has rank 16. Keys have half as many channels as the model, values as many.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from layers.cost import Cost
 from layers.precision import keep_wide
-from layers.recurrence import Form, Inputs, RecurrentMixer
-from layers.registry import Place, register
+from layers.recurrence import MixerShape, RecurrenceInputs, RecurrentMixer
+from layers.registry import BlockContext, register
 
 
 @register("gla")
@@ -30,7 +29,7 @@ class GLASpec:
 
     expand_k: float = 0.5
     expand_v: float = 1.0
-    gate_rank: int = 16
+    gate_rank: int = 16  # of W_1 W_2
     temperature: float = 16.0
 
     def __post_init__(self) -> None:
@@ -38,18 +37,13 @@ class GLASpec:
             if getattr(self, option) <= 0:
                 raise ValueError(f"{option} of gla is {getattr(self, option)}; it must be greater than 0")
 
-    def form(self, place: Place) -> Form:
-        key, value = place.width(self.expand_k, option="expand_k"), place.width(self.expand_v, option="expand_v")
-        return Form(heads=place.heads, key=key, value=value, decay="vector", gate=F.silu)
+    def shape(self, context: BlockContext) -> MixerShape:
+        key, value = context.width(self.expand_k, option="expand_k"), context.width(self.expand_v, option="expand_v")
+        return MixerShape(heads=context.heads, key=key, value=value, decay="vector", gate=F.silu)
 
-    def cost(self, place: Place) -> Cost:
-        form = self.form(place)
-        keys = form.heads * form.key
-        return form.cost(place.dim) + Cost(matrices=self.gate_rank * (place.dim + keys), vectors=keys)
-
-    def build(self, place: Place) -> RecurrentMixer:
-        form = self.form(place)
-        return RecurrentMixer(form, place, GLARule(self, place.dim, form.heads * form.key))
+    def build(self, context: BlockContext) -> RecurrentMixer:
+        shape = self.shape(context)
+        return RecurrentMixer(shape, context, GLARule(self, context.dim, shape.heads * shape.key))
 
 
 class GLARule(nn.Module):
@@ -61,9 +55,11 @@ class GLARule(nn.Module):
         halves = nn.Linear(dim, spec.gate_rank, bias=False), nn.Linear(spec.gate_rank, keys)
         self.low_rank: Sequence[nn.Linear] = nn.ModuleList(halves)  # type: ignore[assignment]
 
-    def forward(self, x_BTD: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, positions_T: Tensor) -> Inputs:
+    def forward(
+        self, x_BTD: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, positions_T: Tensor
+    ) -> RecurrenceInputs:
         down, up = self.low_rank
         wide = torch.promote_types(x_BTD.dtype, torch.float32)
-        gate_BTC = F.linear(down(x_BTD), up.weight).to(wide) + up.bias.to(wide)  # the bias is wide, the product is not
+        gate_BTC = F.linear(down(x_BTD), up.weight).to(wide) + up.bias.to(wide)  # fp32 bias, bf16 product
         gate_BTHK = rearrange(gate_BTC, "b t (h k) -> b t h k", h=q_BTHK.shape[2])
-        return Inputs(q_BTHK, k_BTHK, v_BTHV, F.logsigmoid(gate_BTHK) / self.temperature)
+        return RecurrenceInputs(q_BTHK, k_BTHK, v_BTHV, F.logsigmoid(gate_BTHK) / self.temperature)

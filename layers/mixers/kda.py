@@ -1,11 +1,11 @@
-"""Kimi Delta Attention, KDA, the linear mixer of Kimi Linear (arXiv 2510.26692).
+"""The Kimi Delta Attention mixer, KDA, of Kimi Linear (arXiv 2510.26692).
 
     S_t = (I - b_t k_t^T k_t) diag(a_t) S_(t-1) + b_t k_t^T v_t    log a_t = -exp(A_log) softplus(x_t W_1 W_2 + dt_bias)
     y_t = (RMSNorm(q_t S_t / sqrt(K)) * sigmoid(x_t W_3 W_4)) W_o    b_t = sigmoid(x_t W_b)
 
-a_t has a number for every channel of a key, A_log one per head. W_1 and W_2 meet in as many channels as a value has,
-W_3 and W_4 too. b_t is twice that with negative_eigenvalues (arXiv 2411.12537). q, k and v pass through a short
-convolution with SiLU, then q and k are divided by their length. The norm is per head.
+a_t has one number per channel of a key, A_log one per head. The ranks of W_1 W_2 and W_3 W_4 are the width of a value.
+With negative_eigenvalues b_t is twice as large (arXiv 2411.12537). q, k and v pass through a short convolution with
+SiLU. Then q and k are divided by their length. The norm is per head.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from layers.cost import Cost
 from layers.delta import DeltaRule
-from layers.recurrence import Form, RecurrentMixer
-from layers.registry import Place, at_least, register
-from layers.steps import Steps
+from layers.recurrence import MixerShape, RecurrentMixer
+from layers.registry import BlockContext, at_least, register
+from layers.timestep import TimeStep
 
 
 @register("kda")
@@ -30,7 +29,7 @@ class KDASpec:
 
     expand_k: float = 1.0
     expand_v: float = 1.0
-    gate_rank: int = 0  # channels in which the two matrices of a gate meet; 0: as many as a value has
+    gate_rank: int = 0  # rank of the products of two matrices; 0: the width of a value
     conv: int = 4  # tokens that the short convolution reads
     negative_eigenvalues: bool = False
 
@@ -38,11 +37,11 @@ class KDASpec:
         at_least(0, "kda", gate_rank=self.gate_rank)
         at_least(2, "kda", conv=self.conv)
 
-    def form(self, place: Place) -> Form:
-        value = place.width(self.expand_v, option="expand_v")
-        return Form(
-            heads=place.heads,
-            key=place.width(self.expand_k, option="expand_k"),
+    def shape(self, context: BlockContext) -> MixerShape:
+        value = context.width(self.expand_v, option="expand_v")
+        return MixerShape(
+            heads=context.heads,
+            key=context.width(self.expand_k, option="expand_k"),
             value=value,
             conv=self.conv,
             decay="vector",
@@ -51,16 +50,10 @@ class KDASpec:
             gate_rank=self.gate_rank or value,
         )
 
-    def cost(self, place: Place) -> Cost:
-        form = self.form(place)
-        keys = form.heads * form.key
-        low_rank = Cost(matrices=form.gate_rank * (place.dim + keys), vectors=keys + form.heads)
-        return form.cost(place.dim) + low_rank + Cost(matrices=place.dim * form.heads)
-
-    def build(self, place: Place) -> RecurrentMixer:
-        form = self.form(place)
-        down = nn.Linear(place.dim, form.gate_rank, bias=False)
-        up = nn.Linear(form.gate_rank, form.heads * form.key, bias=False)
-        steps = Steps(nn.Sequential(down, up), form.heads, form.key)
-        rule = DeltaRule(place.dim, form.heads, steps, negative=self.negative_eigenvalues)
-        return RecurrentMixer(form, place, rule)
+    def build(self, context: BlockContext) -> RecurrentMixer:
+        shape = self.shape(context)
+        down = nn.Linear(context.dim, shape.gate_rank, bias=False)
+        up = nn.Linear(shape.gate_rank, shape.heads * shape.key, bias=False)
+        steps = TimeStep(nn.Sequential(down, up), shape.heads, shape.key)
+        rule = DeltaRule(context.dim, shape.heads, steps, negative=self.negative_eigenvalues)
+        return RecurrentMixer(shape, context, rule)

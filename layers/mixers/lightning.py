@@ -1,4 +1,4 @@
-"""Lightning attention: the decays of TransNormerLLM (arXiv 2307.14995), the gate and norm of MiniMax-01 (2501.08313).
+"""The lightning attention mixer: decays of TransNormerLLM (arXiv 2307.14995), gate and norm of MiniMax-01 (2501.08313).
 
     S_t = a S_(t-1) + silu(k_t)^T v_t        log a = -(8 h / H) (1 - l / depth) in head h of H in block l, both from 0
     y_t = (RMSNorm(silu(q_t) S_t / sqrt(K)) * sigmoid(g_t)) W_o
@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layers.cost import Cost
-from layers.recurrence import Form, Inputs, RecurrentMixer
-from layers.registry import Place, register
+from layers.recurrence import MixerShape, RecurrenceInputs, RecurrentMixer
+from layers.registry import BlockContext, register
 
 
 @register("lightning")
@@ -25,22 +24,23 @@ from layers.registry import Place, register
 class LightningSpec:
     letter: ClassVar[str] = "L"
 
-    def form(self, place: Place) -> Form:
-        width = place.width()
-        return Form(heads=place.heads, key=width, value=width, decay="fixed", gate=torch.sigmoid, joint_norm=True)
+    def shape(self, context: BlockContext) -> MixerShape:
+        width = context.width()
+        return MixerShape(
+            heads=context.heads, key=width, value=width, decay="fixed", gate=torch.sigmoid, joint_norm=True
+        )
 
-    def cost(self, place: Place) -> Cost:
-        return self.form(place).cost(place.dim)
-
-    def build(self, place: Place) -> RecurrentMixer:
-        return RecurrentMixer(self.form(place), place, LightningRule(place))
+    def build(self, context: BlockContext) -> RecurrentMixer:
+        return RecurrentMixer(self.shape(context), context, LightningRule(context))
 
 
 class LightningRule(nn.Module):
-    def __init__(self, place: Place) -> None:
+    def __init__(self, context: BlockContext) -> None:
         super().__init__()
-        self.slope = 8 / place.heads * (1 - place.layer / place.depth)
+        self.slope = 8 / context.heads * (1 - context.layer / context.depth)
 
-    def forward(self, x_BTD: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, positions_T: Tensor) -> Inputs:
+    def forward(
+        self, x_BTD: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, positions_T: Tensor
+    ) -> RecurrenceInputs:
         head_H = torch.arange(q_BTHK.shape[2], device=x_BTD.device, dtype=torch.float64)
-        return Inputs(F.silu(q_BTHK), F.silu(k_BTHK), v_BTHV, -self.slope * head_H)
+        return RecurrenceInputs(F.silu(q_BTHK), F.silu(k_BTHK), v_BTHV, -self.slope * head_H)

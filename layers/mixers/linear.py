@@ -1,8 +1,10 @@
-"""Basic linear attention (arXiv 2006.16236; without a normaliser arXiv 2502.07563, equations 3-4).
+"""The basic linear attention mixer (arXiv 2006.16236; without a normaliser arXiv 2502.07563, equations 3-4).
 
-S_t = S_(t-1) + f(k_t)^T v_t        z_t = z_(t-1) + f(k_t)
-y_t = RMSNorm(f(q_t) S_t / sqrt(K)) W_o                   normalize = False; the norm per head, as LASP-2 has it
-y_t = (f(q_t) S_t / (f(q_t) z_t)) W_o                     normalize = True, for an f that is not negative
+    S_t = S_(t-1) + f(k_t)^T v_t        z_t = z_(t-1) + f(k_t)
+    y_t = RMSNorm(f(q_t) S_t / sqrt(K)) W_o                   normalize = False; the norm is per head, as in LASP-2
+    y_t = (f(q_t) S_t / (f(q_t) z_t)) W_o                     normalize = True, for an f that is never negative
+
+The feature map f is elu+1, relu, softmax over the channels of a head, or the identity.
 """
 
 from __future__ import annotations
@@ -14,9 +16,8 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layers.cost import Cost
-from layers.recurrence import Form, Inputs, RecurrentMixer
-from layers.registry import Place, register, unknown
+from layers.recurrence import MixerShape, RecurrenceInputs, RecurrentMixer
+from layers.registry import BlockContext, register, unknown
 
 FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
@@ -43,14 +44,11 @@ class LinearSpec:
                 "'identity' can be; set normalize to false, or feature_map to elu+1, relu or softmax"
             )
 
-    def form(self, place: Place) -> Form:
-        return Form(heads=place.heads, key=place.width(), value=place.width(), normalize=self.normalize)
+    def shape(self, context: BlockContext) -> MixerShape:
+        return MixerShape(heads=context.heads, key=context.width(), value=context.width(), normalize=self.normalize)
 
-    def cost(self, place: Place) -> Cost:
-        return self.form(place).cost(place.dim)
-
-    def build(self, place: Place) -> RecurrentMixer:
-        return RecurrentMixer(self.form(place), place, LinearRule(FEATURE_MAPS[self.feature_map]))
+    def build(self, context: BlockContext) -> RecurrentMixer:
+        return RecurrentMixer(self.shape(context), context, LinearRule(FEATURE_MAPS[self.feature_map]))
 
 
 class LinearRule(nn.Module):
@@ -58,5 +56,7 @@ class LinearRule(nn.Module):
         super().__init__()
         self.feature_map = feature_map
 
-    def forward(self, x_BTD: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, positions_T: Tensor) -> Inputs:
-        return Inputs(self.feature_map(q_BTHK), self.feature_map(k_BTHK), v_BTHV)
+    def forward(
+        self, x_BTD: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, positions_T: Tensor
+    ) -> RecurrenceInputs:
+        return RecurrenceInputs(self.feature_map(q_BTHK), self.feature_map(k_BTHK), v_BTHV)

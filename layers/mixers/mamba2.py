@@ -1,11 +1,11 @@
-"""Mamba-2, structured state space duality (arXiv 2405.21060).
+"""The Mamba-2 mixer, structured state space duality (arXiv 2405.21060).
 
     S_t = a_t S_(t-1) + B_t^T (dt_t x_t)    log a_t = -exp(A_log) dt_t    dt_t = softplus(u_t W_dt + dt_bias) per head
     y_t = RMSNorm((C_t S_t + D x_t) * silu(z_t)) W_o
 
-u is the mixer's input; x, B, C and z are projected from it. x, B and C, the value, the key and the query of other
-linear mixers, pass through a short convolution with bias and SiLU. The heads of a group share B and C, and the norm is
-over the channels of a group.
+u is the mixer's input, from which x, B, C and z are projected. x, B and C are the value, key and query of other linear
+mixers, and pass through a short convolution with bias and SiLU. The heads of a group share B and C. The norm is over
+the channels of a group.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layers.cost import Cost
-from layers.recurrence import Form, Inputs, RecurrentMixer
-from layers.registry import Place, at_least, register
-from layers.steps import Steps
+from layers.recurrence import MixerShape, RecurrenceInputs, RecurrentMixer
+from layers.registry import BlockContext, at_least, register
+from layers.timestep import TimeStep
 
 
 @register("mamba2")
@@ -37,12 +36,12 @@ class Mamba2Spec:
         at_least(1, "mamba2", state=self.state, groups=self.groups)
         at_least(2, "mamba2", conv=self.conv)
 
-    def form(self, place: Place) -> Form:
-        return Form(
-            heads=place.heads,
+    def shape(self, context: BlockContext) -> MixerShape:
+        return MixerShape(
+            heads=context.heads,
             key=self.state,
-            value=place.width(self.expand),
-            groups=place.groups(self.groups, option="groups"),
+            value=context.width(self.expand),
+            groups=context.groups(self.groups, option="groups"),
             conv=self.conv,
             conv_bias=True,
             decay="scalar",
@@ -52,26 +51,24 @@ class Mamba2Spec:
             group_norm=True,
         )
 
-    def cost(self, place: Place) -> Cost:
-        steps = Cost(matrices=place.dim * place.heads, vectors=3 * place.heads)  # A_log, dt_bias and D
-        return self.form(place).cost(place.dim) + steps
-
-    def build(self, place: Place) -> RecurrentMixer:
-        return RecurrentMixer(self.form(place), place, Mamba2Rule(place))
+    def build(self, context: BlockContext) -> RecurrentMixer:
+        return RecurrentMixer(self.shape(context), context, Mamba2Rule(context))
 
 
 class Mamba2Rule(nn.Module):
-    def __init__(self, place: Place) -> None:
+    def __init__(self, context: BlockContext) -> None:
         super().__init__()
-        self.steps = Steps(nn.Linear(place.dim, place.heads, bias=False), place.heads)
-        self.D = nn.Parameter(torch.ones(place.heads))
+        self.steps = TimeStep(nn.Linear(context.dim, context.heads, bias=False), context.heads)
+        self.D = nn.Parameter(torch.ones(context.heads))
 
     @torch.no_grad()
-    def draw_weights(self, generator: torch.Generator | None = None) -> None:
-        """D is one."""
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Set D to ones."""
         self.D.fill_(1.0)
 
-    def forward(self, x_BTD: Tensor, C_BTGK: Tensor, B_BTGK: Tensor, x_BTHV: Tensor, positions_T: Tensor) -> Inputs:
+    def forward(
+        self, x_BTD: Tensor, C_BTGK: Tensor, B_BTGK: Tensor, x_BTHV: Tensor, positions_T: Tensor
+    ) -> RecurrenceInputs:
         dt_BTH, log_decay_BTH = self.steps(x_BTD)
         v_BTHV = (dt_BTH[..., None] * x_BTHV).to(x_BTHV.dtype)
-        return Inputs(C_BTGK, B_BTGK, v_BTHV, log_decay_BTH, skip=self.D[:, None] * x_BTHV)
+        return RecurrenceInputs(C_BTGK, B_BTGK, v_BTHV, log_decay_BTH, skip=self.D[:, None] * x_BTHV)

@@ -1,6 +1,6 @@
-"""Multi-scale retention, the mixer of RetNet (arXiv 2307.08621).
+"""The multi-scale retention mixer of RetNet (arXiv 2307.08621).
 
-    S_t = a S_(t-1) + R(k_t)^T v_t        a = 1 - 2^(-5-h) in head h, from 0; R turns by the angles of position t
+    S_t = a S_(t-1) + R(k_t)^T v_t        a = 1 - 2^(-5-h) in head h, from 0; R rotates by the angles of position t
     y_t = (RMSNorm(R(q_t) S_t / sqrt(K)) * silu(g_t)) W_o
 
 The norm is per head. Values are twice as wide as keys.
@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layers.cost import Cost
-from layers.recurrence import Form, Inputs, RecurrentMixer
-from layers.registry import Place, register
+from layers.recurrence import MixerShape, RecurrenceInputs, RecurrentMixer
+from layers.registry import BlockContext, register
 from layers.rotary import rotate
 
 
@@ -28,23 +27,22 @@ class RetentionSpec:
 
     expand_v: float = 2.0
 
-    def form(self, place: Place) -> Form:
-        value = place.width(self.expand_v, option="expand_v")
-        return Form(heads=place.heads, key=place.width(even=True), value=value, decay="fixed", gate=F.silu)
+    def shape(self, context: BlockContext) -> MixerShape:
+        value = context.width(self.expand_v, option="expand_v")
+        return MixerShape(heads=context.heads, key=context.width(even=True), value=value, decay="fixed", gate=F.silu)
 
-    def cost(self, place: Place) -> Cost:
-        return self.form(place).cost(place.dim)
-
-    def build(self, place: Place) -> RecurrentMixer:
-        return RecurrentMixer(self.form(place), place, RetentionRule(place))
+    def build(self, context: BlockContext) -> RecurrentMixer:
+        return RecurrentMixer(self.shape(context), context, RetentionRule(context))
 
 
 class RetentionRule(nn.Module):
-    def __init__(self, place: Place) -> None:
+    def __init__(self, context: BlockContext) -> None:
         super().__init__()
-        self.rope_base = place.rope_base
+        self.rope_base = context.rope_base
 
-    def forward(self, x_BTD: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, positions_T: Tensor) -> Inputs:
+    def forward(
+        self, x_BTD: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, positions_T: Tensor
+    ) -> RecurrenceInputs:
         q_BTHK, k_BTHK = rotate(positions_T, self.rope_base, q_BTHK, k_BTHK)
         head_H = torch.arange(q_BTHK.shape[2], device=x_BTD.device, dtype=torch.float64)
-        return Inputs(q_BTHK, k_BTHK, v_BTHV, torch.log1p(-torch.exp2(-5 - head_H)))
+        return RecurrenceInputs(q_BTHK, k_BTHK, v_BTHV, torch.log1p(-torch.exp2(-5 - head_H)))

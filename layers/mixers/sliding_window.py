@@ -1,11 +1,11 @@
-"""Sliding-window softmax attention: of the last `window` tokens, itself included (Longformer, arXiv 2004.05150).
+"""The sliding-window softmax mixer: attention to the last `window` tokens, itself included (arXiv 2004.05150).
 
     y_t = (sum over t - window < s <= t of softmax_s(R(q_t) . R(k_s) / sqrt(D / H)) v_s) W_o
 
-R turns by the angles of the token's position; query head h reads key-value head h // (H / kv_heads), as in softmax
-attention. It stands among the linear mixers (L): what it computes and keeps per token does not grow with the length, so
-a ratio mixes it with full softmax, as Gemma 2 does (arXiv 2408.00118), and a list of names mixes it with a recurrence,
-as Based does (arXiv 2402.18668).
+The source is Longformer. R rotates by the angles of the token's position, and query head h reads key-value head
+h // (H / kv_heads), as in softmax attention. Its letter is L, that of linear mixers, because its cost and memory per
+token do not grow with the length. A ratio therefore mixes it with full softmax, as Gemma 2 does (arXiv 2408.00118).
+A list of names mixes it with a recurrence, as Based does (arXiv 2402.18668).
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from layers.cost import Cost
 from layers.mixers.softmax import SoftmaxMixer
-from layers.registry import Place, register
+from layers.registry import BlockContext, register
 
 
 @register("sliding_window")
@@ -29,8 +28,5 @@ class SlidingWindowSpec:
         if self.window <= 0:
             raise ValueError(f"window of sliding_window is {self.window}; it must be greater than 0")
 
-    def cost(self, place: Place) -> Cost:
-        return SoftmaxMixer.cost(place, self.window)
-
-    def build(self, place: Place) -> SoftmaxMixer:
-        return SoftmaxMixer(place, self.window)
+    def build(self, context: BlockContext) -> SoftmaxMixer:
+        return SoftmaxMixer(context, self.window)

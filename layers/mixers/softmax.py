@@ -1,8 +1,8 @@
-"""Softmax attention with rotary positions (arXiv 2104.09864) and shared key-value heads (GQA, arXiv 2305.13245).
+"""The softmax attention mixer, with rotary positions (arXiv 2104.09864) and grouped queries (GQA, arXiv 2305.13245).
 
     y_t = (sum over s <= t of softmax_s(R(q_t) . R(k_s) / sqrt(D / H)) v_s) W_o
 
-R turns by the angles of the token's position; query head h reads key-value head h // (H / kv_heads).
+R rotates by the angles of the token's position. Query head h reads key-value head h // (H / kv_heads).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch import Tensor, nn
 import hybrid_sp as hsp
 from hybrid_sp.shard import Shard
 from layers.cache import LayerCache
-from layers.cost import Attention, Cost
-from layers.heads import HeadProjection
-from layers.registry import Place, register
+from layers.cost import Attention, Cost, count_parameters
+from layers.projection import HeadProjection
+from layers.registry import BlockContext, register
 from layers.rotary import rotate, token_positions
 
 
@@ -30,27 +30,24 @@ from layers.rotary import rotate, token_positions
 class SoftmaxSpec:
     letter: ClassVar[str] = "N"
 
-    def cost(self, place: Place) -> Cost:
-        return SoftmaxMixer.cost(place)
-
-    def build(self, place: Place) -> SoftmaxMixer:
-        return SoftmaxMixer(place)
+    def build(self, context: BlockContext) -> SoftmaxMixer:
+        return SoftmaxMixer(context)
 
 
 class SoftmaxMixer(nn.Module):
-    """Attention to all tokens up to one's own, or with a `window` to the last so many of them."""
+    """Attend from every token to all tokens up to itself, or to the last `window` of them."""
 
-    def __init__(self, place: Place, window: int | None = None) -> None:
+    def __init__(self, context: BlockContext, window: int | None = None) -> None:
         super().__init__()
-        width = place.width(even=True)
-        self.rope_base, self.window = place.rope_base, window
-        self.backend = place.backend_of("softmax_attention")
-        self.kv_shape = (place.kv_heads, width)
-        self.project = HeadProjection(place.dim, [(place.heads, width), self.kv_shape, self.kv_shape])
-        self.output = nn.Linear(place.heads * width, place.dim, bias=False)
+        width = context.width(even=True)
+        self.rope_base, self.window = context.rope_base, window
+        self.backend = context.backend_of("softmax_attention")
+        self.kv_shape = (context.kv_heads, width)
+        self.project = HeadProjection(context.dim, [(context.heads, width), self.kv_shape, self.kv_shape])
+        self.output = nn.Linear(context.heads * width, context.dim, bias=False)
 
     def init_cache(self, batch: int) -> LayerCache:
-        """No keys and no values yet."""
+        """Make a cache without keys and values."""
         none_BTGK = self.output.weight.new_zeros(batch, 0, *self.kv_shape)
         return LayerCache(position=0, tensors=(none_BTGK, none_BTGK))
 
@@ -75,14 +72,12 @@ class SoftmaxMixer(nn.Module):
             pairs = zip(cache.tensors, (k_BTGK, v_BTGK), strict=True)
             k_BTGK, v_BTGK = (torch.cat(pair, dim=1)[:, kept] for pair in pairs)
             cache = cache.extended(tokens, k_BTGK, v_BTGK)
-        if not first:  # the only query is the last token, which sees all keys that are kept
+        if not first:  # the only query is the last token, which sees all keys in the cache
             o_BTHK = attend(k_BTGK, v_BTGK, causal=False)
         return self.output(rearrange(o_BTHK, "b t h k -> b t (h k)")), cache
 
-    @staticmethod
-    def cost(place: Place, window: int | None = None) -> Cost:
-        """The cost of a mixer built from the same arguments."""
-        width = place.width(even=True)
-        attention = Attention(heads=place.heads, kv_heads=place.kv_heads, width=width, window=window)
-        matrices = place.dim * 2 * (place.heads + place.kv_heads) * width
-        return Cost(matrices=matrices, attention=(attention,))
+    def cost(self) -> Cost:
+        """Add the cost of attention to the mixer's parameters."""
+        (heads, width), (kv_heads, _), _ = self.project.sizes
+        attention = Attention(heads=heads, kv_heads=kv_heads, width=width, window=self.window)
+        return count_parameters(self) + Cost(attention=(attention,))

@@ -10,12 +10,12 @@ import pytest
 from analysis import families, plots, report
 from analysis.points import group_runs, ratio_table
 from analysis.runs import read_folder
-from layers.registry import MIXERS, Place, mixer_spec
+from layers.registry import MIXERS, BlockContext, mixer_cost, mixer_spec
 from tests.analysis.fabricated import write_run
 
 ROOT = Path(__file__).parents[2]
 KEPT = ROOT / "analysis/results/mixers"
-PLACE = Place(dim=32, heads=4, kv_heads=2, layer=1, depth=4, norm_eps=1e-6, rope_base=100.0)
+CONTEXT = BlockContext(dim=32, heads=4, kv_heads=2, layer=1, depth=4, norm_eps=1e-6, rope_base=100.0)
 KINDS = {  # family, numbers of a layer's state, tokens of its convolution
     "linear": ("no decay", 4 * 8 * 8, "none"),
     "based": ("polynomial features", 4 * 153 * (8 + 1), "none"),
@@ -36,8 +36,8 @@ KINDS = {  # family, numbers of a layer's state, tokens of its convolution
 @pytest.mark.parametrize("name", MIXERS)
 def test_what_each_mixer_is_and_keeps(name: str) -> None:
     spec = mixer_spec(name)
-    facts = spec.cost(PLACE)
-    got = families.family(spec, PLACE), families.state(facts), families.convolution(facts)
+    facts = mixer_cost(spec, CONTEXT)
+    got = families.family(spec, CONTEXT), families.state(facts), families.convolution(facts)
     if name == "softmax":
         assert got == ("softmax", "32 a token", "none")
     else:

@@ -16,11 +16,11 @@ from hybrid_sp.comm.groups import Group
 from hybrid_sp.comm.link import Link
 from hybrid_sp.exchange import EXCHANGES
 from hybrid_sp.shard import LAYOUTS
-from layers.registry import MIXERS, Place, mixer_spec
+from layers.registry import MIXERS, BlockContext, mixer_cost, mixer_spec
 from tests.support.ranks import run_ranks
 from tests.support.tiers import tiered
 
-PLACE = Place(dim=16, heads=4, kv_heads=2, layer=1, depth=4, norm_eps=1e-6, rope_base=100.0)
+CONTEXT = BlockContext(dim=16, heads=4, kv_heads=2, layer=1, depth=4, norm_eps=1e-6, rope_base=100.0)
 OPTIONS = {"sliding_window": {"window": 5}}  # fits into a span
 LENGTH = 48
 LINK = Link(latency=1e-6, bandwidth=1e9)  # on which "auto" finds different exchanges for different mixers
@@ -40,8 +40,8 @@ def count(
     shard = hsp.SequenceParallel(group, layout=layout, link=link, check="calls", **strategies).shard(LENGTH)
     counted = {}
     for name in names:
-        mixer = mixer_spec(name, **OPTIONS.get(name, {})).build(PLACE).to(dtype)
-        x = torch.randn(2, shard.tokens, PLACE.dim, dtype=dtype, requires_grad=True)
+        mixer = mixer_spec(name, **OPTIONS.get(name, {})).build(CONTEXT).to(dtype)
+        x = torch.randn(2, shard.tokens, CONTEXT.dim, dtype=dtype, requires_grad=True)
         with hsp.ledger() as book:
             if again:
                 y, _ = checkpoint(mixer, x, shard, use_reentrant=False, context_fn=hsp.checkpoint_contexts)
@@ -64,7 +64,7 @@ def test_every_mixer_sends_what_its_cost_says(P: int, layout: str, linear: str) 
     cut = Setting(P=P, world=P, spans=spans, B=2, passes=1, L=LENGTH, kv_bytes=4, linear=linear, link=LINK)
     for rank, counted in enumerate(run_ranks(count, P, layout, LINK, list(MIXERS), linear=linear)):
         for name, bytes_ in counted.items():
-            said = volume(mixer_spec(name, **OPTIONS.get(name, {})).cost(PLACE), cut, rank)
+            said = volume(mixer_cost(mixer_spec(name, **OPTIONS.get(name, {})), CONTEXT), cut, rank)
             assert bytes_ == (said.forward, said.backward), f"{name} on rank {rank} of {P}, {layout}, {linear}"
 
 
@@ -74,7 +74,7 @@ def test_keys_that_are_not_kept_are_sent_again(layout: str) -> None:
     cut = Setting(P=3, world=3, spans=LAYOUTS.index(layout) + 1, B=2, passes=1, L=LENGTH, kv_bytes=4, keep_kv=False)
     for rank, counted in enumerate(run_ranks(count, 3, layout, LINK, names, keep_kv=False, kv_heads_per_gather=1)):
         for name, bytes_ in counted.items():
-            said = volume(mixer_spec(name, **OPTIONS.get(name, {})).cost(PLACE), cut, rank)
+            said = volume(mixer_cost(mixer_spec(name, **OPTIONS.get(name, {})), CONTEXT), cut, rank)
             assert bytes_ == (said.forward, said.backward), f"{name} on rank {rank}, {layout}"
 
 
@@ -87,7 +87,7 @@ def test_baselines_send_what_their_cost_says(layout: str, linear: str, softmax: 
     ring = softmax == "ring"
     P, spans = 3 if ring else 2, LAYOUTS.index(layout) + 1
     cut = Setting(P=P, world=P, spans=spans, B=2, passes=1, L=LENGTH, kv_bytes=4, linear=linear, softmax=softmax)
-    facts = {name: mixer_spec(name, **OPTIONS.get(name, {})).cost(PLACE) for name in MIXERS}
+    facts = {name: mixer_cost(mixer_spec(name, **OPTIONS.get(name, {})), CONTEXT) for name in MIXERS}
     names = []
     for name, one in facts.items():
         try:
@@ -111,7 +111,7 @@ def test_a_checkpoint_sends_again_by_a_baseline_alone_and_fp64_twice_the_bytes(l
     strategies = {"dtype": torch.float64, "again": True, "linear": linear, "softmax": softmax}
     for rank, counted in enumerate(run_ranks(count, 2, "contiguous", LINK, names, **strategies)):
         for name, bytes_ in counted.items():
-            facts = mixer_spec(name).cost(PLACE)
+            facts = mixer_cost(mixer_spec(name), CONTEXT)
             said, once = volume(facts, cut, rank, again=True), volume(facts, cut, rank)
             assert bytes_ == (said.forward, said.backward), f"{name} on rank {rank}, {linear}, {softmax}"
             baseline = softmax != "all_gather" if name == "softmax" else linear != "all_gather"
@@ -121,10 +121,10 @@ def test_a_checkpoint_sends_again_by_a_baseline_alone_and_fp64_twice_the_bytes(l
 def test_auto_needs_the_link_by_which_it_has_chosen() -> None:
     cut = Setting(P=2, world=2, spans=1, B=2, passes=1, L=LENGTH, kv_bytes=4, linear="auto")
     with pytest.raises(ValueError, match="link by which .* neither in the recipe nor in the provenance"):
-        volume(mixer_spec("gla").cost(PLACE), cut)
+        volume(mixer_cost(mixer_spec("gla"), CONTEXT), cut)
     chosen = {
         exchange(summary, replace(cut, P=3, spans=2, link=LINK))
         for name in MIXERS
-        for summary in mixer_spec(name, **OPTIONS.get(name, {})).cost(PLACE).summaries
+        for summary in mixer_cost(mixer_spec(name, **OPTIONS.get(name, {})), CONTEXT).summaries
     }
     assert len(chosen) > 1

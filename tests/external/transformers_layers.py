@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hybrid_sp as hsp
-from layers.recurrence import Form, Inputs, RecurrentMixer
-from layers.registry import Place, mixer_spec
+from layers.recurrence import MixerShape, RecurrenceInputs, RecurrentMixer
+from layers.registry import BlockContext, mixer_spec
 from tests.external.program import Errors, report
 from tests.support.oracle import relative
 
@@ -32,7 +32,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDel
 
 DIM, HEADS, TOKENS = 24, 4, 139
 DOCUMENTS = (0, 1, 3, 70, 71, TOKENS)  # some shorter than a convolution, one longer than a chunk of theirs
-PLACE = Place(dim=DIM, heads=HEADS, kv_heads=HEADS, layer=0, depth=2, norm_eps=1e-5, rope_base=1e4)
+CONTEXT = BlockContext(dim=DIM, heads=HEADS, kv_heads=HEADS, layer=0, depth=2, norm_eps=1e-5, rope_base=1e4)
 
 Weights = dict[str, Tensor]
 
@@ -57,7 +57,7 @@ def qwen3_next() -> Comparison:
         linear_num_value_heads=HEADS,
         linear_key_head_dim=K,
         linear_value_head_dim=V,
-        rms_norm_eps=PLACE.norm_eps,
+        rms_norm_eps=CONTEXT.norm_eps,
     )
 
     def rename(w: Weights) -> Weights:
@@ -76,7 +76,7 @@ def qwen3_next() -> Comparison:
             "output.weight": w["out_proj.weight"],
         }
 
-    ours = mixer_spec("gated_delta_net", expand_k=K * HEADS / DIM, expand_v=V * HEADS / DIM, key_heads=G).build(PLACE)
+    ours = mixer_spec("gated_delta_net", expand_k=K * HEADS / DIM, expand_v=V * HEADS / DIM, key_heads=G).build(CONTEXT)
     return Comparison(theirs=Qwen3NextGatedDeltaNet(config, layer_idx=0), ours=ours, rename=rename)
 
 
@@ -87,7 +87,7 @@ def kimi_linear() -> Comparison:
         layer_types=["linear_attention"],
         linear_num_heads=HEADS,
         linear_head_dim=DIM // HEADS,
-        rms_norm_eps=PLACE.norm_eps,
+        rms_norm_eps=CONTEXT.norm_eps,
     )
 
     def rename(w: Weights) -> Weights:
@@ -105,7 +105,7 @@ def kimi_linear() -> Comparison:
             "output.weight": w["o_proj.weight"],
         }
 
-    ours = mixer_spec("kda").build(PLACE)
+    ours = mixer_spec("kda").build(CONTEXT)
     return Comparison(theirs=KimiLinearDeltaAttention(config, layer_idx=0), ours=ours, rename=rename)
 
 
@@ -119,7 +119,7 @@ def mamba2() -> Comparison:
         state_size=state,
         n_groups=G,
         chunk_size=32,
-        layer_norm_epsilon=PLACE.norm_eps,
+        layer_norm_epsilon=CONTEXT.norm_eps,
     )
 
     def rename(w: Weights) -> Weights:
@@ -138,7 +138,7 @@ def mamba2() -> Comparison:
             "output.weight": w["out_proj.weight"],
         }
 
-    ours = mixer_spec("mamba2", state=state, groups=G).build(PLACE)
+    ours = mixer_spec("mamba2", state=state, groups=G).build(CONTEXT)
     return Comparison(theirs=Mamba2Mixer(config, layer_idx=0), ours=ours, rename=rename)
 
 
@@ -149,8 +149,8 @@ class MiniMaxRule(nn.Module):
         super().__init__()
         self.slopes_H = slopes_H
 
-    def forward(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Inputs:
-        return Inputs(F.silu(q), F.silu(k), F.silu(v), -self.slopes_H)
+    def forward(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> RecurrenceInputs:
+        return RecurrenceInputs(F.silu(q), F.silu(k), F.silu(v), -self.slopes_H)
 
 
 def minimax() -> Comparison:
@@ -174,9 +174,11 @@ def minimax() -> Comparison:
             "output.weight": w["out_proj.weight"],
         }
 
-    form = Form(heads=HEADS, key=width, value=width, decay="fixed", scale=1.0, gate=torch.sigmoid, joint_norm=True)
-    place = Place(**{**vars(PLACE), "norm_eps": theirs.norm.variance_epsilon})
-    ours = RecurrentMixer(form, place, MiniMaxRule(theirs.slope_rate.flatten().double()))
+    shape = MixerShape(
+        heads=HEADS, key=width, value=width, decay="fixed", scale=1.0, gate=torch.sigmoid, joint_norm=True
+    )
+    context = BlockContext(**{**vars(CONTEXT), "norm_eps": theirs.norm.variance_epsilon})
+    ours = RecurrentMixer(shape, context, MiniMaxRule(theirs.slope_rate.flatten().double()))
     return Comparison(theirs=theirs, ours=ours, rename=rename, call=lambda layer, x: layer(x, None, None)[0])
 
 

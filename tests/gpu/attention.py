@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hybrid_sp as hsp
-import layers.spec  # noqa: F401 (registers the mixers)
-from layers.registry import Place, mixer_spec
+import layers.config  # noqa: F401 (registers the mixers)
+from layers.registry import BlockContext, mixer_spec
 from tests.support.oracle import relative
 
 Tensors = dict[str, Tensor]
@@ -64,9 +64,9 @@ def check_softmax(kind: str, backend: str, device: torch.device, dtype: torch.dt
 
 def check_mixer(name: str, device: torch.device, length: int, dim: int) -> None:
     """A mixer as a module in fp32: output and every gradient, within 1e-4 of fp64 on the CPU."""
-    place = Place(dim=dim, heads=4, kv_heads=4, layer=0, depth=2, norm_eps=1e-6, rope_base=10000.0)
+    context = BlockContext(dim=dim, heads=4, kv_heads=4, layer=0, depth=2, norm_eps=1e-6, rope_base=10000.0)
     torch.manual_seed(0)
-    mixer = mixer_spec(name).build(place)
+    mixer = mixer_spec(name).build(context)
     assert isinstance(mixer, nn.Module)
     x = torch.randn(1, length, dim)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from layers.registry import mixer_spec
 from tests.layers.formulas import attention, delta, polynomial, recurrent, window
 from tests.layers.formulas.mamba2 import mamba2
-from tests.layers.formulas.parts import PLACE
+from tests.layers.formulas.parts import CONTEXT
 
 WEIGHTS = {  # mean and spread by the end of the name; 0 and 0.5 for all others
     "norm.weight": (1.0, 0.3),
@@ -36,8 +36,8 @@ class Case:
         return "-".join([self.mixer, *(f"{value}" for value in self.options.values())])
 
     def build(self, dtype: torch.dtype = torch.float64) -> nn.Module:
-        """The mixer at PLACE, with weights that make every part of it count."""
-        module = mixer_spec(self.mixer, **self.options).build(PLACE).to(dtype)
+        """The mixer built for CONTEXT, with weights that make every part of it count."""
+        module = mixer_spec(self.mixer, **self.options).build(CONTEXT).to(dtype)
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for name, weight in module.named_parameters():
@@ -93,6 +93,6 @@ CASES = [
 
 
 def tokens(count: int, dtype: torch.dtype = torch.float64, batch: int = 2) -> Tensor:
-    """Input of a mixer at PLACE."""
+    """Input of a mixer built for CONTEXT."""
     generator = torch.Generator().manual_seed(2)
-    return torch.randn(batch, count, PLACE.dim, generator=generator, dtype=torch.float64).to(dtype)
+    return torch.randn(batch, count, CONTEXT.dim, generator=generator, dtype=torch.float64).to(dtype)

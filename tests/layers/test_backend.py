@@ -11,10 +11,10 @@ import torch
 
 import hybrid_sp as hsp
 from hybrid_sp.backends import BACKENDS
+from layers.config import ModelConfig, block_specs
 from layers.model import HybridLM
 from layers.registry import MIXERS, mixer_spec
-from layers.spec import ModelConfig, block_specs
-from tests.layers.formulas.parts import PLACE
+from tests.layers.formulas.parts import CONTEXT
 
 NAMES = ["auto", *sorted({name for names in BACKENDS.values() for name in names})]
 
@@ -39,9 +39,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("backend", NAMES)
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_a_mixer_asks_for_it(mixer: str, backend: str, asked: list[tuple[str, str]]) -> None:
-    place = replace(PLACE, dim=32, backend=backend)
-    module = mixer_spec(mixer).build(place)
-    x = torch.randn(1, 1, place.dim)
+    context = replace(CONTEXT, dim=32, backend=backend)
+    module = mixer_spec(mixer).build(context)
+    x = torch.randn(1, 1, context.dim)
     module(x)
     module(x, cache=module.init_cache(1))
     assert len(asked) == 2

@@ -17,13 +17,13 @@ from torch._dynamo.utils import counters
 import hybrid_sp as hsp
 from layers.block import Block
 from layers.registry import MIXERS, mixer_spec
-from tests.layers.formulas.parts import PLACE
+from tests.layers.formulas.parts import CONTEXT
 from tests.support.oracle import assert_close
 from tests.support.ranks import run_ranks
 from tests.support.tiers import tiered
 
 OPERATORS = {"delta_net": 2, "gated_delta_net": 2, "kda": 2, "mamba2": 2, "rwkv6": 2}  # that a mixer calls; others one
-WIDE = replace(PLACE, dim=32)
+WIDE = replace(CONTEXT, dim=32)
 DISABLED = "Skip calling `torch.compiler.disable()`d function"
 # A break within a function that a block calls then leaves the block's own graph whole; torch 2.11 loses names over it.
 NESTED = version.parse(torch.__version__) >= version.parse("2.13")

@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import hybrid_sp as hsp
 from layers.recurrence import RecurrentMixer
-from layers.registry import MIXERS, mixer_spec
-from tests.layers.cases import CASES, PLACE, Case, tokens
+from layers.registry import MIXERS, mixer_cost, mixer_spec
+from tests.layers.cases import CASES, CONTEXT, Case, tokens
 from tests.support.oracle import assert_close, relative
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -41,7 +41,7 @@ def test_output_and_gradients_are_those_of_the_formula(case: Case) -> None:
         assert_close(f"d {name}", weight.grad, weights[name].grad, 1e-10)
 
 
-def test_forms_say_how_the_state_decays() -> None:
+def test_shapes_say_how_the_state_decays() -> None:
     dims = {"none": None, "fixed": 1, "scalar": 3, "vector": 4}
     for case in CASES:
         mixer = case.build()
@@ -49,8 +49,8 @@ def test_forms_say_how_the_state_decays() -> None:
             q, k, v, *_ = mixer.project(tokens(5))
             inputs = mixer.rule(tokens(5), q, k, v, torch.arange(5))
             log_decay = inputs.log_decay
-            assert (None if log_decay is None else log_decay.ndim) == dims[mixer.form.decay], case
-            assert (inputs.beta is not None) == mixer.form.delta, case
+            assert (None if log_decay is None else log_decay.ndim) == dims[mixer.shape.decay], case
+            assert (inputs.beta is not None) == mixer.shape.delta, case
 
 
 @every_case
@@ -107,7 +107,7 @@ def test_dtypes(case: Case, dtype: torch.dtype, bound: float) -> None:
         assert step.dtype == dtype
         assert [tensor.dtype for tensor in cache.tensors] == [tensor.dtype for tensor in mixer.init_cache(2).tensors]
         if isinstance(mixer, RecurrentMixer):
-            assert {tensor.dtype for tensor in cache.tensors[bool(mixer.form.conv) :]} == {torch.float32}
+            assert {tensor.dtype for tensor in cache.tensors[bool(mixer.shape.conv) :]} == {torch.float32}
         assert relative(step[:, 0], y[:, t]) < bound
 
 
@@ -116,9 +116,9 @@ def test_dtypes(case: Case, dtype: torch.dtype, bound: float) -> None:
 def test_cost_is_what_is_counted(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     batch, length = 3, 7
     mixer = case.build(dtype)
-    cost = mixer_spec(case.mixer, **case.options).cost(PLACE)
-    assert cost.matrices == sum(weight.numel() for weight in mixer.parameters() if weight.ndim > 1)
-    assert cost.vectors == sum(weight.numel() for weight in mixer.parameters() if weight.ndim == 1)
+    cost = mixer_cost(mixer_spec(case.mixer, **case.options), CONTEXT)
+    assert cost.matmul_params == sum(weight.numel() for weight in mixer.parameters() if weight.ndim > 1)
+    assert cost.other_params == sum(weight.numel() for weight in mixer.parameters() if weight.ndim == 1)
 
     cache = mixer.init_cache(batch)
     x = tokens(length, dtype, batch)
@@ -183,15 +183,15 @@ def countable_softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, shard, windo
     for t in range(q.shape[1]):
         seen = slice(max(0, t + 1 - (window or t + 1)), t + 1)
         outputs.append(torch.bmm(torch.bmm(q[:, t : t + 1], k[:, seen].mT).softmax(-1), v[:, seen]))
-    return torch.cat(outputs, dim=1).unflatten(0, (-1, PLACE.heads)).transpose(1, 2)
+    return torch.cat(outputs, dim=1).unflatten(0, (-1, CONTEXT.heads)).transpose(1, 2)
 
 
 @pytest.mark.parametrize("lower_bound", ["learned", "fixed", "none"])
 @pytest.mark.parametrize("layer", [0, 3])
 def test_forget_gates_of_hgrn2_at_their_ends(lower_bound: str, layer: int) -> None:
     """In fp32 and at any logit the log of the gate is its own in fp64, and no gradient is lost in an infinity."""
-    place = dataclasses.replace(PLACE, layer=layer)
-    rule = mixer_spec("hgrn2", lower_bound=lower_bound).build(place).rule
+    context = dataclasses.replace(CONTEXT, layer=layer)
+    rule = mixer_spec("hgrn2", lower_bound=lower_bound).build(context).rule
     bound = 0.0 if lower_bound == "none" else layer / 4
     logits = torch.tensor([-1e4, -200.0, -30.0, -3.0, 0.0, 3.0, 30.0, 200.0, 1e4])
     x = logits[:, None, None, None].expand(9, 1, 4, 6).clone().requires_grad_()
@@ -210,10 +210,10 @@ def test_forget_gates_of_hgrn2_at_their_ends(lower_bound: str, layer: int) -> No
 @pytest.mark.parametrize("logit", [89.0, 1e6])
 def test_decays_of_rwkv6_at_their_end_are_zero_and_finite(logit: float) -> None:
     """exp of the logit is infinite in fp32; its decay has long been 0, and so has its gradient."""
-    mixer = mixer_spec("rwkv6").build(PLACE)
+    mixer = mixer_spec("rwkv6").build(CONTEXT)
     with torch.no_grad():
         mixer.decay.fill_(logit)
-    x = torch.randn(2, 20, PLACE.dim, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    x = torch.randn(2, 20, CONTEXT.dim, generator=torch.Generator().manual_seed(0), requires_grad=True)
     y, _ = mixer(x)
     y.sum().backward()
     assert y.isfinite().all() and x.grad.isfinite().all()

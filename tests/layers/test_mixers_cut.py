@@ -14,7 +14,7 @@ from torch import Tensor
 import hybrid_sp as hsp
 from hybrid_sp.comm import collectives
 from hybrid_sp.shard import LAYOUTS
-from tests.layers.cases import CASES, PLACE, Case, tokens
+from tests.layers.cases import CASES, CONTEXT, Case, tokens
 from tests.support.oracle import assert_close
 from tests.support.ranks import run_ranks
 from tests.support.tiers import tiered
@@ -79,7 +79,7 @@ def compare_mixers(group: Any, cases: list[tuple[Case, str, int, dict[str, Tenso
 def random_pair(length: int, packed: bool, seed: int = 2) -> tuple[Tensor, Tensor]:
     """An input, and a gradient of the output, of one row if documents are packed and else of two."""
     generator = torch.Generator().manual_seed(seed)
-    x, dy = torch.randn(2, 1 if packed else 2, length, PLACE.dim, generator=generator, dtype=torch.float64)
+    x, dy = torch.randn(2, 1 if packed else 2, length, CONTEXT.dim, generator=generator, dtype=torch.float64)
     return x, dy
 
 

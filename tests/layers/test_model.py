@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from layers.config import ModelConfig, model_facts
 from layers.model import HybridLM
-from layers.spec import ModelConfig, model_facts
 from tests.support.oracle import assert_close, relative
 
 CONFIG = ModelConfig(
@@ -141,6 +141,20 @@ def test_weights_depend_on_the_seed_alone(config: ModelConfig) -> None:
         assert torch.equal(weight, other), name
         if "norm" not in name and not name.endswith(NOT_DRAWN):
             assert not torch.equal(weight, first.get_parameter(name)), name
+
+
+def test_modules_of_torch_do_not_draw_by_themselves() -> None:
+    """They have a method of the same name, which takes no generator and draws from the global one."""
+    model = HybridLM(CONFIG)
+    strangers = nn.ModuleList([nn.LayerNorm(3), nn.Conv1d(2, 2, 3)])
+    model.blocks[0].mixer.strangers = strangers
+    with torch.no_grad():
+        for weight in strangers.parameters():
+            weight.fill_(7.0)
+    before = torch.get_rng_state()
+    model.init_weights(seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all((weight == 7).all() for weight in strangers.parameters())
 
 
 def test_initial_weights_have_the_variance_they_should() -> None:

@@ -16,9 +16,9 @@ import hybrid_sp as hsp
 from hybrid_sp.comm import collectives, groups
 from hybrid_sp.kernels.reference import chunks
 from hybrid_sp.shard import LAYOUTS
+from layers.config import ModelConfig
 from layers.model import HybridLM
 from layers.registry import MIXERS
-from layers.spec import ModelConfig
 from tests.support.oracle import assert_close
 from tests.support.ranks import run_ranks
 from tests.support.tiers import tiered

@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hybrid_sp as hsp
+from layers.config import ModelConfig
 from layers.mixers.gla import GLARule
 from layers.mixers.hgrn2 import HGRN2Rule
 from layers.mixers.rwkv6 import RWKV6Mixer
 from layers.model import HybridLM
 from layers.registry import MIXERS
-from layers.spec import ModelConfig
-from layers.steps import Steps
-from tests.layers.cases import CASES, PLACE, Case, tokens
+from layers.timestep import TimeStep
+from tests.layers.cases import CASES, CONTEXT, Case, tokens
 from tests.support.oracle import relative
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -100,13 +100,13 @@ def from_activations(mixer: nn.Module, exact: nn.Module, x: Tensor) -> Tensor | 
     if isinstance(rule, GLARule):
         gate = F.linear(rule.low_rank[0](x), rule.low_rank[1].weight).double()
         gate = gate + exact_rule.low_rank[1].bias.double()
-        return (F.logsigmoid(gate) / rule.temperature).unflatten(-1, (PLACE.heads, -1))
+        return (F.logsigmoid(gate) / rule.temperature).unflatten(-1, (CONTEXT.heads, -1))
     if isinstance(rule, HGRN2Rule) and rule.bound is not None:
         _, logit, _ = mixer.project(x)
         b = torch.sigmoid(exact_rule.bound.double()).view(logit.shape[2:])
         return torch.log(b + (1 - b) * torch.sigmoid(logit.double()))
     steps = getattr(rule, "steps", None)
-    if isinstance(steps, Steps):
+    if isinstance(steps, TimeStep):
         exact_steps = exact_rule.get_submodule("steps")
         dt = F.softplus(steps.project(x).double() + exact_steps.dt_bias.double())
         rate = exact_steps.A_log.double().exp()

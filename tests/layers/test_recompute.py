@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 import hybrid_sp as hsp
+from layers.config import ModelConfig
 from layers.model import HybridLM
 from layers.registry import MIXERS
-from layers.spec import ModelConfig
 from tests.support.ranks import run_ranks
 from tests.support.tiers import tiered
 

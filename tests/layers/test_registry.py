@@ -7,7 +7,7 @@ import re
 import pytest
 
 from layers.mixers.gla import GLASpec
-from layers.registry import Place, mixer_spec
+from layers.registry import BlockContext, mixer_spec
 
 
 def test_a_spec_is_its_options() -> None:
@@ -60,12 +60,12 @@ def test_errors_say_what_is_allowed(name: str, options: dict[str, object], messa
 
 
 def test_heads_share_the_channels_evenly() -> None:
-    place = Place(dim=24, heads=4, kv_heads=2, layer=0, depth=1, norm_eps=1e-6, rope_base=1e4)
-    assert place.width() == 6
-    assert place.width(2.0) == 12
+    context = BlockContext(dim=24, heads=4, kv_heads=2, layer=0, depth=1, norm_eps=1e-6, rope_base=1e4)
+    assert context.width() == 6
+    assert context.width(2.0) == 12
     with pytest.raises(ValueError, match="dim 24 with expand_k 0.4 is 9.6 channels, which 4 heads cannot share evenly"):
-        place.width(0.4, option="expand_k")
+        context.width(0.4, option="expand_k")
     with pytest.raises(ValueError, match="is 2.4 channels"):
-        place.width(0.1)
+        context.width(0.1)
     with pytest.raises(ValueError, match="gives each of 4 heads 3 channels"):
-        Place(dim=12, heads=4, kv_heads=2, layer=0, depth=1, norm_eps=1e-6, rope_base=1e4).width(even=True)
+        BlockContext(dim=12, heads=4, kv_heads=2, layer=0, depth=1, norm_eps=1e-6, rope_base=1e4).width(even=True)

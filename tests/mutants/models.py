@@ -13,7 +13,7 @@ FAMILIES = "tests/analysis/test_families.py"
 MODEL_MUTANTS = [
     Mutant(
         name="rates of decay rounded with the model",
-        file="layers/steps.py",
+        file="layers/timestep.py",
         old='keep_wide("A_log", "dt_bias")',
         new='keep_wide("dt_bias")',
         test=f"{PRECISION}::test_decays_are_those_of_the_gate_parameters_and_not_of_rounded_ones[mamba2-8]",
@@ -24,6 +24,20 @@ MODEL_MUTANTS = [
         old="F.linear(down(x_BTD), up.weight).to(wide) + up.bias.to(wide)",
         new="F.linear(down(x_BTD), up.weight, up.bias.to(x_BTD.dtype)).to(wide)",
         test=f"{PRECISION}::test_log_decays_in_bf16_are_those_of_fp32_gates_and_bf16_activations[gla]",
+    ),
+    Mutant(
+        name="modules of torch draw their weights by themselves",
+        file="layers/model.py",
+        old=' and not reset.__module__.startswith("torch.")',
+        new="",
+        test="tests/layers/test_model.py::test_modules_of_torch_do_not_draw_by_themselves",
+    ),
+    Mutant(
+        name="matrices counted as other parameters",
+        file="layers/cost.py",
+        old="if weight.ndim > 1",
+        new="if weight.ndim > 2",
+        test="tests/layers/test_mixers.py::test_cost_is_what_is_counted[torch.float32-gla]",
     ),
     Mutant(
         name="a gate widened after it was rounded",

@@ -242,7 +242,7 @@ PROGRAM_MUTANTS = [
     ),
     Mutant(
         name="options of mixers without their mixer's types",
-        file="layers/spec.py",
+        file="layers/config.py",
         old='metadata={"kind": lambda name: MIXERS.get(name, Any)}',
         new="metadata={}",
         test=f"{LOAD}::test_options_of_mixers_have_the_types_of_their_mixer",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from layers.spec import model_facts
+from layers.config import model_facts
 from recipes import train
 from recipes.load import dump, load_recipe
 

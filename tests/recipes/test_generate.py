@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from layers.config import ModelConfig
 from layers.model import HybridLM
-from layers.spec import ModelConfig
 from recipes import checkpoint
 from recipes.generate import generate, load_model, main
 from recipes.load import load_resolved

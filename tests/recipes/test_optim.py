@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from layers.config import ModelConfig
 from layers.model import HybridLM
-from layers.spec import ModelConfig
 from recipes.config import OptimConfig
 from recipes.optim import Optimizer, learning_rate
 

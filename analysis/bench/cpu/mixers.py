@@ -11,9 +11,9 @@ from analysis.bench.result import Result, growth
 from analysis.bench.sizes import Sizes
 from analysis.bench.stopwatch import THREADS, Timed, time_in_turns
 from analysis.tables import Table
-from layers.registry import MIXERS, Place, mixer_spec
+from layers.registry import MIXERS, BlockContext, mixer_spec
 
-PLACE = Place(dim=256, heads=4, kv_heads=4, layer=0, depth=8, norm_eps=1e-6, rope_base=10000.0)
+CONTEXT = BlockContext(dim=256, heads=4, kv_heads=4, layer=0, depth=8, norm_eps=1e-6, rope_base=10000.0)
 
 
 def mixers(sizes: Sizes, out: Path) -> Result:
@@ -29,7 +29,7 @@ def mixers(sizes: Sizes, out: Path) -> Result:
         for name, claim in zip(names, claims, strict=True)
     )
     return Result(
-        title=f"mixers, forward + backward, fp32, B=1, dim {PLACE.dim}, {PLACE.heads} heads, {THREADS} threads",
+        title=f"mixers, forward + backward, fp32, B=1, dim {CONTEXT.dim}, {CONTEXT.heads} heads, {THREADS} threads",
         unit="seconds",
         body=[Table(header=header, rows=lines, numbers=frozenset(header[1:]))],
         rows=list(rows.values()),
@@ -38,8 +38,8 @@ def mixers(sizes: Sizes, out: Path) -> Result:
 
 
 def _forward_backward(name: str, length: int) -> Timed:
-    mixer = mixer_spec(name).build(PLACE)
+    mixer = mixer_spec(name).build(CONTEXT)
     assert isinstance(mixer, nn.Module)
-    x_BTD = torch.randn(1, length, PLACE.dim, requires_grad=True)
+    x_BTD = torch.randn(1, length, CONTEXT.dim, requires_grad=True)
     leaves = [x_BTD, *mixer.parameters()]
     return lambda: torch.autograd.grad(mixer(x_BTD)[0].sum(), leaves)

@@ -23,8 +23,8 @@ from analysis.bench.device import Ceilings
 from analysis.bench.sizes import KernelSizes
 from analysis.bench.stopwatch import Budget, Stopwatch, Timed
 from analysis.tables import Table
+from layers.config import ModelConfig, model_facts
 from layers.model import HybridLM
-from layers.spec import ModelConfig, model_facts
 
 RATIOS = {"pure": "0", "1/4 hybrid": "1/4"}
 RECOMPUTED = {"none": 0, "every second block": 2, "every block": 1}  # every n-th block, 0: none; tried in this order

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tests.layers.formulas.parts import PLACE, Weights, convolved, silu, softplus
+from tests.layers.formulas.parts import CONTEXT, Weights, convolved, silu, softplus
 
 
 def mamba2(w: Weights, u: Tensor, expand: float = 2.0, state: int = 128, groups: int = 1) -> Tensor:
@@ -32,5 +32,5 @@ def mamba2(w: Weights, u: Tensor, expand: float = 2.0, state: int = 128, groups:
     y = torch.cat(columns, dim=-1) * silu(u @ gate_rows.T)
     parts = []
     for part, weight in zip(y.chunk(groups, dim=-1), w["norm.weight"].chunk(groups), strict=True):
-        parts.append(part / (part.square().mean(-1, keepdim=True) + PLACE.norm_eps).sqrt() * weight)
+        parts.append(part / (part.square().mean(-1, keepdim=True) + CONTEXT.norm_eps).sqrt() * weight)
     return torch.cat(parts, dim=-1) @ w["output.weight"].T

@@ -1,4 +1,4 @@
-"""What the formulas of several mixers share, and the place that all of them stand at."""
+"""What the formulas of several mixers share, and the context that all are built for."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from layers.registry import Place
+from layers.registry import BlockContext
 
-PLACE = Place(dim=24, heads=4, kv_heads=2, layer=1, depth=4, norm_eps=1e-6, rope_base=100.0)
+CONTEXT = BlockContext(dim=24, heads=4, kv_heads=2, layer=1, depth=4, norm_eps=1e-6, rope_base=100.0)
 
 Weights = dict[str, Tensor]
 
@@ -20,7 +20,7 @@ def heads(x: Tensor, weight: Tensor, count: int) -> Tensor:
 
 
 def rms_norm(o: Tensor, weight: Tensor) -> Tensor:
-    return o / (o.square().mean(-1, keepdim=True) + PLACE.norm_eps).sqrt() * weight
+    return o / (o.square().mean(-1, keepdim=True) + CONTEXT.norm_eps).sqrt() * weight
 
 
 def turned(x: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def turned(x: Tensor) -> Tensor:
     y = torch.empty_like(x)
     for t in range(x.shape[1]):
         for i in range(half):
-            angle = t * PLACE.rope_base ** (-2 * i / x.shape[-1])
+            angle = t * CONTEXT.rope_base ** (-2 * i / x.shape[-1])
             z = torch.complex(x[:, t, :, i], x[:, t, :, i + half]) * complex(math.cos(angle), math.sin(angle))
             y[:, t, :, i], y[:, t, :, i + half] = z.real, z.imag
     return y

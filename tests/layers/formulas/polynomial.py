@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tests.layers.formulas.parts import PLACE, Weights, heads
+from tests.layers.formulas.parts import CONTEXT, Weights, heads
 
 
 def based(w: Weights, x: Tensor, feature_dim: int = 16) -> Tensor:
@@ -36,4 +36,4 @@ def averaged(weights: Tensor, v: Tensor) -> Tensor:
 
 def layer_norm(x: Tensor) -> Tensor:
     centred = x - x.mean(-1, keepdim=True)
-    return centred / (centred.square().mean(-1, keepdim=True) + PLACE.norm_eps).sqrt()
+    return centred / (centred.square().mean(-1, keepdim=True) + CONTEXT.norm_eps).sqrt()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tests.layers.formulas.parts import PLACE, Weights, heads, rms_norm
+from tests.layers.formulas.parts import CONTEXT, Weights, heads, rms_norm
 from tests.support.oracle import linear_attention_loop
 
 
@@ -13,7 +13,7 @@ def hgrn2(w: Weights, x: Tensor, lower_bound: str = "learned") -> Tensor:
     q, logits, v = (heads(x, rows, 4) for rows in w["project.linear.weight"].split([24, 24, 24]))
     bound = {
         "learned": lambda: torch.sigmoid(w["rule.bound"]).unflatten(0, (4, 6)),
-        "fixed": lambda: torch.tensor(PLACE.layer / PLACE.depth),
+        "fixed": lambda: torch.tensor(CONTEXT.layer / CONTEXT.depth),
         "none": lambda: torch.tensor(0.0),
     }[lower_bound]()
     forget = bound + (1 - bound) * torch.sigmoid(logits)
@@ -38,6 +38,6 @@ def rwkv6(w: Weights, x: Tensor, shift_rank: int = 32, decay_rank: int = 64) -> 
         r, k, v, log_decay.unflatten(-1, (4, 6)), scale=1.0, bonus=w["bonus"].unflatten(0, (4, 6))
     )
     centred = o - o.mean(-1, keepdim=True)
-    normed = centred / (centred.square().mean(-1, keepdim=True) + 6 * PLACE.norm_eps).sqrt()
+    normed = centred / (centred.square().mean(-1, keepdim=True) + 6 * CONTEXT.norm_eps).sqrt()
     o = normed.flatten(2) * w["norm_weight"] + w["norm_bias"]
     return (o * g * torch.sigmoid(g)) @ w["output.weight"].T

@@ -10,9 +10,9 @@ import torch
 from omegaconf import OmegaConf
 from torch.utils.flop_counter import FlopCounterMode
 
+from layers.config import ModelConfig, block_specs, expand_pattern, mlp_width, model_facts, pattern_letters
 from layers.model import HybridLM
-from layers.registry import MIXERS
-from layers.spec import ModelConfig, block_specs, expand_pattern, mlp_width, model_facts, pattern_letters
+from layers.registry import MIXERS, mixer_cost
 
 
 @pytest.mark.parametrize(
@@ -133,9 +133,11 @@ def test_errors_are_short_however_long_the_pattern_is(options: dict[str, Any]) -
 
 def test_options_reach_the_blocks() -> None:
     config = ModelConfig(pattern=["gla", "softmax"], depth=4, kv_heads=2, mixers={"gla": {"expand_k": 1.0}})
-    specs, places = zip(*block_specs(config), strict=True)
+    specs, contexts = zip(*block_specs(config), strict=True)
     assert [getattr(spec, "expand_k", None) for spec in specs] == [1.0, None] * 2
-    assert [(place.layer, place.depth, place.kv_heads) for place in places] == [(layer, 4, 2) for layer in range(4)]
+    assert [(context.layer, context.depth, context.kv_heads) for context in contexts] == [
+        (layer, 4, 2) for layer in range(4)
+    ]
     assert ModelConfig().kv_heads is None and block_specs(ModelConfig())[0][1].kv_heads == 4
 
 
@@ -178,6 +180,13 @@ def test_facts_of_the_model_are_what_is_counted(tied: bool) -> None:
     # What the blocks' own test leaves: the MLPs and the head, counted on a model whose mixers are only their facts.
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.head(torch.stack([block.mlp(torch.zeros(1, 9, 32)) for block in model.blocks]).sum(0))
-    mixers = sum(spec.cost(place).flops(9) for spec, place in block_specs(config))
+    mixers = sum(mixer_cost(spec, context).flops(9) for spec, context in block_specs(config))
     assert facts.flops(9) == counter.get_total_flops() + mixers
     assert facts.flops_per_token(9) == pytest.approx(facts.flops(9) / 9)
+
+
+def test_facts_are_had_without_memory_and_without_random_numbers() -> None:
+    before = torch.get_rng_state()
+    facts = model_facts(ModelConfig(vocab=100_000, dim=8192, depth=len(MIXERS), heads=64, pattern=sorted(MIXERS)))
+    assert facts.parameters > 1e10
+    assert torch.equal(torch.get_rng_state(), before)

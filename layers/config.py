@@ -1,4 +1,4 @@
-"""ModelConfig, and what follows from it without building the model: the mixer of each block, and the cost."""
+"""The config of a model, the mixer of each block that it implies, and the cost of the model."""
 
 from __future__ import annotations
 
@@ -9,23 +9,25 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
+import torch
+
 import layers.mixers  # noqa: F401 (registers them)
 from hybrid_sp.backends import BACKENDS
 from layers.block import Block
 from layers.cost import Cost
-from layers.registry import MIXERS, MixerSpec, Place, mixer_spec, unknown
+from layers.registry import MIXERS, BlockContext, MixerSpec, mixer_spec, unknown
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The shape of a HybridLM. `ratio` or `pattern` says which blocks are linear (L) and which softmax (N)."""
+    """Describe a HybridLM. `ratio` or `pattern` decides which blocks are linear (L) and which softmax (N)."""
 
     vocab: int = 256
     dim: int = 128
     depth: int = 8
     heads: int = 4
-    kv_heads: int | None = None  # of softmax attention; None: as many as heads
-    linear: str = "lightning"  # the mixer of the blocks that are L
+    kv_heads: int | None = None  # of softmax attention and sliding windows; None: as many as heads
+    linear: str = "lightning"  # the mixer of the L blocks
     ratio: str = "1/4"  # share of softmax blocks: 1/4 is LLLN, 0 and 1 are the pure models
     pattern: Any = None  # instead of ratio: letters such as LLLN, or a list of mixer names; repeated to the depth
     mlp_dim: int | None = None  # None: 8/3 dim, rounded up to a multiple of 32
@@ -35,13 +37,14 @@ class ModelConfig:
     mixers: dict[str, dict[str, Any]] = field(  # options of mixers by name: {gla: {expand_k: 1.0}}
         default_factory=dict, metadata={"kind": lambda name: MIXERS.get(name, Any)}
     )
-    backend: str = (
-        "auto"  # torch, triton, fla or flash_attn, of the operators that have it; auto: what suits the device
-    )
+    backend: str = "auto"  # torch, triton, fla or flash_attn for operators that have it; auto chooses by the device
 
 
 def expand_pattern(config: ModelConfig) -> tuple[str, ...]:
-    """The mixer of each block; ValueError if `linear`, `ratio` or `pattern` is not one or does not tile the depth."""
+    """Return the mixer of each block.
+
+    A wrong `linear`, `ratio` or `pattern`, or one that does not tile the depth, raises ValueError.
+    """
     linear_names = [name for name, spec in MIXERS.items() if spec.letter == "L"]
     if config.linear not in linear_names:
         raise unknown("linear mixer", config.linear, linear_names)
@@ -52,7 +55,7 @@ def expand_pattern(config: ModelConfig) -> tuple[str, ...]:
 
 
 def _refuse_rest(config: ModelConfig, source: str, blocks: int, advice: str) -> None:
-    """ValueError if so many blocks do not tile the depth."""
+    """Raise ValueError unless a tile of this many blocks fits the depth."""
     repeats, rest = divmod(config.depth, blocks)
     if rest:
         depths = " or ".join(_short(n * blocks) for n in (repeats, repeats + 1) if n)
@@ -63,7 +66,7 @@ def _refuse_rest(config: ModelConfig, source: str, blocks: int, advice: str) -> 
 
 
 def _ratio_tile(config: ModelConfig) -> tuple[str, ...]:
-    """Of b blocks a are softmax for a ratio of a/b, spread evenly, the last one among them: 2/5 is LLNLN."""
+    """Spread the a softmax blocks of a ratio a/b evenly over b blocks, ending with one: 2/5 is LLNLN."""
     text, depth = str(config.ratio), config.depth
     try:
         ratio = Fraction(text)
@@ -104,18 +107,18 @@ def _pattern_tile(config: ModelConfig) -> tuple[str, ...]:
 
 
 def _short(value: object) -> str:
-    """What was given, or its beginning if it is too long for a message."""
+    """Shorten a value for a message to its first 40 characters."""
     text = str(value)
     return text if len(text) <= 40 else f"{text[:40]}..."
 
 
 def pattern_letters(names: Iterable[str]) -> str:
-    """One letter per block, L for a linear mixer and N for softmax attention: LLLNLLLN."""
+    """Write one letter per block, L for a linear mixer and N for softmax attention: LLLNLLLN."""
     return "".join(MIXERS[name].letter for name in names)
 
 
-def block_specs(config: ModelConfig) -> list[tuple[MixerSpec, Place]]:
-    """What each block is built from; ValueError for every config that no model can be built from."""
+def block_specs(config: ModelConfig) -> list[tuple[MixerSpec, BlockContext]]:
+    """Return the spec and the context of each block. A config that fits no model raises ValueError."""
     for name in ("vocab", "dim", "heads", "kv_heads", "mlp_dim"):
         value = getattr(config, name)
         if value is not None and value < 1:
@@ -132,7 +135,7 @@ def block_specs(config: ModelConfig) -> list[tuple[MixerSpec, Place]]:
     specs = {name: mixer_spec(name, **options) for name, options in config.mixers.items()}
     blocks = []
     for layer, name in enumerate(expand_pattern(config)):
-        place = Place(
+        context = BlockContext(
             dim=config.dim,
             heads=config.heads,
             kv_heads=kv_heads,
@@ -142,18 +145,19 @@ def block_specs(config: ModelConfig) -> list[tuple[MixerSpec, Place]]:
             rope_base=config.rope_base,
             backend=config.backend,
         )
-        blocks.append((specs.get(name) or mixer_spec(name), place))
+        blocks.append((specs.get(name) or mixer_spec(name), context))
     return blocks
 
 
 def mlp_width(config: ModelConfig) -> int:
-    """The inner width of SwiGLU: 8/3 dim, so that its three matrices weigh what two of 4 dim would."""
+    """Return the inner width of SwiGLU: at 8/3 dim its three matrices have the parameters of two of width 4 dim."""
     return config.mlp_dim or 32 * -(-8 * config.dim // (3 * 32))
 
 
 def model_facts(config: ModelConfig) -> Cost:
-    """The cost of HybridLM(config), by arithmetic; ValueError for every config that HybridLM would refuse."""
-    blocks = [Block.cost(spec, place, mlp_width(config)) for spec, place in block_specs(config)]
-    head = Cost(matrices=config.vocab * config.dim)
-    embedding = Cost(vectors=0 if config.tie_embeddings else config.vocab * config.dim)
-    return sum(blocks, start=embedding + head + Cost(vectors=config.dim))
+    """Count the cost of HybridLM(config) without its memory. A config that HybridLM refuses raises ValueError."""
+    with torch.device("meta"):  # takes no memory and draws no random number
+        blocks = [Block(spec, context, mlp_width(config)).cost() for spec, context in block_specs(config)]
+    head = Cost(matmul_params=config.vocab * config.dim)
+    embedding = Cost(other_params=0 if config.tie_embeddings else config.vocab * config.dim)
+    return sum(blocks, start=embedding + head + Cost(other_params=config.dim))

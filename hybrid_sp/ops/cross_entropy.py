@@ -1,4 +1,7 @@
-"""Cross-entropy in chunks of tokens: the logits of a long sequence never exist all at once."""
+"""The cross-entropy of a language model in chunks of tokens, which never holds the logits of a whole sequence.
+
+Tokens need nothing of one another, so no rank communicates: each sums the losses of its own tokens.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,11 @@ from hybrid_sp.shard import NO_LABEL
 
 
 def cross_entropy(x_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, *, chunk: int = 1024) -> tuple[Tensor, Tensor]:
-    """The sum of -log softmax(x W^T)[label] over the tokens whose label is not -100, and how many those are.
+    """Sum -log softmax(x W^T)[label] over the tokens whose label is not -100, and count these tokens.
 
-    x_BTD and weight_VD share a dtype; labels_BT are integers in [0, V) or -100. The sum is in fp32 (fp64 for fp64) and
-    has a graph even if no token is valid. At most `chunk` rows of logits exist at a time, because the gradients of a
-    chunk are taken while its logits are there, instead of computing them again in the backward pass.
+    x_BTD and weight_VD share a dtype; labels_BT are integers in [0, V) or -100. The sum is in fp32 (fp64 for fp64). It
+    has a graph even if no token is valid. At most `chunk` rows of logits exist at a time: the forward pass takes the
+    gradients of a chunk while its logits exist, and the backward pass only scales them.
     """
     if not torch.is_grad_enabled():
         x_BTD, weight_VD = x_BTD.detach(), weight_VD.detach()
@@ -32,6 +35,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         dx_ND = torch.empty_like(x_ND) if ctx.needs_input_grad[0] else None
         dweight_VD = torch.zeros_like(weight_VD, dtype=wide) if ctx.needs_input_grad[1] else None
         for start in range(0, len(x_ND), chunk):
+            # 1. Log-probabilities of a chunk. A token without a label stands in with label 0 and is masked.
             rows = slice(start, start + chunk)
             valid_C1 = (labels_N[rows] != NO_LABEL)[:, None]
             labels_C1 = labels_N[rows, None].where(valid_C1, 0)
@@ -39,6 +43,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             loss -= log_p_CV.gather(1, labels_C1).where(valid_C1, 0).sum()
             if dx_ND is None and dweight_VD is None:
                 continue
+            # 2. Gradients of the chunk: the logits get softmax - one-hot.
             dlogits_CV = log_p_CV.exp_().scatter_add_(1, labels_C1, -torch.ones_like(labels_C1, dtype=wide))
             dlogits_CV = (dlogits_CV * valid_C1).to(x_ND.dtype)
             if dx_ND is not None:

@@ -1,4 +1,4 @@
-"""HeadProjection: from the residual stream to queries, keys, values and gates, cut into heads."""
+"""The projection from the residual stream to queries, keys, values and gates, cut into heads."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from collections.abc import Sequence
 from einops import rearrange
 from torch import Tensor, nn
 
-Sizes = Sequence[tuple[int, int]]  # (heads, width) of tensors that lie beside one another in the channels
+Sizes = Sequence[tuple[int, int]]  # (heads, width) of tensors that share the channel dim, in order
 
 
 def channels(sizes: Sizes) -> int:
-    """How many channels tensors of these sizes have together."""
+    """Count the channels that tensors of these sizes have together."""
     return sum(heads * width for heads, width in sizes)
 
 
 def cut_heads(x_BTC: Tensor, sizes: Sizes) -> list[Tensor]:
-    """One [B, T, heads, width] tensor for each pair (heads, width), in the order of the channels."""
+    """Cut x_BTC into one [B, T, heads, width] tensor per pair (heads, width), in the order of the channels."""
     parts = x_BTC.split([heads * width for heads, width in sizes], dim=-1)
     return [rearrange(x, "b t (h d) -> b t h d", h=h) for x, (h, _) in zip(parts, sizes, strict=True)]
 
 
 class HeadProjection(nn.Module):
-    """x_BTD -> one [B, T, heads, width] tensor for each pair (heads, width), all from one matrix product."""
+    """Project x_BTD to one [B, T, heads, width] tensor per pair (heads, width), in one matrix product."""
 
     def __init__(self, dim: int, sizes: Sizes) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Steps: the time steps of a state space model, and the decays that follow from them (Mamba-2, arXiv 2405.21060)."""
+"""The time step dt of a state space model, and the decay that follows from it (Mamba-2, arXiv 2405.21060)."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 from layers.precision import keep_wide
 
-RATES = (1.0, 16.0)  # exp(A_log) begins uniform in this range
-STEPS = (1e-3, 1e-1)  # softplus(dt_bias) begins log-uniform in this range
+RATE_RANGE = (1.0, 16.0)  # of exp(A_log) at the start, uniform
+DT_RANGE = (1e-3, 1e-1)  # of softplus(dt_bias) at the start, log-uniform
 
 
-class Steps(nn.Module):
-    """x_BTD -> dt = softplus(project(x) + dt_bias) and log_decay = -exp(A_log) dt, in fp32 (fp64 for fp64).
+class TimeStep(nn.Module):
+    """Compute dt = softplus(project(x) + dt_bias) and log_decay = -exp(A_log) dt in fp32 (fp64 for fp64).
 
-    Both are [B, T, heads] or with a `width` [B, T, heads, width]; `project` gives as many channels, dt_bias has one
-    number for each, A_log one for each head.
+    Both are [B, T, heads], or [B, T, heads, width] with a `width`. `project` and dt_bias have one channel per number of
+    a token; A_log has one number per head.
     """
 
     _apply = keep_wide("A_log", "dt_bias")
@@ -28,16 +28,16 @@ class Steps(nn.Module):
         self.project, self.width = project, width
         self.A_log = nn.Parameter(torch.empty(heads))
         self.dt_bias = nn.Parameter(torch.empty(heads * (width or 1)))
-        self.draw_weights()
+        self.reset_parameters()
 
     @torch.no_grad()
-    def draw_weights(self, generator: torch.Generator | None = None) -> None:
-        """Steps log-uniform in STEPS for project(x) = 0, and rates uniform in RATES."""
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw time steps log-uniformly in DT_RANGE, for project(x) = 0, and rates uniformly in RATE_RANGE."""
         rate = torch.rand(self.A_log.shape, generator=generator, dtype=torch.float32)
-        self.A_log.copy_(torch.log(RATES[0] + (RATES[1] - RATES[0]) * rate))
-        place = torch.rand(self.dt_bias.shape, generator=generator, dtype=torch.float32)
-        low, high = (math.log(step) for step in STEPS)
-        dt = torch.exp(low + (high - low) * place)
+        self.A_log.copy_(torch.log(RATE_RANGE[0] + (RATE_RANGE[1] - RATE_RANGE[0]) * rate))
+        uniform = torch.rand(self.dt_bias.shape, generator=generator, dtype=torch.float32)
+        low, high = (math.log(step) for step in DT_RANGE)
+        dt = torch.exp(low + (high - low) * uniform)
         self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:

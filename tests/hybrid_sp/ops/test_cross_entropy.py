@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from layers.loss import cross_entropy
+from hybrid_sp.ops.cross_entropy import cross_entropy
 from tests.support.oracle import assert_close
 
 VOCAB, DIM = 13, 6
