@@ -18,7 +18,7 @@ from .ops.delta_rule import delta_rule
 from .ops.linear_attention import linear_attention
 from .ops.short_conv import short_conv, token_shift
 from .ops.softmax_attention import softmax_attention
-from .overlap import checkpoint_contexts
+from .recompute import checkpoint_contexts
 from .shard import SequenceParallel, Shard
 
 __version__ = "0.1.0"  # of the package too: pyproject.toml reads it here

@@ -12,10 +12,9 @@ operator call share; an `Exchange` says what is sent and what is done with what 
 
 from __future__ import annotations
 
-import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -25,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from .comm import ledger
 from .comm.pending import Header, Pending
+from .recompute import is_replaying, recorded
 from .shard import Shard
 
 
@@ -68,7 +68,7 @@ class Call:
 
     def launch_forward(self, launch: Callable[[], Pending]) -> None:
         """Launch; not in the recomputation of a checkpoint that has recorded the result."""
-        if not _replaying():
+        if not is_replaying():
             self._put("forward", launch())
 
     def forward_result(self) -> Any:
@@ -166,68 +166,3 @@ class _Finish(torch.autograd.Function):
             )
         )
         return None, None, d_entering.new_empty(0)
-
-
-class _Recording(threading.local):
-    """What finish nodes received in the checkpointed forward, and how far its recomputation has come."""
-
-    tape: list[Any] | None = None
-    position: int | None = None  # None while recording
-
-
-_recording = _Recording()
-
-
-def _replaying() -> bool:
-    return _recording.tape is not None and _recording.position is not None
-
-
-def recorded(receive: Callable[[], tuple[Tensor | None, ...]]) -> tuple[Any, ...]:
-    """`receive()`; inside a checkpoint its result is kept, and given again when the forward is recomputed."""
-    if _recording.tape is None:
-        return receive()
-    if _recording.position is not None:
-        result = _recording.tape[_recording.position]
-        _recording.position += 1
-    else:
-        result = receive()
-        _recording.tape.append(result)
-    return tuple(None if x is None else x.detach() for x in result)
-
-
-@contextmanager
-def _recording_to(tape: list[Any], position: int | None) -> Iterator[None]:
-    outer = _recording.tape, _recording.position
-    _recording.tape, _recording.position = tape, position
-    try:
-        yield
-    finally:
-        _recording.tape, _recording.position = outer
-
-
-def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """`context_fn` for torch.utils.checkpoint (use_reentrant=False): the recomputation communicates nothing.
-
-    The forward records what the layers received, the states that entered them, halos and gathered keys (with
-    keep_kv=False the output instead); the recomputation reads it by index instead of asking the other ranks again
-    (LASP's state caching, arXiv 2404.02882). Three checkpointed linear layers make 6 collectives instead of 9, with the
-    same gradients. Reentrant checkpoints, those without this, and the baselines that are another form of the operator
-    (`head_parallel.py`, `ring_attention.py`) are correct and communicate again.
-    """
-    tape: list[Any] = []
-    return _recording_to(tape, None), _Replay(tape)
-
-
-class _Replay:
-    """Re-enterable: a graph that is kept may be recomputed more than once, each time from the first record."""
-
-    def __init__(self, tape: list[Any]) -> None:
-        self._tape = tape
-        self._open: list[AbstractContextManager[None]] = []
-
-    def __enter__(self) -> None:
-        self._open.append(_recording_to(self._tape, 0))
-        self._open[-1].__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self._open.pop().__exit__(*error)

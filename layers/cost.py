@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from hybrid_sp.shard import LAYOUTS, neighbours
+
 
 @dataclass(frozen=True, kw_only=True)
 class Attention:
@@ -140,34 +142,22 @@ def count_parameters(*modules: nn.Module) -> Cost:
     return Cost(matmul_params=matmul_params, other_params=sum(weight.numel() for weight in weights) - matmul_params)
 
 
-def halo_spans(*, P: int, spans: int = 1, rank: int = 0) -> tuple[int, int]:
-    """Count the spans of a rank that another rank precedes, and those that another rank follows.
-
-    Contiguous: rank r owns span r of P. Zigzag: rank r owns spans r and 2P-1-r of 2P. No rank precedes the first span
-    and none follows the last. The two zigzag spans of rank P-1 are neighbours, with no other rank between them.
-    """
-    own = (rank,) if spans == 1 else (rank, 2 * P - 1 - rank)
-    before = sum(span > 0 and span - 1 not in own for span in own)
-    after = sum(span < P * spans - 1 and span + 1 not in own for span in own)
-    return before, after
-
-
 def halo_forward(
     *, P: int, B: int, tokens: int, channels: int, element_bytes: int = 2, spans: int = 1, rank: int = 0
 ) -> int:
     """Count the bytes that a rank receives of the tokens before its spans: h * B * tokens * channels * element_bytes.
 
-    h is the first number of `halo_spans`. No span may be shorter than the halo.
+    h counts the spans of the rank that another rank precedes. No span may be shorter than the halo.
     """
-    return halo_spans(P=P, spans=spans, rank=rank)[0] * B * tokens * channels * element_bytes
+    return neighbours(rank, P, LAYOUTS[spans - 1])[0] * B * tokens * channels * element_bytes
 
 
 def halo_backward(*, P: int, B: int, tokens: int, channels: int, spans: int = 1, rank: int = 0) -> int:
     """Count the bytes of gradients received for tokens that others have read: h * B * tokens * channels * 4.
 
-    h is the second number of `halo_spans`.
+    h counts the spans of the rank that another rank follows.
     """
-    return halo_spans(P=P, spans=spans, rank=rank)[1] * B * tokens * channels * STATE_BYTES
+    return neighbours(rank, P, LAYOUTS[spans - 1])[1] * B * tokens * channels * STATE_BYTES
 
 
 def gradient_all_reduce(*, P: int, parameters: int) -> int:

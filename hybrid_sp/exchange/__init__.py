@@ -52,4 +52,6 @@ def make_exchange(shard: Shard, state: Tensor, transition: Tensor | None, reques
     sent = 0 if transition is None or request.known_decays is not None else transition[0].nbytes
     final = request.needs_final_state
     choice = choose(shard.sp, state_bytes=state[0].nbytes, transition_bytes=sent, final=final)
+    if choice.strategy not in EXCHANGES:
+        raise ValueError(f"linear={choice.strategy!r} exchanges no states; take one of {', '.join(EXCHANGES)}, or auto")
     return EXCHANGES[choice.strategy].make(shard, request)

@@ -25,7 +25,7 @@ from ..checks import (
     require_state,
 )
 from ..kernels.gpu import fla_delta as fla
-from ..kernels.phases import Inputs, Options
+from ..kernels.phases import Inputs
 from ..kernels.reference import delta as reference
 from ..shard import Shard
 from .recurrence import run_recurrence
@@ -88,10 +88,9 @@ def delta_rule(
         tokens = {"q": q, "k": k, "v": v, "beta": beta, "log_decay": log_decay}
         return run_head_parallel("delta_rule", alone, shard, "linear", tokens, initial_state)
     recurrence = fla.DeltaPhases if backend == "fla" else reference.DeltaPhases
-    exchanged = shard.span_count > 1 or initial_state is not None or return_final_state
-    x, options = Inputs(q, k, v, log_decay, beta), Options(scale, exchanged, q.dtype)
-    o, final = run_recurrence(recurrence, x, shard, options, initial=initial_state, final=return_final_state)
-    return o.to(q.dtype) if final is None else (o.to(q.dtype), final)
+    x, final = Inputs(q, k, v, log_decay, beta), return_final_state
+    o, S_final = run_recurrence(recurrence, x, shard, scale=scale, dtype=q.dtype, initial=initial_state, final=final)
+    return o.to(q.dtype) if S_final is None else (o.to(q.dtype), S_final)
 
 
 def _check(

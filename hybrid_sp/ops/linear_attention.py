@@ -28,7 +28,7 @@ from ..checks import (
     require_state,
 )
 from ..exchange import AllGatherSum
-from ..kernels.phases import Inputs, Options, Recurrence
+from ..kernels.phases import Inputs, Recurrence
 from ..kernels.reference import linear as reference
 from ..overlap import Call, finish, start
 from ..shard import Shard
@@ -152,9 +152,10 @@ def _by_states(
         x = x._replace(g=g.expand(*x.v.shape[:3]))
     if known is not None:
         known[list(shard.broken)] = float("-inf")
-    exchanged = shard.span_count > 1 or initial is not None or final  # else nobody reads what the spans do to a state
-    options = Options(scale, exchanged, wide if normalize else x.q.dtype)
-    return run_recurrence(recurrence, x, shard, options, initial=initial, final=final, known_decays=known)
+    dtype = wide if normalize else x.q.dtype
+    return run_recurrence(
+        recurrence, x, shard, scale=scale, dtype=dtype, initial=initial, final=final, known_decays=known
+    )
 
 
 def select_recurrence(backend: str) -> type[Recurrence]:

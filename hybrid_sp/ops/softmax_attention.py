@@ -28,7 +28,8 @@ from ..checks import compute_dtype, default_shard, public_operator, require
 from ..exchange.visible import Mask, plan_mask
 from ..kernels.softmax.attend import select_kernel
 from ..kernels.softmax.tiled import attend_tiles, attend_tiles_backward
-from ..overlap import Call, recorded
+from ..overlap import Call
+from ..recompute import recorded
 from ..shard import Shard
 
 

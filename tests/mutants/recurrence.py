@@ -23,7 +23,7 @@ RECURRENCE_MUTANTS = [
     ),
     Mutant(
         name="recurrence: a final state that nobody has passed on",
-        file="hybrid_sp/ops/linear_attention.py",
+        file="hybrid_sp/ops/recurrence.py",
         old="initial is not None or final  # else",
         new="initial is not None  # else",
         test="tests/hybrid_sp/kernels/test_linear.py::test_every_length[1-none]",
