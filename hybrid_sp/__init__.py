@@ -1,4 +1,4 @@
-"""Sequence parallelism for hybrid language models: linear attention by LASP-2, softmax attention by AllGather-KV.
+"""The engine of sequence parallelism for hybrid language models: LASP-2 for linear attention, AllGather-KV for softmax.
 
 Tensors are [batch, tokens on this rank, heads, dim]. Names of tensors and comments use one legend:
 
@@ -8,7 +8,7 @@ Tensors are [batch, tokens on this rank, heads, dim]. Names of tensors and comme
     H  heads                      G  key (and softmax value) heads  S  a state [B,H,K,V]
     s  spans of this rank         n  spans of the sequence          z  the normaliser's state [B,H,K]
 
-An `axis` is of a mesh, a `dim` of a tensor. A rank owns spans of the sequence; a span is cut into chunks.
+An `axis` belongs to a mesh, a `dim` to a tensor. A rank owns spans of the sequence; a span is cut into chunks.
 """
 
 from .comm.ledger import ledger

@@ -1,11 +1,11 @@
-"""Which implementation an operator runs: by device and capability, never by what can be imported, and said once.
+"""The choice of an operator's implementation, by device, dtype and size; the first choice is printed.
 
     linear_attention    torch, everywhere; triton, our kernels
     delta_rule          torch, everywhere; fla, the passes of fla-core
     softmax_attention   torch, everywhere (on CUDA its flash kernels); flash_attn, the package of that name
 
-The choice never changes the mathematics. A package that the choice needs and that is missing is an error that says what
-to install, or that backend="torch" does without.
+The choice never changes the mathematics, and never depends on the packages that happen to be installed. If the chosen
+backend's package is missing, the error names it, and names backend="torch" as the way without.
 """
 
 from __future__ import annotations
@@ -35,10 +35,14 @@ WIDEST = 256  # key and value dim of the kernels
 
 
 def select_backend(operator: str, requested: str, x: Tensor, *widths: int, only_torch: str = "") -> str:
-    """The backend of one call: `requested`, or for "auto" what suits the device and dtype of x and the key and value
-    dims; `only_torch` says why no other has the form that this call asks for. On a CPU "auto" is torch; elsewhere it
-    says on stderr what it chooses, every choice once per process. Raises ValueError for a backend that the operator
-    does not have, or that cannot run this call."""
+    """Choose the backend of one call: `requested`, or for "auto" one that can run it.
+
+    "auto" looks at the device and dtype of x and at the key and value dims. On a CPU it is torch. Elsewhere it prints
+    each choice to stderr once per process. `only_torch` is the reason why only torch can run this call, if there is
+    one.
+
+    Raises ValueError for a backend that the operator does not have, or that cannot run this call.
+    """
     names = BACKENDS[operator]
     if requested not in ("auto", *names):
         raise ValueError(f"{operator}: backend must be one of {('auto', *names)}, got {requested!r}")
@@ -57,7 +61,7 @@ def select_backend(operator: str, requested: str, x: Tensor, *widths: int, only_
 
 @contextmanager
 def needs(backend: str) -> Iterator[None]:
-    """Around the import of what a backend runs: if that fails, ImportError says what to install or to pass."""
+    """Guard the import of a backend's package: if it fails, ImportError says what to install or to pass."""
     try:
         yield
     except ImportError as error:
@@ -68,12 +72,12 @@ def needs(backend: str) -> Iterator[None]:
 
 
 def interpreted() -> bool:
-    """Whether Triton kernels run in its interpreter, on the CPU: for tests."""
+    """Tell whether Triton kernels run in its interpreter, on the CPU: for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _unfit(name: str, device: torch.device, dtype: torch.dtype, width: int) -> str:
-    """Why a backend other than torch cannot run such tensors; empty if it can."""
+    """Return the reason why a backend other than torch cannot run such tensors; empty if it can."""
     simulated = name == "triton" and interpreted()
     if device.type != "cuda" and not (simulated and device.type == "cpu"):
         return f"needs a CUDA device, got {device.type}"

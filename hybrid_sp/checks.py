@@ -1,5 +1,7 @@
-"""What every public operator does first: leave autocast and torch.compile, and refuse what does not fit or differs
-between ranks."""
+"""The checks that every public operator makes first, and the wrapper that keeps it out of autocast and torch.compile.
+
+They refuse arguments that do not fit or that differ between ranks, before any communication.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ FLOORS = {torch.float32: -104.0, torch.float64: -768.0}  # of log decays: exp is
 def public_operator(function: Callable[P, R]) -> Callable[P, R]:
     """Run with autocast off and outside torch.compile's graph: one graph break, the order of collectives kept.
 
-    Raises ValueError for a tensor as a keyword that takes none: autograd would not see it.
+    Raises ValueError if a keyword that takes no tensor is given one: autograd would not see it.
     """
     hints = get_type_hints(function)
     plain = {name for name, hint in hints.items() if Tensor not in (hint, *get_args(hint))}
@@ -48,7 +50,7 @@ def require(condition: bool, name: str, message: str) -> None:
 
 
 def require_recurrence(name: str, q: Tensor, k: Tensor, v: Tensor, shard: Shard) -> None:
-    """What a recurrence on states asks of q, k [B,T,G,K] and v [B,T,H,V]."""
+    """Check q, k [B,T,G,K] and v [B,T,H,V] of a recurrence on states."""
     require(q.ndim == k.ndim == v.ndim == 4, name, "q, k and v must be [batch, tokens, heads, dim]")
     require(q.shape == k.shape, name, f"q and k must have one shape, got {tuple(q.shape)} and {tuple(k.shape)}")
     require(
@@ -64,7 +66,7 @@ def require_recurrence(name: str, q: Tensor, k: Tensor, v: Tensor, shard: Shard)
 
 
 def require_state(name: str, state: tuple[Tensor, ...], shapes: list[tuple[int, ...]], dtype: torch.dtype) -> None:
-    """That an initial state has these shapes and the dtype of states."""
+    """Check that an initial state has these shapes and the dtype of states."""
     given = [tuple(part.shape) for part in state]
     require(given == shapes, name, f"initial_state must have the shapes {shapes}, got {given}")
     dtypes = [part.dtype for part in state]
@@ -72,7 +74,7 @@ def require_state(name: str, state: tuple[Tensor, ...], shapes: list[tuple[int, 
 
 
 def default_shard(shard: Shard | None, x_BTHD: Tensor) -> Shard:
-    """The shard, on which all ranks agree, or for one device the one that holds all tokens of x."""
+    """Return the shard once all ranks agree on it; without one, a shard for one device that holds all tokens of x."""
     if shard is None:
         return Shard(SequenceParallel(None), x_BTHD.shape[1])
     shard.require_agreement()
@@ -80,15 +82,17 @@ def default_shard(shard: Shard | None, x_BTHD: Tensor) -> Shard:
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Dtype of states, decays and sums: fp32, or fp64 for fp64."""
+    """Return the dtype of states, decays and sums: fp32, or fp64 for fp64."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def floor_decays(name: str, log_decay: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Log decays, none below the floor of `dtype`, that of sums. What is cut off decays to exactly 0, with a gradient
-    of 0; and no sum grows so large that a difference of two loses what lies between them.
+    """Clip log decays at the floor of `dtype`, the dtype of sums.
 
-    Raises ValueError for -inf on a CPU. Elsewhere the host must not wait for values, and -inf is floor_decays too.
+    A decay below the floor becomes exactly 0, with a gradient of 0. Sums of log decays therefore stay small enough that
+    a difference of two keeps its digits.
+
+    Raises ValueError for -inf on a CPU. Elsewhere the host must not wait for values, and -inf becomes the floor too.
     """
     if log_decay is None:
         return None

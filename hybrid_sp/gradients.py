@@ -1,4 +1,4 @@
-"""Gradients of a run: each rank's are its contribution, and the sum over ranks is the total."""
+"""The gradients of a run: each rank computes its contribution, and the sum over ranks is the total."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .comm.groups import Group
 
 
 def sum_gradients(parameters: Iterable[Tensor], group: Group, tokens: int) -> int:
-    """Turn gradients of this rank's summed token losses into that of the mean over all valid tokens, in place.
+    """Turn the gradients of this rank's summed token losses into those of the mean over all valid tokens, in place.
 
         p.grad = (sum over ranks of p.grad) / (sum over ranks of tokens)
 

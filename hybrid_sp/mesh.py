@@ -16,13 +16,14 @@ LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun
 
 
 def init_mesh(dp: int = 1, sp: int = 1, device: str = "cpu", timeout: timedelta = timedelta(minutes=10)) -> DeviceMesh:
-    """Mesh with the axes "dp" (replicas of the model) and "sp" (pieces of a sequence); sp ranks are neighbours.
+    """Create the mesh with the axes "dp" (replicas of the model) and "sp" (pieces of a sequence); sp ranks are
+    neighbours.
 
-    Starts the process group where none exists: of torchrun's processes, or of this process alone where neither RANK nor
-    a WORLD_SIZE above 1 is set. gloo serves the CPU, nccl CUDA. A collective that takes longer than `timeout` fails on
-    every rank that waits for it.
+    If no process group exists, this starts one: over torchrun's processes, or over this process alone if RANK is unset
+    and WORLD_SIZE is at most 1. gloo serves the CPU, nccl CUDA. If a collective takes longer than `timeout`, it fails
+    on every rank that waits for it.
 
-    Raises ValueError if the number of processes is not dp x sp, and if a launcher's variables are not all set.
+    Raises ValueError if the number of processes is not dp x sp, or if a launcher's variables are not all set.
     """
     world = dist.get_world_size() if dist.is_initialized() else _processes()
     if min(dp, sp) < 1 or dp * sp != world:
@@ -46,7 +47,10 @@ def init_mesh(dp: int = 1, sp: int = 1, device: str = "cpu", timeout: timedelta 
 
 
 def _processes() -> int:
-    """How many a launcher has started; ValueError unless it has told each of them all that it needs to know."""
+    """Count the processes that a launcher started.
+
+    Raises ValueError unless all four variables of `LAUNCHER` are set and valid, or none is.
+    """
     found = {name: os.environ[name] for name in LAUNCHER if os.environ.get(name)}
     if "RANK" not in found and found.get("WORLD_SIZE", "1") == "1":
         return 1
@@ -61,7 +65,7 @@ def _processes() -> int:
 
 
 def whole_group(mesh: DeviceMesh) -> dist.ProcessGroup:
-    """The group of all ranks of the mesh, dp and sp together."""
+    """Return the group of all ranks of the mesh, dp and sp together."""
     if mesh.size() != dist.get_world_size():
         raise ValueError(f"the mesh has {mesh.size()} ranks and the world {dist.get_world_size()}")
     assert dist.group.WORLD is not None

@@ -1,13 +1,13 @@
-"""Start/finish pairs: communication that is overlapped with computation, written once forward and mirrored by autograd.
+"""Start/finish pairs: communication that overlaps with computation, written once forward and mirrored by autograd.
 
-An operator calls `start`, computes what needs no other rank, and calls `finish`. The two are autograd nodes joined by a
-token, an empty tensor:
+An operator calls `start`, computes the part that needs no other rank, and calls `finish`. The two are autograd nodes
+joined by a token, an empty tensor:
 
     forward     start launches | local work | finish waits
     backward    finish launches | gradient of the local work | start waits
 
-because autograd runs nodes in the reverse of the order in which they were made. `Call` is what the nodes of one
-operator call share; an `Exchange` says what is sent and what is done with what arrives.
+Autograd runs nodes in the reverse of the order in which they were made, so backward is the mirror image. The nodes of
+one operator call share a `Call`. An `Exchange` decides what to send and how to use what arrives.
 """
 
 from __future__ import annotations
@@ -29,13 +29,17 @@ from .shard import Shard
 
 
 class Exchange(Protocol):
-    """What `start` and `finish` do with the summaries of one call of an operator.
+    """The contract of an exchange: how `start` and `finish` treat the summaries of one operator call.
 
-    `launch` sends them; `receive` makes of what is received the entering states, the final state, and what else
-    backward needs to keep, such as transitions. `launch_backward` sends the gradients of the first two, and
-    `receive_backward` makes of what is received those of the states that leave this rank's spans and, this rank's part,
-    of the initial state. Transitions get none: the gradient of a decay needs only the states at both ends of a span,
-    which the operator then has.
+    launch            send this rank's summaries
+    receive           turn what arrives into the entering states, the final state, and a tensor that backward needs,
+                      such as the transitions
+    launch_backward   send the gradients of the entering states and of the final state
+    receive_backward  turn what arrives into the gradients of the states that leave this rank's spans, and this rank's
+                      part of the initial state's gradient
+
+    Transitions get no gradient from the exchange. The gradient of a decay needs only the states at both ends of a span,
+    and the operator has both by then.
     """
 
     def launch(self, header: Header, state: Tensor, transition: Tensor | None, initial: Tensor | None) -> Pending: ...
@@ -48,11 +52,11 @@ class Exchange(Protocol):
 
 
 class Call:
-    """One operator call: what it has in flight, first in first out, and what that is called.
+    """The context of one operator call: its messages in flight, first in first out, and its number for headers.
 
-    The queues are "forward", "backward" for gradients, and "again" for what backward asks for a second time. As a
-    context manager around start ... finish it drains what is in flight if an exception falls between, so that the other
-    ranks are not left waiting.
+    There is one queue for "forward", one for gradients ("backward"), and one for data that backward gathers a second
+    time ("again"). The call is a context manager around start ... finish. If an exception falls between, it drains the
+    queues, so that the other ranks are not left waiting.
     """
 
     def __init__(self, shard: Shard, tag: str) -> None:
@@ -63,11 +67,11 @@ class Call:
         return self.shard.header(self.tag, direction, self.number, note)
 
     def phase(self, name: str, direction: str, x: Tensor) -> AbstractContextManager[None]:
-        """Note what is computed inside, on the device of x, on the timeline; waits in it are left out."""
+        """Record the computation inside as a phase on the ledger, on the device of x; waits inside are excluded."""
         return ledger.computing(name, self.tag, direction, self.number, x.device)
 
     def launch_forward(self, launch: Callable[[], Pending]) -> None:
-        """Launch; not in the recomputation of a checkpoint that has recorded the result."""
+        """Launch, except in the recomputation of a checkpoint that has recorded the result."""
         if not is_replaying():
             self._put("forward", launch())
 
@@ -91,7 +95,7 @@ class Call:
         return self._in_flight[queue].popleft().wait()
 
     def drain(self) -> None:
-        """Wait for whatever is in flight, and discard it."""
+        """Wait for everything in flight, and discard it."""
         for queue in self._in_flight.values():
             while queue:
                 queue.popleft().drain()

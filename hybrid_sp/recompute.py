@@ -61,7 +61,7 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContext
 
 
 class _Replay:
-    """The context of a recomputation. A graph that is kept may enter it more than once, each time at the first
+    """The context of a recomputation. A retained graph may enter it more than once, and each time reads from the first
     record."""
 
     def __init__(self, tape: list[Any]) -> None:

@@ -1,4 +1,4 @@
-"""Which tokens a rank holds, and how tensors are cut into and joined from the ranks' parts.
+"""The cut of a sequence over ranks: which tokens a rank holds, and how tensors are cut and joined.
 
 A sequence of L tokens is cut into n spans, span i = [i*L//n, (i+1)*L//n), so lengths differ by at most one token. A
 rank holds its spans one after the other, in sequence order.
@@ -39,7 +39,7 @@ NO_LABEL = -100  # label of a token that has no next token; torch's cross_entrop
 
 
 def spans_of(rank: int, ranks: int, layout: str) -> tuple[int, ...]:
-    """Indices of the spans that a rank owns, ascending: (r,) of P spans, or (r, 2P-1-r) of 2P."""
+    """Return the indices of the spans that a rank owns, ascending: (r,) of P spans, or (r, 2P-1-r) of 2P."""
     return (rank,) if layout == "contiguous" else (rank, 2 * ranks - 1 - rank)
 
 
@@ -56,28 +56,32 @@ def _shortened(values: Sequence[int]) -> str:
 
 @dataclass(frozen=True)
 class SequenceParallel:
-    """How sequences are cut over the ranks of a group, and how the layers communicate. Made once per run.
+    """The settings of sequence parallelism: how a group of ranks cuts sequences, and how layers communicate.
+
+    Make one per run.
 
     group     a process group (`mesh["sp"].get_group()`), or None for one device
-    layout    "contiguous": rank r owns span r of P. "zigzag": it owns spans r and 2P-1-r of 2P, which gives every
-              rank the same work in causal softmax attention
-    linear    exchange of states: "all_gather" is LASP-2 (arXiv 2502.07563), "ring" LASP (2404.02882), "pipeline"
-              ZeCO (2507.01004), "doubling" a scan in ceil(log2(spans)) rounds; "auto" is the one of these that is the
-              fastest on the link (`exchange.choose`); "star", to compare with, folds on one rank. All give the same
-              results
-    softmax   exchange of keys and values: "all_gather" is AllGather-KV (arXiv 2407.21783)
-              Baselines, in their original form: "ulysses" (arXiv 2309.14509) and "megatron" (Megatron-SP's volumes) cut
-              heads inside the operator, for both; Ring Attention (arXiv 2310.01889) is softmax="ring", and with the
-              left product (q k^T) v linear="ring_attention". What they cannot do is refused by the operator
-    kv_heads_per_gather   "all_gather" of softmax: key heads that travel at a time, the next in flight while these are
-              attended to; None, or more than there are: all. One of 8 needs a third of the memory for what is gathered
-    keep_kv   "all_gather" of softmax: keep what was gathered for backward; False gathers it again there
-    overlap   compute while collectives are in flight; False waits at once (for ablations; the results are bit-equal).
-              Or the kinds of layer that do, of "linear", "softmax" and "conv"
-    check     "sequence": all ranks compare, once per shard, what `shard` was given, and these settings: over the CPU,
-              launched by `shard` and awaited by its first operator, which raises ValueError on every rank if any
-              differ. "calls": also a header before each collective, which costs as many small ones; for tests. False:
-              ranks that differ hang, fail or compute with wrong numbers. The ledger counts no comparison
+    layout    "contiguous": rank r owns span r of P. "zigzag": it owns spans r and 2P-1-r of 2P, which gives every rank
+              the same work in causal softmax attention
+    linear    how states are exchanged; all choices give the same results. "all_gather" is LASP-2 (arXiv 2502.07563),
+              "ring" LASP (2404.02882), "pipeline" ZeCO (2507.01004), "doubling" a scan in ceil(log2(spans)) rounds.
+              "auto" takes the fastest of these on the link (`exchange.choose`). "star" folds on one rank; it is a
+              baseline
+    softmax   how keys and values are exchanged: "all_gather" is AllGather-KV (arXiv 2407.21783). Baselines, in their
+              original form: "ulysses" (arXiv 2309.14509) and "megatron" (Megatron-SP's volumes) cut heads inside the
+              operator, for linear and softmax. Ring Attention (arXiv 2310.01889) is softmax="ring", and with the left
+              product (q k^T) v linear="ring_attention". The operator refuses calls that a baseline cannot run
+    kv_heads_per_gather   for softmax="all_gather": the number of key heads in one gather. The next gather is in flight
+              during the attention to the present one. None, or more than there are, gathers all heads at once. One of 8
+              needs a third of the memory for gathered keys and values
+    keep_kv   for softmax="all_gather": keep the gathered keys and values for backward; False gathers them again there
+    overlap   compute while collectives are in flight. False waits at once, for ablations; the results are bit-equal. A
+              list of "linear", "softmax" and "conv" names the kinds of layer that overlap
+    check     "sequence": all ranks compare the arguments of `shard` and these settings, once per shard. The comparison
+              runs over the CPU: `shard` launches it, the first operator awaits it. If any differ, ValueError is raised
+              on every rank. "calls": also compare a header before each collective; that adds one small collective to
+              each, so it is for tests. False: ranks that differ hang, fail or compute wrong numbers. The ledger does
+              not count comparisons
     link      the network for linear="auto"; None measures it
     """
 
@@ -111,7 +115,7 @@ class SequenceParallel:
             raise ValueError(f"SequenceParallel.kv_heads_per_gather must be None or at least 1, got {heads!r}")
 
     def overlaps(self, kind: str) -> bool:
-        """Whether layers of this kind compute while their collectives are in flight."""
+        """Tell whether layers of this kind compute while their collectives are in flight."""
         return self.overlap if isinstance(self.overlap, bool) else kind in self.overlap
 
     @property
@@ -123,14 +127,15 @@ class SequenceParallel:
         return groups.size(self.group)
 
     def shard(self, length: int, cu_seqlens: Sequence[int] | None = None) -> Shard:
-        """This rank's part of a sequence of `length` tokens. Made once per batch.
+        """Return this rank's part of a sequence of `length` tokens. Make one per batch.
 
-        It is collective: every rank of the group calls it, with the same arguments and in the same order among its
-        other collectives. With `check` the arguments are compared.
+        This call is collective: every rank of the group makes it, with the same arguments and in the same order among
+        its other collectives. With `check` the ranks compare their arguments.
 
-        cu_seqlens: bounds of packed documents as host ints, 0 ... length, never falling; documents may be empty. None:
-        the sequence is one document. Raises ValueError for other bounds, and if the sequence has fewer tokens than
-        spans.
+        cu_seqlens  bounds of packed documents as host ints, 0 ... length, never falling; documents may be empty. None:
+                    the sequence is one document
+
+        Raises ValueError for other bounds, and if the sequence has fewer tokens than spans.
         """
         bounds: Any = cu_seqlens
         fault: ValueError | None = None
@@ -153,24 +158,24 @@ class SequenceParallel:
 
     @cached_property
     def _settings(self) -> dict[str, Any]:
-        """What all ranks must share."""
+        """Return the settings that all ranks must share."""
         settings = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "group"}
         return settings | {"overlap": [kind for kind in KINDS if self.overlaps(kind)]}
 
 
 @dataclass(eq=False)
 class Shard:
-    """One rank's part of a sequence. Two shards of one sequence are equal on all ranks but for `sp.rank`.
+    """The part of a sequence that one rank holds. Two shards of one sequence differ between ranks only in `sp.rank`.
 
-    The sequence and its cut never change. While the shard is used, it numbers the operator calls on it, and keeps what
-    operators plan for it (`once`).
+    The sequence and its cut never change. During use the shard numbers the operator calls on it, and keeps the plans
+    that operators make for it (`once`).
 
     sp          how the sequence is cut
     length      tokens in the whole sequence (L)
-    cu_seqlens  bounds of the documents packed into the sequence, 0 ... L, without those of empty ones; None: it is one
-                document (and may be a batch)
+    cu_seqlens  bounds of the documents packed into the sequence, 0 ... L, without those of empty ones. None: the
+                sequence is one document, and may be a batch
     calls       numbers the operator calls on this shard
-    agreement   of all ranks on what the shard was given; None: they are not compared
+    agreement   the comparison of the shard's arguments between ranks; None: they are not compared
     """
 
     sp: SequenceParallel
@@ -198,23 +203,23 @@ class Shard:
 
     @cached_property
     def bounds(self) -> tuple[int, ...]:
-        """First token of every span of the sequence, and L."""
+        """Return the first token of every span of the sequence, and L."""
         count = self.sp.size * len(spans_of(0, self.sp.size, self.sp.layout))
         return tuple(i * self.length // count for i in range(count + 1))
 
     @property
     def span_count(self) -> int:
-        """Spans in the whole sequence."""
+        """Count the spans in the whole sequence."""
         return len(self.bounds) - 1
 
     @cached_property
     def own(self) -> tuple[int, ...]:
-        """Indices of this rank's spans."""
+        """Return the indices of this rank's spans."""
         return spans_of(self.sp.rank, self.sp.size, self.sp.layout)
 
     @cached_property
     def owners(self) -> tuple[tuple[int, int], ...]:
-        """For every span of the sequence: the rank that owns it, and its place among that rank's spans."""
+        """Return, for every span of the sequence, its rank and its index among that rank's spans."""
         place = {}
         for rank in range(self.sp.size):
             for slot, span in enumerate(spans_of(rank, self.sp.size, self.sp.layout)):
@@ -222,24 +227,24 @@ class Shard:
         return tuple(place[span] for span in range(self.span_count))
 
     def spans_at(self, rank: int) -> list[tuple[int, int]]:
-        """[(start, end), ...] of a rank's spans, in sequence order."""
+        """Return [(start, end), ...] of a rank's spans, in sequence order."""
         return [(self.bounds[i], self.bounds[i + 1]) for i in spans_of(rank, self.sp.size, self.sp.layout)]
 
     @property
     def spans(self) -> list[tuple[int, int]]:
-        """[(start, end), ...] of this rank's spans, in sequence order."""
+        """Return [(start, end), ...] of this rank's spans, in sequence order."""
         return self.spans_at(self.sp.rank)
 
     @cached_property
     def sequence(self) -> str:
-        """The sequence in words, equal on ranks that have been given the same one in the same layout."""
+        """Describe the sequence for headers: equal on ranks that hold the same sequence in the same layout."""
         if self.cu_seqlens is None:
             return f"{self.length} tokens {self.sp.layout}"
         bounds = zlib.crc32(repr(self.cu_seqlens).encode())
         return f"{self.length} tokens {self.sp.layout} in {len(self.cu_seqlens) - 1} documents {bounds:08x}"
 
     def header(self, tag: str, direction: str, call: int, note: str = "") -> Header:
-        """What a collective of this sequence is for."""
+        """Make the header of a collective on this sequence."""
         note = f"{note} {self.sequence}".strip()
         return Header(tag=tag, direction=direction, call=call, check=self.sp.check == "calls", note=note)
 
@@ -253,22 +258,23 @@ class Shard:
 
     @property
     def tokens(self) -> int:
-        """Tokens on this rank (T)."""
+        """Count the tokens on this rank (T)."""
         return sum(end - start for start, end in self.spans)
 
     @property
     def span_lengths(self) -> tuple[int, ...]:
-        """Tokens in each of this rank's spans."""
+        """Count the tokens in each of this rank's spans."""
         return tuple(end - start for start, end in self.spans)
 
     @cached_property
     def boundaries(self) -> tuple[int, ...]:
-        """Tokens of the sequence at which a document begins. Not token 0: an initial state continues the first one."""
+        """Return the tokens at which a document begins, except token 0: an initial state continues the first
+        document."""
         return () if self.cu_seqlens is None else self.cu_seqlens[1:-1]
 
     @cached_property
     def local_boundaries(self) -> tuple[int, ...]:
-        """Tokens of this rank at which a document begins."""
+        """Return this rank's local tokens at which a document begins."""
         local, offset = [], 0
         for start, end in self.spans:
             here = slice(bisect_left(self.boundaries, start), bisect_left(self.boundaries, end))
@@ -278,40 +284,41 @@ class Shard:
 
     @cached_property
     def broken(self) -> tuple[int, ...]:
-        """Spans of the sequence in which a document begins: no state passes through them."""
+        """Return the spans of the sequence in which a document begins: no state passes through them."""
         return tuple(sorted({bisect_right(self.bounds, token) - 1 for token in self.boundaries}))
 
     def document_start(self, token: int) -> int:
-        """First token of the document that holds this token of the sequence."""
+        """Return the first token of the document that holds this token of the sequence."""
         before = bisect_right(self.boundaries, token)
         return self.boundaries[before - 1] if before else 0
 
     def document_end(self, token: int) -> int:
-        """The token after the last one of the document that holds this token of the sequence."""
+        """Return the token after the last one of the document that holds this token of the sequence."""
         before = bisect_right(self.boundaries, token)
         return self.boundaries[before] if before < len(self.boundaries) else self.length
 
     @cached_property
     def positions(self) -> Tensor:
-        """Position of each local token in its document, LongTensor [T]."""
+        """Return the position of each local token in its document, LongTensor [T]."""
         first = torch.tensor([0, *self.boundaries])
         tokens = torch.cat([torch.arange(start, end) for start, end in self.spans])
         return tokens - first[torch.searchsorted(first, tokens, right=True) - 1]
 
     def take(self, x: Tensor, dim: int = 1) -> Tensor:
-        """This rank's tokens of x, whose `dim` is the whole sequence. Its gradient is zero outside them."""
+        """Return this rank's tokens of x, whose `dim` is the whole sequence. The gradient is zero outside them."""
         if x.shape[dim] != self.length:
             raise ValueError(f"take: dim {dim} of x has {x.shape[dim]} tokens, the sequence has {self.length}")
         return torch.cat([x.narrow(dim, start, end - start) for start, end in self.spans], dim)
 
     def gather(self, x_local: Tensor, dim: int = 1) -> Tensor:
-        """The whole sequence, of which every rank gives its tokens along `dim`. Its backward sums over ranks."""
+        """Return the whole sequence; every rank gives its tokens along `dim`. Backward sums over ranks."""
         self.require_agreement()
         self.require_tokens("gather", x=x_local.shape[dim])
         return _Gather.apply(self, x_local, dim)
 
     def labels(self, tokens_BL: Tensor) -> Tensor:
-        """Next token of each local token in its document, [B, T], -100 where there is none: shifted first, then cut."""
+        """Return each local token's next token in its document [B,T], -100 where there is none: shift first, then
+        cut."""
         labels_BL = tokens_BL.roll(-1, 1)
         labels_BL[:, [end - 1 for end in (*self.boundaries, self.length)]] = NO_LABEL
         return self.take(labels_BL, 1)
@@ -345,12 +352,12 @@ class Shard:
         return max(sum(end - start for start, end in self.spans_at(rank)) for rank in range(self.sp.size))
 
     def pad(self, x_local: Tensor, dim: int) -> Tensor:
-        """A rank's tokens, filled up to the longest rank's number."""
+        """Pad a rank's tokens with zeros to the number of the longest rank."""
         short = self._longest - x_local.shape[dim]
         return F.pad(x_local, (0, 0) * (x_local.ndim - 1 - dim % x_local.ndim) + (0, short)) if short else x_local
 
     def join(self, x_P: Tensor, dim: int) -> Tensor:
-        """The whole sequence from the padded parts of all ranks, [P, ...]; `dim` is the tokens' in a part."""
+        """Join the padded parts of all ranks [P, ...] into the whole sequence; `dim` holds the tokens of a part."""
         pieces = [x_P[0].narrow(dim, 0, 0)] * self.span_count
         for rank in range(self.sp.size):
             offset = 0
@@ -361,7 +368,7 @@ class Shard:
         return torch.cat(pieces, dim)
 
     def split(self, x: Tensor, dim: int) -> Tensor:
-        """The padded parts of all ranks, [P, ...], from the whole sequence: the adjoint of `join`."""
+        """Split the whole sequence into the padded parts of all ranks [P, ...]: the adjoint of `join`."""
         shape = [self.sp.size, *x.shape]
         shape[dim % x.ndim + 1] = self._longest
         parts = x.new_zeros(shape)

@@ -1,7 +1,7 @@
-"""What all ranks of a group must be given alike, compared while they go on.
+"""The comparison of values that all ranks of a group must be given alike; it runs while the program goes on.
 
-Ranks that differ in it would exchange tensors of other sizes, and fail or hang, or of the same sizes, and go on with
-wrong numbers.
+If ranks differ in such a value, they exchange tensors of different sizes, and fail or hang. If the sizes happen to
+match, they go on with wrong numbers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ _LONGEST = 100  # characters of a value that are told
 
 
 class Agreement:
-    """One comparison of named values, launched when it is made: by every rank of the group, in the same order."""
+    """The comparison of named values. Its constructor launches it; every rank of the group makes it in the same
+    order."""
 
     def __init__(self, given: Mapping[str, Any], group: Group) -> None:
         lines = [f"{name}={_shortened(repr(value))}" for name, value in given.items()]
@@ -48,7 +49,7 @@ def _shortened(text: str) -> str:
 
 
 def _difference(texts: Sequence[str]) -> str | None:
-    """What differs, by the ranks to which it was given."""
+    """Describe the values that differ, each with the ranks that have it; None if none differs."""
     lines = (text.split("\n") for text in texts)  # not of equal number if a rank compares something else
     columns = [column for column in itertools.zip_longest(*lines, fillvalue="nothing") if len(set(column)) > 1]
     if not columns:

@@ -1,4 +1,4 @@
-"""A task of several messages that runs in the background, while the program computes."""
+"""The background: a task of several messages that runs while the program computes."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from .pending import Header, Pending
 def run_in_background(
     task: Callable[[], Any], what: str, header: Header, device: torch.device | None = None
 ) -> Pending:
-    """Launch a task that waits for messages and sends others, beside whatever this thread does meanwhile.
+    """Launch a task that waits for messages and sends others, while this thread goes on.
 
-    On a CPU a thread of its own drives it. On CUDA nothing blocks a thread: the whole task, waits and all, is enqueued
-    here on a stream of high priority, which begins where the current stream is now.
+    On a CPU a separate thread runs the task. On CUDA the task blocks no thread: all of it, waits included, is enqueued
+    here on a stream of high priority. That stream starts from the present point of the current stream.
     """
     if device is not None and device.type == "cuda":
         return _enqueue(task, what, header, device)
@@ -43,7 +43,7 @@ class _Joined:
         self._done = done
 
     def wait(self) -> None:
-        """What the task has raised is raised by its result, as it is."""
+        """Wait for the task's end. If the task raised, reading its result raises the same exception."""
         futures.wait([self._done])
 
 
@@ -51,7 +51,7 @@ _streams: dict[torch.device, torch.cuda.Stream] = {}
 
 
 def _enqueue(task: Callable[[], Any], what: str, header: Header, device: torch.device) -> Pending:
-    """Not run yet: written for CUDA where there was none."""
+    """Enqueue the task on a side stream. This has not run yet: it was written for CUDA on a machine without it."""
     if device not in _streams:
         _streams[device] = torch.cuda.Stream(device, priority=-1)
     stream = _streams[device]
@@ -62,14 +62,15 @@ def _enqueue(task: Callable[[], Any], what: str, header: Header, device: torch.d
 
 
 class _Enqueued:
-    """Work on a side stream. It holds the task, and so the memory that the task reads, until somebody has waited."""
+    """The work on a side stream. It holds the task, and so the memory that the task reads, until somebody has
+    waited."""
 
     def __init__(self, task: Callable[[], Any], outcome: Any, stream: torch.cuda.Stream) -> None:
         self._task: Callable[[], Any] | None = task
         self._outcome, self._stream, self._done = outcome, stream, stream.record_event()
 
     def wait(self) -> None:
-        """The current stream waits; the outcome's memory is not given to another before that stream has read it."""
+        """Make the current stream wait, and keep the outcome's memory from reuse until that stream has read it."""
         current = torch.cuda.current_stream(self._stream.device)
         current.wait_event(self._done)
         for leaf in torch.utils._pytree.tree_leaves(self._outcome):

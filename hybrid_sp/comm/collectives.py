@@ -1,8 +1,8 @@
-"""Collectives, synchronous and pending.
+"""The collectives, synchronous and pending. `group=None` is one device.
 
-Each names its `Header`: which kind of layer calls it, in which direction, in which call. The ledger counts by it,
-errors quote it, and with `check` all ranks compare it, uncounted, before the data moves, so that ranks which
-have come apart stop with a message instead of exchanging the wrong tensors. `group=None` is one device.
+Each carries a `Header`: the kind of layer that calls it, the direction, and the number of the call. The ledger counts
+by header, and errors quote it. With `check`, all ranks compare headers before the data moves; the ledger does not count
+this. Ranks that have come apart then stop with a message, instead of exchanging the wrong tensors.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def start_all_gather(x: Tensor, group: Group, header: Header) -> Pending:
 
 
 def start_reduce_scatter(x_P: Tensor, group: Group, header: Header) -> Pending:
-    """Launch a sum over ranks of x_P [P, ...], of which each rank receives its own row."""
+    """Launch a sum of x_P [P, ...] over ranks; each rank receives its own row."""
     x_P = x_P.detach().contiguous()
     ranks = size(group)
 
@@ -53,11 +53,12 @@ def start_reduce_scatter(x_P: Tensor, group: Group, header: Header) -> Pending:
 def start_all_to_all(x: Tensor, sent: Sequence[int], received: Sequence[int], group: Group, header: Header) -> Pending:
     """Launch an exchange of rows of x [rows, ...]: the first sent[0] go to rank 0, the next sent[1] to rank 1, ...
 
-    The result holds received[0] rows of rank 0, then received[1] of rank 1, and so on; sent[r] here must be what rank r
-    expects from this rank, and a row's shape is equal on all ranks. Every rank makes this one collective, however
-    little it sends, so it keeps its place among all others: unlike point-to-point messages it needs no process group of
-    its own. The header shows one row, for the numbers of rows differ between ranks. A rank's rows to itself are copied,
-    and not counted as bytes received.
+    The result holds received[0] rows of rank 0, then received[1] of rank 1, and so on. sent[r] here must equal the
+    number of rows that rank r expects from this rank. The shape of a row is equal on all ranks.
+
+    Every rank makes this one collective, even if it sends nothing. It therefore keeps its place among all others and,
+    unlike point-to-point messages, needs no process group of its own. The header shows one row, because the numbers of
+    rows differ between ranks. A rank's rows to itself are copied, and do not count as bytes received.
     """
     x = x.detach().contiguous()
     row = x.new_empty(x.shape[1:])
@@ -82,17 +83,17 @@ def start_all_reduce(x: Tensor, group: Group, header: Header) -> Pending:
 
 
 def all_gather(x: Tensor, group: Group, tag: str) -> Tensor:
-    """x of every rank, [P, *x.shape]."""
+    """Gather x of every rank, [P, *x.shape]."""
     return start_all_gather(x, group, Header(tag=tag)).wait()
 
 
 def all_reduce(x: Tensor, group: Group, tag: str) -> Tensor:
-    """Sum of x over ranks, in place; returns x."""
+    """Sum x over ranks, in place, and return it."""
     return start_all_reduce(x, group, Header(tag=tag)).wait()
 
 
 def start_texts(text: str, group: Group, what: str) -> Pending:
-    """Launch an all-gather of a short text of every rank, over the CPU whatever the group's device: no device waits."""
+    """Launch an all-gather of a short text of every rank. It runs over the CPU for every group, so no device waits."""
     if size(group) == 1:
         return Pending(lambda: [text])
     mine = torch.frombuffer(bytearray(text.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")), dtype=torch.uint8)
@@ -105,14 +106,14 @@ def start_texts(text: str, group: Group, what: str) -> Pending:
 
 
 def broadcast(x: Tensor, group: Group, src: int = 0) -> Tensor:
-    """x of the rank `src` of the group, in place; returns x."""
+    """Copy x of the rank `src` of the group into x of all others, in place, and return it."""
     if size(group) > 1:
         dist.broadcast(x, group=group, group_src=src)
     return x
 
 
 def gather_objects(obj: Any, group: Group) -> list[Any]:
-    """A small picklable object of every rank, in rank order, on every rank."""
+    """Return a small picklable object of every rank, in rank order, on every rank."""
     objects = [obj] * size(group)
     if size(group) > 1:
         dist.all_gather_object(objects, obj, group=group)
@@ -126,8 +127,10 @@ def barrier(group: Group) -> None:
 
 
 def leave(group: Group) -> None:
-    """End all process groups, when every rank of this one is ready to: an interpreter that ends with groups still alive
-    may be aborted by their threads."""
+    """End all process groups, once every rank of this one has called this.
+
+    If an interpreter exits while groups are alive, their threads may abort it.
+    """
     barrier(group)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Process groups: ranks, sizes, devices, and further groups of the same ranks. `None` is one device."""
+"""The process groups: ranks, sizes, devices, and further groups of the same ranks. `None` is one device."""
 
 from __future__ import annotations
 
@@ -16,34 +16,36 @@ _twins: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictiona
 
 
 def rank(group: Group) -> int:
-    """This process's place in the group."""
+    """Return this process's rank in the group."""
     return 0 if group is None else dist.get_rank(group)
 
 
 def size(group: Group) -> int:
-    """Number of ranks in the group."""
+    """Count the ranks in the group."""
     return 1 if group is None else dist.get_world_size(group)
 
 
 def device(group: Group) -> torch.device:
-    """Where tensors are that a group's ranks send: with NCCL on this process's GPU, else on the CPU."""
+    """Return the device of the tensors that a group's ranks send: this process's GPU with NCCL, else the CPU."""
     return torch.device("cuda" if group is not None and "nccl" in str(dist.get_backend_config(group)) else "cpu")
 
 
 def message_group(group: Group) -> Any:
-    """The group's twin for messages: collectives and messages that share a communicator could be ordered differently on
-    two ranks."""
+    """Return the group's twin for messages.
+
+    If collectives and messages shared a communicator, two ranks could order them differently.
+    """
     return _twin(group, str(dist.get_backend_config(group)))
 
 
 def cpu_group(group: Group) -> Any:
-    """The group, or its twin on gloo if it cannot send what lies on the CPU."""
+    """Return the group, or its twin on gloo if the group cannot send tensors on the CPU."""
     assert group is not None
     return group if torch.device("cpu") in group._device_types else _twin(group, "gloo")
 
 
 def _twin(group: Group, backend: str) -> Any:
-    """Another group of the same ranks, made when all of them ask for it the first time."""
+    """Return another group of the same ranks. It is made the first time that all of them ask for it."""
     assert group is not None
     twins = _twins.setdefault(group, {})
     if backend not in twins:
@@ -54,8 +56,11 @@ def _twin(group: Group, backend: str) -> Any:
 
 
 def group_options(backend: str, timeout: timedelta) -> Any:
-    """Options of a new group, one object for each. NCCL's own stream is the communication stream: of high priority, so
-    that what arrives does not queue behind kernels that need it not. Not run yet: written where there was no NCCL."""
+    """Return the options of a new group, a new object for each.
+
+    NCCL's own stream is the communication stream. It has high priority, so that data that arrives does not queue behind
+    kernels that do not need it. This has not run yet: it was written on a machine without NCCL.
+    """
     if "nccl" not in backend:
         return None
     options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)

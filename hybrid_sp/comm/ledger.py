@@ -1,12 +1,15 @@
-"""The ledger: what was sent, how long anybody waited for it, and what was computed meanwhile.
+"""The ledger: a record of communication, of the time operators waited for it, and of computation meanwhile.
 
     with hsp.ledger() as book: ...
 
-`book.rows` are the collectives and messages that this rank received, in launch order; `book.waits` the times at which
-an operator stood still for one; `book.phases` the times in which it computed. Several ledgers may be open at once.
+book.rows     the collectives and messages that this rank received, in launch order
+book.waits    the intervals in which an operator was blocked by one of them
+book.phases   the intervals in which an operator computed
+
+Several ledgers may be open at once.
 
 Moments are seconds of `clock`, which all processes of a machine share. On CUDA a moment is an event on the current
-stream, which becomes seconds when the ledger is read: that waits for these events, and nothing does before.
+stream. It becomes seconds when the ledger is read. Only that reading waits for these events.
 """
 
 from __future__ import annotations
@@ -25,9 +28,9 @@ clock = time.perf_counter  # seconds
 
 @dataclass(kw_only=True)
 class Row:
-    """One collective, or one message, on this rank: bytes received, when it was launched and when it had arrived.
+    """The record of one collective or message on this rank: bytes received, time of launch, time of arrival.
 
-    It may have arrived earlier than `arrived`, which is when the operator that waited for it went on.
+    `arrived` is the moment at which the operator that waited went on. The data may have arrived earlier.
     """
 
     collective: str
@@ -41,8 +44,10 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Wait:
-    """An operator stood still from `begin` to `end` because something had not arrived, or a message of its own had not
-    left: exposed time."""
+    """The interval, from `begin` to `end`, in which an operator was blocked: exposed time.
+
+    It waited for data to arrive, or for its own message to leave.
+    """
 
     what: str
     tag: str
@@ -54,7 +59,7 @@ class Wait:
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """A part of an operator that was computed from `begin` to `end`. Waits, and phases within, cut it in pieces."""
+    """The computation of one part of an operator, from `begin` to `end`. Waits and inner phases cut it into pieces."""
 
     name: str
     tag: str
@@ -65,7 +70,7 @@ class Phase:
 
 
 class Part(NamedTuple):
-    """One direction of one operator call: the kind of layer, the number of the call, "forward" or "backward"."""
+    """The key of one direction of one operator call: kind of layer, number of the call, "forward" or "backward"."""
 
     tag: str
     call: int
@@ -73,8 +78,10 @@ class Part(NamedTuple):
 
 
 class Times(NamedTuple):
-    """Seconds in which an operator computed, had anything in flight, and stood still; the rest of `in_flight` was
-    hidden."""
+    """The seconds in which an operator computed, had anything in flight, and was blocked.
+
+    The difference of `in_flight` and `exposed` was hidden.
+    """
 
     compute: float
     in_flight: float
@@ -82,7 +89,7 @@ class Times(NamedTuple):
 
 
 class Ledger:
-    """What happened while it was open. A group of one rank makes no collectives."""
+    """The record of everything that happened while it was open. A group of one rank makes no collectives."""
 
     def __init__(self) -> None:
         self._rows: list[Row] = []
@@ -107,7 +114,7 @@ class Ledger:
         return self._phases
 
     def select(self, collective: str | None = None, tag: str | None = None, direction: str | None = None) -> list[Row]:
-        """Rows that match every given field."""
+        """Return the rows that match every given field."""
         wanted = (("collective", collective), ("tag", tag), ("direction", direction))
         return [row for row in self._rows if all(want in (None, getattr(row, name)) for name, want in wanted)]
 
@@ -124,9 +131,10 @@ class Ledger:
         return sum(wait.end - wait.begin for wait in self.waits)
 
     def times(self) -> dict[Part, Times]:
-        """Of every part of an operator call, in order of tag, call and direction; calls of one number are added up.
+        """Add up the times of each part of an operator call, in order of tag, call and direction.
 
-        What is recomputed in backward counts as forward. Rows that nobody has waited for are in flight for no time.
+        Calls with the same number are added up. Recomputation in backward counts as forward. A row that nobody has
+        waited for counts as no time in flight.
         """
 
         def by_part(entries: Sequence[Any]) -> dict[Part, list[Any]]:
@@ -149,7 +157,7 @@ class Ledger:
 
 
 def _covered(intervals: Iterable[tuple[float, float]]) -> float:
-    """Seconds that lie in any of the intervals."""
+    """Add up the seconds that lie in any of the intervals."""
     covered, reached = 0.0, float("-inf")
     for begin, end in sorted(intervals):
         covered += max(0.0, end - max(begin, reached))
@@ -161,7 +169,8 @@ _open: list[Ledger] = []
 
 
 class _Thread(threading.local):
-    """What this thread does: `aside` computes for no operator, so its waits expose nothing; `phase` is in progress."""
+    """The state of a thread: `aside` if it computes for no operator, so that its waits expose nothing, and its
+    `phase`."""
 
     aside: bool = False
     phase: _Computing | None = None
@@ -183,7 +192,7 @@ def ledger() -> Iterator[Ledger]:
 
 @contextmanager
 def background_thread() -> Iterator[None]:
-    """Waits of this thread are not an operator's."""
+    """Exclude this thread's waits from the ledger: no operator waits here."""
     before, _thread.aside = _thread.aside, True
     try:
         yield
@@ -194,12 +203,12 @@ def background_thread() -> Iterator[None]:
 def computing(
     name: str, tag: str, direction: str, call: int, device: torch.device | None = None
 ) -> AbstractContextManager[None]:
-    """Note what is computed inside as a phase. Costs next to nothing while no ledger is open."""
+    """Note the computation inside as a phase. This costs next to nothing while no ledger is open."""
     return _Computing(name, tag, direction, call, device) if _open else nullcontext()
 
 
 class _Computing:
-    """A phase in progress. A wait, or another phase, that falls into it ends it and begins it anew."""
+    """The phase in progress. A wait or another phase inside it ends its present piece and starts a new one."""
 
     def __init__(self, name: str, tag: str, direction: str, call: int, device: torch.device | None) -> None:
         self._names: dict[str, Any] = {"name": name, "tag": tag, "direction": direction, "call": call}
@@ -219,7 +228,7 @@ class _Computing:
             self._outer._begin = end
 
     def cut(self, end: float, begin: float) -> None:
-        """The piece so far ends at `end`; the next one begins at `begin`."""
+        """End the present piece at `end`, and begin the next one at `begin`."""
         for book in _open:
             book._phases.append(Phase(**self._names, begin=self._begin, end=end))
         self._begin = begin
@@ -243,7 +252,7 @@ def note_wait(wait: Wait) -> None:
 
 
 def moment(device: torch.device | None = None) -> float:
-    """Now; on CUDA an event that stands for when the current stream gets here."""
+    """Return the present moment; on CUDA an event that the current stream records when it gets here."""
     if device is None or device.type != "cuda" or not _open:
         return clock()
     return _event(device)
@@ -256,7 +265,8 @@ def _event(device: torch.device) -> Any:
 
 
 class _Seconds:
-    """Turns events into seconds of `clock`, counted back from now. Waits for them, and for nothing else."""
+    """The conversion of events into seconds of `clock`, counted back from now. It waits for the events, and nothing
+    else."""
 
     def __init__(self) -> None:
         self._now: dict[torch.device, tuple[Any, float]] = {}

@@ -1,4 +1,4 @@
-"""A link between ranks: its latency and bandwidth, and a slow one that is pretended, for measurements."""
+"""The link between ranks: its latency and bandwidth, and a pretended slow one for measurements."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Link:
-    """A network on which a message takes latency + bytes / bandwidth; seconds, and bytes per second."""
+    """The network between ranks: a message takes latency + bytes / bandwidth, in seconds and bytes per second."""
 
     latency: float
     bandwidth: float
 
     def seconds(self, messages: float, bytes_: float) -> float:
-        """For messages one after the other that carry so many bytes in all."""
+        """Return the time of `messages` messages, sent one after the other, that carry `bytes_` bytes in total."""
         return messages * self.latency + bytes_ / self.bandwidth
 
 
@@ -28,8 +28,10 @@ _pretended: Link | None = None
 
 @contextlib.contextmanager
 def slowed(link: Link) -> Iterator[None]:
-    """Pretend that what this process receives comes over such a link: it arrives so much later than it does, and one
-    thing after the other. For measurements where no network can be slowed down for real."""
+    """Pretend that this process receives everything over such a link, for measurements without a real slow network.
+
+    Everything arrives later by the time of the link, one message after the other.
+    """
     global _pretended
     before, _pretended = _pretended, link
     try:
@@ -42,7 +44,7 @@ _wire = threading.Lock()
 
 
 class _Slowed:
-    """Work that is done when the pretended link has carried it."""
+    """The work that is done when the pretended link has carried it."""
 
     def __init__(self, work: Any, link: Link, messages: int, received: int) -> None:
         self._done: Future[None] = Future()
@@ -64,5 +66,5 @@ class _Slowed:
 
 
 def carried(work: Any, messages: int, received: int) -> Any:
-    """The work, or while a slow link is pretended, work that is done when that link has carried it."""
+    """Return the work; while a slow link is pretended, return work that is done when that link has carried it."""
     return work if _pretended is None else _Slowed(work, _pretended, messages, received)

@@ -1,4 +1,4 @@
-"""Messages from one rank to another, which have a process group of their own."""
+"""The messages from one rank to another, which have a process group of their own."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _exchanges: weakref.WeakKeyDictionary[Any, Iterator[int]] = weakref.WeakKeyDicti
 
 
 def open_exchange(header: Header, plan: str, x: Tensor, group: Group) -> Header:
-    """The check before an exchange by messages: all ranks are about to make the same one. Makes the group's twin.
+    """Check that all ranks are about to make the same exchange by messages, and make the group's twin.
 
-    Returns the header for its messages, whose number all ranks give this exchange: two exchanges in flight at a time
-    may stem from two shards, both of whose calls are numbered from 0.
+    Returns the header for the messages. It carries a number that all ranks give this exchange. Two exchanges in flight
+    at once may come from two shards, and both shards number their calls from 0.
     """
     if size(group) == 1:
         return header
@@ -55,10 +55,10 @@ def start_receive(like: Tensor, source: int, number: int, group: Group, header: 
 
 
 def start_shift(x: Tensor, number: int, group: Group, header: Header) -> Pending:
-    """Launch one hop around the ring of the group's ranks: x goes to the next one, the result is x of the one before.
+    """Launch one hop around the ring of the group's ranks: send x to the next rank, receive x of the rank before.
 
-    Of two neighbours one sends first and the other receives first, so that on a network which handles one message after
-    the other the ranks do not wait for each other in a circle. One rank has what it sends.
+    Odd ranks receive first, even ranks send first. On a network that handles one message after the other, the ranks
+    therefore do not wait for each other in a circle. A single rank receives its own x.
     """
     ranks, me = size(group), rank(group)
     if ranks == 1:
@@ -77,6 +77,6 @@ def start_shift(x: Tensor, number: int, group: Group, header: Header) -> Pending
 
 
 def _message_tag(header: Header, number: int) -> int:
-    """Ends of a message that disagree about what it is do not meet, and time out."""
+    """Return the tag of a message. If its two ends disagree about the exchange, their tags differ and they time out."""
     words = f"{header.tag} {header.direction} {header.call} {header.exchange} {number}"
     return zlib.crc32(words.encode()) >> 1

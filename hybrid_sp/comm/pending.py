@@ -1,4 +1,4 @@
-"""Communication in flight: what it is for, its result, and how it fails."""
+"""The communication in flight: its purpose, its result, and its failure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from .ledger import Row, Wait
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What a collective is for. `tag` is the kind of layer, `call` the operator call of this shard, counted from 0."""
+    """The purpose of a collective. `tag` is the kind of layer, `call` the operator call of this shard, counted from
+    0."""
 
     tag: str
     direction: str = "forward"
@@ -31,11 +32,11 @@ class Header:
 
 
 class CommunicationError(RuntimeError):
-    """A collective or a message that failed or did not come in time; the message names the rank, layer and call."""
+    """The failure of a collective or a message, by error or timeout; the message names the rank, layer and call."""
 
 
 class Pending:
-    """Something in flight. `wait` returns its result, once; a second wait is an error."""
+    """The handle of communication in flight. `wait` returns its result, once; a second wait raises RuntimeError."""
 
     def __init__(
         self,
@@ -65,7 +66,7 @@ class Pending:
         return result()
 
     def then(self, step: Callable[[Any], Any]) -> Pending:
-        """The same, with `step` applied to its result when it is waited for."""
+        """Return a pending that applies `step` to this one's result when it is waited for."""
         return Pending(lambda: step(self.wait()), what=self._what)
 
     def drain(self) -> None:

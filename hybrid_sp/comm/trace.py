@@ -1,8 +1,12 @@
-"""A trace of the ledgers of all ranks, which Perfetto (ui.perfetto.dev) and chrome://tracing open.
+"""The trace of the ledgers of all ranks, for Perfetto (ui.perfetto.dev) and chrome://tracing.
 
-Each rank is a process with the tracks compute, in flight and exposed: what its operators computed, what was on its way
-to it, and when it stood still for that. Clocks agree on one machine; the ranks of another machine are shifted against
-it by a time that nobody knows.
+Each rank is a process with three tracks:
+
+    compute     what its operators computed
+    in flight   what was on its way to it
+    exposed     the times at which an operator was blocked
+
+Clocks agree on one machine. The ranks of another machine are shifted by an unknown time.
 
 Source: the trace event format of Chromium's catapult project, "JSON object format", complete and metadata events.
 """
@@ -23,7 +27,7 @@ LANES = 100  # of a track at most: tids of the next one begin here
 
 
 class _Slice(NamedTuple):
-    """What a track shows from `begin` to `end`, in seconds."""
+    """The content of a track from `begin` to `end`, in seconds."""
 
     begin: float
     end: float
@@ -32,7 +36,8 @@ class _Slice(NamedTuple):
 
 
 def rank_events(book: Ledger, rank: int) -> list[Event]:
-    """Trace events of one rank, with times in microseconds of its clock; they can be sent to the rank that writes."""
+    """Return the trace events of one rank, in microseconds of its clock. They can be sent to the rank that writes the
+    file."""
     rows, waits, phases = book.rows, book.waits, book.phases
     last = max((x for row in rows for x in (row.launched, row.arrived) if x is not None), default=0.0)
     tracks = {
@@ -66,7 +71,8 @@ def rank_events(book: Ledger, rank: int) -> list[Event]:
 
 
 def write_trace(path: Path, events_of_ranks: Sequence[list[Event]]) -> None:
-    """Write what `rank_events` gave on every rank as one JSON file, times counted from the first of all."""
+    """Write the events that `rank_events` gave on every rank as one JSON file, with times counted from the first
+    event."""
     events = [event for events in events_of_ranks for event in events]
     start = min((event["ts"] for event in events if event["ph"] == "X"), default=0.0)
     shifted = [event | {"ts": event["ts"] - start} if event["ph"] == "X" else event for event in events]
@@ -75,7 +81,7 @@ def write_trace(path: Path, events_of_ranks: Sequence[list[Event]]) -> None:
 
 
 def _name(entry: Row | Wait | Phase, what: str) -> str:
-    """Such as "linear 3 forward intra": the kind of layer, the number of its call, the direction and what it is."""
+    """Name an entry, such as "linear 3 forward intra": kind of layer, number of the call, direction and `what`."""
     return f"{entry.tag} {entry.call} {entry.direction} {what}"
 
 
@@ -84,7 +90,7 @@ def _label(kind: str, rank: int, tid: int, **args: Any) -> Event:
 
 
 def _lanes(slices: list[_Slice]) -> list[list[_Slice]]:
-    """Slices that overlap in different lanes: a viewer would take them for one inside the other."""
+    """Put slices that overlap into different lanes: a viewer would draw one inside the other."""
     lanes: list[list[_Slice]] = []
     for one in sorted(slices, key=lambda one: (one.begin, one.end)):
         free = next((lane for lane in lanes if lane[-1].end <= one.begin), None)

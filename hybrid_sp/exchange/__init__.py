@@ -1,4 +1,4 @@
-"""The exchanges by which ranks learn the states that enter their spans: one file per strategy, one line each here."""
+"""The exchanges that tell each rank the states that enter its spans: one file per strategy, one line each here."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EXCHANGES: dict[str, Strategy] = {
 
 
 def choose(sp: SequenceParallel, *, state_bytes: int, transition_bytes: int = 0, final: bool = False) -> Choice:
-    """Choose the strategy of a linear layer, the same on all ranks: `sp.linear`, for "auto" the fastest on the link.
+    """Choose the strategy of a linear layer, the same on all ranks: `sp.linear`, or for "auto" the fastest on the link.
 
     A span's state [B,H,K,V] has `state_bytes`, the transition that is sent with it `transition_bytes`. With
     linear="auto" and no `sp.link`, the first call measures the link: all ranks make it together, at the start of a run.
@@ -47,7 +47,7 @@ def choose_by(link: Link, sizes: Sizes) -> Choice:
 def make_exchange(shard: Shard, state: Tensor, transition: Tensor | None, request: Request) -> Exchange:
     """Make the exchange of a call with the summaries state [s,B,H,K,V] and transition [s,B,H(,K(,K))].
 
-    The choice depends on their sizes alone, so that a recomputation chooses the same.
+    The choice depends on their sizes alone, so a recomputation makes the same choice.
     """
     sent = 0 if transition is None or request.known_decays is not None else transition[0].nbytes
     final = request.needs_final_state

@@ -1,13 +1,19 @@
-"""Pure algebra of affine states: what a run of tokens does to a linear layer's state, and its adjoint.
+"""The algebra of affine states: the effect of a run of tokens on a linear layer's state, and its adjoint.
 
 A run of tokens maps the state that enters it to the one that leaves it,
 
     S_out = A S_in + B,
 
-so it is the pair `AffineState(transition A, state B)`, whose size does not depend on the number of tokens. Beside a
-state [..., H, K, V], a diagonal A is kept as a log decay a: None (A = I), [..., H] (A = exp(a)) or [..., H, K]
-(A = diag(exp(a))), -inf where nothing passes. A transition with as many dims as the state is a dense A [..., H, K, K],
-as the delta rule has. Spans are stacked in a leading dim, in sequence order. No communication happens here.
+so it is the pair `AffineState(transition A, state B)`. The size of the pair does not depend on the number of tokens.
+
+For a state [..., H, K, V], a diagonal A is kept as a log decay a, with -inf where nothing passes:
+
+    None            A = I
+    [..., H]        A = exp(a)
+    [..., H, K]     A = diag(exp(a))
+
+A transition with as many dims as the state is a dense A [..., H, K, K], as in the delta rule. Spans are stacked in a
+leading dim, in sequence order. No communication happens here.
 """
 
 from __future__ import annotations
@@ -21,7 +27,7 @@ from ..kernels.phases import AffineState
 
 
 def apply(transition: Tensor | None, state: Tensor) -> Tensor:
-    """A S."""
+    """Return A S."""
     if transition is None:
         return state
     if transition.ndim == state.ndim:
@@ -30,14 +36,14 @@ def apply(transition: Tensor | None, state: Tensor) -> Tensor:
 
 
 def apply_adjoint(transition: Tensor | None, state: Tensor) -> Tensor:
-    """A^T S."""
+    """Return A^T S."""
     if transition is not None and transition.ndim == state.ndim:
         transition = transition.mT
     return apply(transition, state)
 
 
 def compose(later: AffineState, earlier: AffineState) -> AffineState:
-    """The run of `earlier` followed by `later`: (A2 A1, A2 B1 + B2)."""
+    """Compose the run of `earlier` and then `later`: (A2 A1, A2 B1 + B2)."""
     transition = None
     if earlier.transition is not None and later.transition is not None:
         dense = later.transition.ndim == later.state.ndim
@@ -46,12 +52,12 @@ def compose(later: AffineState, earlier: AffineState) -> AffineState:
 
 
 def span(spans: AffineState, i: int) -> AffineState:
-    """The i-th of stacked spans."""
+    """Return the i-th of stacked spans."""
     return AffineState(None if spans.transition is None else spans.transition[i], spans.state[i])
 
 
 def fold_forward(spans: AffineState, initial: Tensor | None) -> list[Tensor]:
-    """States that enter each of n stacked spans, and last the one that leaves them all: n + 1 of [..., H, K, V].
+    """Return the n states that enter n stacked spans, then the one that leaves the last: n + 1 of [..., H, K, V].
 
     S_in(0) = S_0;  S_in(i+1) = A_i S_in(i) + B_i.
     """
@@ -62,7 +68,7 @@ def fold_forward(spans: AffineState, initial: Tensor | None) -> list[Tensor]:
 
 
 def fold_backward(transitions: Tensor | None, d_entering: Sequence[Tensor], d_final: Tensor | None) -> list[Tensor]:
-    """Gradients of the states that leave each span, from those of the states that enter them.
+    """Return the gradients of the states that leave each span, from those of the states that enter them.
 
     dS_out(n-1) = dS_final;  dS_out(i-1) = A_i^T dS_out(i) + dS_in(i).
     """
@@ -77,7 +83,10 @@ def fold_backward(transitions: Tensor | None, d_entering: Sequence[Tensor], d_fi
 def fold_initial(
     transitions: Tensor | None, own: Sequence[int], d_entering: Sequence[Tensor], d_final: Tensor | None
 ) -> Tensor:
-    """This rank's part of dS_0: sum over its spans of (A_0^T ... A_(i-1)^T) dS_in(i), and all of them on dS_final."""
+    """Return this rank's part of dS_0.
+
+    It is the sum over this rank's spans of (A_0^T ... A_(i-1)^T) dS_in(i), plus (A_0^T ... A_(n-1)^T) dS_final.
+    """
     d_own = dict(zip(own, d_entering, strict=True))
     d_state = torch.zeros_like(d_entering[0]) if d_final is None else d_final
     for i in reversed(range(max(own) + 1 if transitions is None else len(transitions))):
@@ -88,7 +97,8 @@ def fold_initial(
 
 
 def packed(summary: AffineState) -> Tensor:
-    """State and transition as one row of numbers per head, to be sent: [..., H, K*V + those of the transition]."""
+    """Pack state and transition into one row of numbers per head, to be sent: [..., H, K*V + those of the
+    transition]."""
     rows = summary.state.flatten(-2)
     if summary.transition is None:
         return rows
@@ -96,7 +106,7 @@ def packed(summary: AffineState) -> Tensor:
 
 
 def unpacked(rows: Tensor, like: AffineState) -> AffineState:
-    """What `packed` has packed; `like` has its shapes, from the heads on."""
+    """Undo `packed`; `like` has the shapes of the result, from the heads on."""
     heads, shape = like.state.ndim - 2, like.state.shape[-2:]
     states = rows[..., : shape.numel()].unflatten(-1, shape)
     if like.transition is None:

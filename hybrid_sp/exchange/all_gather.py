@@ -1,4 +1,4 @@
-"""LASP-2: one all-gather of the spans' summaries forward, one of their gradients backward (arXiv 2502.07563).
+"""The exchange of LASP-2 (arXiv 2502.07563): one all-gather of summaries forward, one of their gradients backward.
 
 A summary is the pair (transition, state) of a span. Every rank receives all of them, and folds those before its spans.
 The sizes do not depend on the length of the sequence.
@@ -79,14 +79,14 @@ class _Gradients(NamedTuple):
 
 
 def received(sizes: Sizes, rank: int) -> tuple[int, int]:
-    """(P-1) m (s + t) bytes forward; backward (P-1) (m + 1) s with a final state, else (P-1) m s."""
+    """Return (P-1) m (s + t) bytes forward; backward (P-1) (m + 1) s with a final state, else (P-1) m s."""
     others = sizes.ranks - 1
     forward = others * sizes.spans * (sizes.state + sizes.transition)
     return forward, others * (sizes.spans + sizes.final) * sizes.state
 
 
 def seconds(link: Link, sizes: Sizes) -> float:
-    """P-1 steps each way, with the bytes of `received`."""
+    """Return the time of P-1 steps each way, with the bytes of `received`."""
     return link.seconds(2 * (sizes.ranks - 1), sum(received(sizes, 0)))
 
 
@@ -94,7 +94,7 @@ STRATEGY = Strategy("all-gather of states, LASP-2", AllGather, received, seconds
 
 
 class AllGatherSum:
-    """The exchange of LASP-2 without a mask: every query reads the sum of all summaries, (P-1) B*H*K*V numbers a
+    """The exchange of LASP-2 without a mask: every query reads the sum of all summaries, (P-1) B*H*K*V numbers each
     way."""
 
     def __init__(self, shard: Shard) -> None:

@@ -1,8 +1,8 @@
 """The choice of the fastest exchange of states, by a model of the network, and the measurement of the network.
 
-A link has a latency l (seconds a message) and a bandwidth w (bytes a second). P ranks hold m spans each, n = m P in
-all. A state has s bytes, and the transition that is sent with it t bytes. Each strategy states its own seconds in its
-own file. Of strategies that take equally long, the first in the registry is chosen.
+A link has a latency l (seconds per message) and a bandwidth w (bytes per second). P ranks hold m spans each, n = m P in
+all. A state has s bytes, and the transition sent with it t bytes. The file of each strategy gives its seconds. If
+strategies take equally long, the choice is the first in the registry.
 """
 
 from __future__ import annotations
@@ -44,8 +44,11 @@ _links: weakref.WeakKeyDictionary[Any, Link] = weakref.WeakKeyDictionary()
 
 
 def measure_link(group: Group) -> Link:
-    """Measure the network between the ranks of a group, once. All ranks get the longest latency and the least bandwidth
-    that any of them sees when each sends to the next one."""
+    """Measure the network between the ranks of a group, once.
+
+    Each rank sends to the next one. All ranks get the longest latency and the least bandwidth that any of them
+    measured.
+    """
     if group not in _links:
         shift = _Shift(group)
         latency = shift.seconds(SMALL)
@@ -58,7 +61,7 @@ def measure_link(group: Group) -> Link:
 
 
 class _Shift:
-    """The exchange that is measured: every rank sends a message to the next one and receives one from the one
+    """The exchange that is measured: every rank sends a message to the next rank and receives one from the rank
     before."""
 
     def __init__(self, group: Group) -> None:

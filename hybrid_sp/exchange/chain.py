@@ -1,11 +1,12 @@
-"""One state that goes from span to span, each folding itself in: LASP's ring, and in blocks ZeCO's All-Scan.
+"""The chain: one state goes from span to span, and each folds itself in. It serves LASP's ring and ZeCO's All-Scan.
 
     ring        the whole state at once (LASP, arXiv 2404.02882)
     pipeline    in blocks of its value channels, on which T acts one by one: a rank folds a block and sends it on while
                 the next one is on its way (ZeCO, arXiv 2507.01004)
 
-A hop between two spans of one rank (under zigzag, from span P-1 to P) is no message. A rank receives one state for each
-of its spans that another rank's precedes, in backward: follows. Transitions never travel.
+Between two spans of one rank there is no message (under zigzag, from span P-1 to P). Forward, a rank receives one state
+for each of its spans that another rank's span precedes. Backward, it receives one for each that another's span follows.
+Transitions never travel.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ BLOCKS = 4  # of a state in the pipeline
 class Chain:
     """Pass values on in `blocks` blocks, position by position. See `scan.ScanAlgorithm`.
 
-    A rank asks for what enters a position when it has sent what left its position before, so that the messages between
-    two ranks keep one order.
+    A rank asks for the value that enters a position after it has sent the value that left its position before. This
+    keeps the messages between two ranks in one order.
     """
 
     def __init__(self, scan: Scan, *, blocks: int) -> None:
@@ -59,7 +60,7 @@ class Chain:
         return entering, torch.cat(leaving, -1) if end in scan.maps and scan.needs_last else None
 
     def _entering(self, position: int, first: Tensor | None, leaving: Sequence[Tensor]) -> Iterable[Tensor]:
-        """Blocks of the value that enters a position; those of messages are waited for one by one."""
+        """Yield the blocks of the value that enters a position; wait for those of messages one by one."""
         if position == 0:
             return self._cut(torch.zeros_like(self.scan.like) if first is None else first)
         if self.scan.owners[position - 1] == self.scan.here:
@@ -68,7 +69,7 @@ class Chain:
         return (message.wait() for message in arriving)
 
     def _ask(self, position: int) -> list[Pending]:
-        """Ask for what enters a position, if another rank sends it."""
+        """Ask for the value that enters a position, if another rank sends it."""
         source = self.scan.owners[position - 1] if position else self.scan.here
         if source == self.scan.here:
             return []
@@ -83,14 +84,15 @@ class Chain:
 
 
 def received(sizes: Sizes, rank: int) -> tuple[int, int]:
-    """h s bytes, with h of the rank's spans that another rank precedes, in backward: follows; and a final state."""
+    """Return h s bytes and a final state's: h counts the spans that another rank's span precedes, in backward
+    follows."""
     before, after = neighbours(rank, sizes.ranks, sizes.layout)
     final, d_final = final_bytes(sizes, rank)
     return before * sizes.state + final, after * sizes.state + d_final
 
 
 def seconds(link: Link, sizes: Sizes, *, blocks: int) -> float:
-    """h + m (b-1) turns each way, in b blocks, of s / b bytes each; h are the hops between ranks."""
+    """Return the time of h + m (b-1) turns each way, in b blocks of s / b bytes; h are the hops between ranks."""
     turns = sizes.hops + sizes.spans * (blocks - 1)
     return 2 * link.seconds(turns, turns * sizes.state / blocks) + final_seconds(link, sizes)
 

@@ -1,12 +1,13 @@
-"""An exclusive scan in ceil(log2(n)) rounds of composed summaries, for any number n of spans (Hillis and Steele, 1986).
+"""The exclusive scan in ceil(log2(n)) rounds of composed summaries, for any number n of spans (Hillis and Steele,
+1986).
 
-At each position p, W is the composed map of a window of positions that ends with p, and E of the one that ends before
-p; both grow until they reach position 0:
+At each position p, two windows of positions grow until they reach position 0. W is the composed map of the window that
+ends with p. E is that of the window that ends before p.
 
     round d = 1, 2, 4, ... < n      E_p <- E_p after W_(p-d),   W_p <- W_p after W_(p-d)      for p >= d
 
-A window that has reached position 0 is a value: its state alone is sent. Of others the composed transition is sent too,
-unless every rank knows the transitions. In backward they are composed transposed and in the other order, so they are
+A window that has reached position 0 is a value, so only its state is sent. Of other windows the composed transition is
+sent too, unless every rank knows the transitions. Backward composes them transposed and in the other order, so they are
 sent again.
 """
 
@@ -50,8 +51,10 @@ class Doubling:
         return list(entering.values()), leaving
 
     def _round(self, d: int, windows: dict[int, AffineState]) -> dict[int, AffineState]:
-        """Windows that end d positions before those of this rank. All ranks go through all positions in one order, and
-        each makes the messages that are its own."""
+        """Return the windows that end d positions before this rank's positions.
+
+        All ranks go through all positions in one order, and each makes its own messages.
+        """
         scan, count = self.scan, len(self.scan.owners)
         earlier: dict[int, AffineState] = {}
         arriving: dict[int, Pending] = {}
@@ -76,7 +79,8 @@ class Doubling:
         return earlier
 
     def _sent(self, q: int, d: int, window: AffineState) -> AffineState:
-        """What is sent of the window that ends with q in round d: one that has reached position 0 has no transition."""
+        """Return the part of a window that is sent in round d; it ends with q. At position 0 it has no transition
+        left."""
         return window if q >= d and self.scan.known_decays is None else AffineState(None, window.state)
 
     def _leaving(self, position: int, entering: Tensor) -> Tensor:
@@ -84,8 +88,11 @@ class Doubling:
 
 
 def received(sizes: Sizes, rank: int) -> tuple[int, int]:
-    """For each of the rank's positions p and each d = 1, 2, 4 ... <= p, if another rank owns position p - d: s bytes,
-    and t unless p < 2 d. Backward is the same in the other order of spans; and a final state."""
+    """Return the bytes of the windows that a rank receives, and a final state's.
+
+    For each of its positions p and each d = 1, 2, 4 ... <= p, if another rank owns position p - d: s bytes, and t more
+    unless p < 2 d. Backward is the same in the other order of spans.
+    """
     (forward, backward), (final, d_final) = (_windows(sizes, rank, way) for way in (1, -1)), final_bytes(sizes, rank)
     return forward + final, backward + d_final
 
@@ -100,7 +107,7 @@ def _windows(sizes: Sizes, rank: int, way: int) -> int:
 
 
 def seconds(link: Link, sizes: Sizes) -> float:
-    """R = ceil(log2 n) rounds each way, of m states, and in R - 1 rounds of transitions too."""
+    """Return the time of R = ceil(log2 n) rounds each way, of m states; R - 1 rounds carry transitions too."""
     m, rounds = sizes.spans, (sizes.ranks * sizes.spans - 1).bit_length()
     bytes_ = m * (rounds * sizes.state + (rounds - 1) * sizes.transition)
     return 2 * link.seconds(rounds, bytes_) + final_seconds(link, sizes)

@@ -1,8 +1,8 @@
-"""How ranks learn tokens that other ranks hold: a few ranges of the sequence, each from its owners.
+"""The fetch: a rank reads a few ranges of the sequence from the ranks that hold them.
 
-A span of a causal operator with a short memory reads a few tokens before its first one, its halo. Both ends compute
-from the shard what every rank reads and who holds it, so one all-to-all carries the rows forward, and its mirror image
-carries their gradients back to the owners. What is sent does not depend on the length of the sequence.
+A span of a causal operator with a short memory reads a few tokens before its first one, its halo. Every rank computes
+from the shard which tokens each rank reads and who holds them. One all-to-all therefore carries the rows forward, and
+its mirror image carries their gradients back to the owners. The bytes sent do not depend on the length of the sequence.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ Range = tuple[int, int]  # tokens [first, end) of the whole sequence
 
 
 def before(shard: Shard, rank: int, width: int) -> list[Range]:
-    """For each span of a rank the `width` tokens before it, as far as they lie in the document of its first token."""
+    """Return the `width` tokens before each span of a rank, cut at the begin of the document of the span's first
+    token."""
     return [(max(start - width, shard.document_start(start)), start) for start, _ in shard.spans_at(rank)]
 
 
 def last(shard: Shard, width: int) -> Range:
-    """The last `width` tokens of the sequence, as far as they lie in its last document."""
+    """Return the last `width` tokens of the sequence, cut at the begin of its last document."""
     return max(shard.length - width, shard.document_start(shard.length - 1)), shard.length
 
 
 class Held(NamedTuple):
-    """Consecutive tokens of one rank; `first` counts among that rank's tokens."""
+    """The consecutive tokens that one rank holds; `first` counts among that rank's tokens."""
 
     rank: int
     first: int
@@ -40,7 +41,7 @@ class Held(NamedTuple):
 
 
 def held(shard: Shard, first: int, end: int) -> Iterator[Held]:
-    """Who holds the tokens of a range, in sequence order."""
+    """Yield the pieces of a range, each held by one rank, in sequence order."""
     span = bisect.bisect_right(shard.bounds, first) - 1
     while first < end:
         rank, slot = shard.owners[span]
@@ -52,15 +53,16 @@ def held(shard: Shard, first: int, end: int) -> Iterator[Held]:
 
 
 def rows_of_others(shard: Shard, rank: int, ranges: Sequence[Range]) -> int:
-    """How many tokens of these ranges other ranks hold."""
+    """Count the tokens of these ranges that other ranks hold."""
     own = shard.spans_at(rank)
     return sum(b - a - sum(max(0, min(b, end) - max(a, start)) for start, end in own) for a, b in ranges)
 
 
 class FetchPlan:
-    """Who sends which tokens to whom, where rank r reads the ranges wanted[r]; the same on all ranks.
+    """The plan of a fetch: who sends which tokens to whom, where rank r reads the ranges wanted[r]. All ranks make the
+    same.
 
-    ranges  what this rank reads; the rows that it receives lie in this order
+    ranges  the ranges that this rank reads; the rows that it receives lie in this order
     empty   nobody reads anything, so nothing is sent
     """
 
@@ -78,17 +80,17 @@ class FetchPlan:
         self._group = shard.sp.group
 
     def pick(self, x: Tensor) -> Tensor:
-        """The rows that this rank sends, of x [B,T,...], as [rows,B,...]."""
+        """Return the rows of x [B,T,...] that this rank sends, as [rows,B,...]."""
         rows = x.detach().transpose(0, 1)
         return torch.cat([rows[:0], *(rows[p.first : p.first + p.tokens] for p in self._picked)])
 
     def add(self, x: Tensor, rows: Tensor) -> None:
-        """Add what `pick` would take to x, in place."""
+        """Add rows to the places of x that `pick` reads, in place."""
         for piece, part in zip(self._picked, rows.split([p.tokens for p in self._picked]), strict=True):
             x[:, piece.first : piece.first + piece.tokens] += part.transpose(0, 1)
 
     def fetch(self, header: Header, picked: Tensor) -> Pending:
-        """Send picked rows; the result are the rows of this rank's ranges."""
+        """Send picked rows; the result holds the rows of this rank's ranges."""
         if self.empty:
             return Pending(lambda: picked)
         place = {i: k for k, i in enumerate(self._order)}
@@ -100,7 +102,7 @@ class FetchPlan:
         return collectives.start_all_to_all(picked, self._sent, self._received, self._group, header).then(arrange)
 
     def give_back(self, header: Header, rows: Tensor) -> Pending:
-        """The adjoint of `fetch`: rows go to the owners of their tokens, where `add` takes the result."""
+        """Send rows back to the owners of their tokens, for `add`: the adjoint of `fetch`."""
         if self.empty:
             return Pending(lambda: rows)
         wanted = rows.split(self._wanted)

@@ -10,10 +10,10 @@ from .fetch import FetchPlan
 
 
 class Halo:
-    """Exchange of the tokens of x [B,T,D] that a plan asks for; they arrive in `dtype`.
+    """The exchange of the tokens of x [B,T,D] that a plan asks for; they arrive in `dtype`.
 
-    The gradient of this rank's own use of x is left in `own`, so that what the other ranks return is added to it in
-    the precision of sums and the whole is rounded once.
+    `own` holds the gradient of this rank's own use of x. The gradients that other ranks return are added to it in the
+    precision of sums, and the total is rounded once.
     """
 
     def __init__(self, plan: FetchPlan, x: Tensor, dtype: torch.dtype) -> None:
@@ -25,7 +25,7 @@ class Halo:
         return self.plan.fetch(header, self.plan.pick(x))
 
     def receive(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The tokens of this rank's ranges [B,rows,D]. There is no final state: it is one of the ranges."""
+        """Return the tokens of this rank's ranges [B,rows,D]. There is no final state: it is one of the ranges."""
         return rows.to(self.dtype).transpose(0, 1), rows.new_empty(0), None
 
     def launch_backward(self, header: Header, d_rows: Tensor, d_final: Tensor, kept: Tensor | None) -> Pending:
@@ -34,7 +34,7 @@ class Halo:
         return self.plan.give_back(header, d_rows.transpose(0, 1))
 
     def receive_backward(self, received: Tensor, kept: Tensor | None) -> tuple[Tensor, None]:
-        """The gradient of x."""
+        """Return the gradient of x."""
         dx, self.own = self.own, None
         if dx is None:  # nothing but the rows reached the loss
             dx = received.new_zeros(self.shape)

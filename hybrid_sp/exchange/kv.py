@@ -1,8 +1,8 @@
 """The exchanges of keys and values that queries see on other ranks: all of them, or the ranges that they need.
 
 `AllGatherKV` is an all-gather forward, and a reduce-scatter of the gradients backward. `FetchKV` is for queries that
-see little, of a window or of packed documents. It is an all-to-all each way, of a size that does not depend on the
-length.
+see little: those with a window, or in packed documents. It is an all-to-all each way, and its size does not depend on
+the length.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class KVExchange(Protocol):
         """Return the place in the result at which each of this rank's ranges begins."""
 
     def launch_backward(self, header: Header, d_kv: Tensor) -> Pending:
-        """Launch the way back of the result's gradient; what comes is for `add`."""
+        """Launch the way back of the result's gradient; its own result is for `add`."""
 
     def add(self, dk: Tensor, dv: Tensor, received: Tensor) -> None:
-        """Add the gradients that other ranks' queries give to dk and dv [B,T,G,D] of this rank, in place."""
+        """Add the gradients from other ranks' queries to dk and dv [B,T,G,D] of this rank, in place."""
 
 
 class AllGatherKV:
@@ -80,7 +80,8 @@ class FetchKV:
 
 
 def received(sizes: TokenSizes) -> tuple[int, int]:
-    """(P-1) B T (k + v) numbers forward, and as many of gradients backward; without keep_kv the forward's again."""
+    """Return (P-1) B T (k + v) numbers forward and the same of gradients backward; keep_kv=False repeats the
+    forward's."""
     numbers = (sizes.ranks - 1) * sizes.rows * (sizes.keys + sizes.values)
     forward = numbers * sizes.element
     return forward, numbers * GRADIENT + (0 if sizes.keep_kv else forward)

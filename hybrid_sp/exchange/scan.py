@@ -1,9 +1,9 @@
-"""States that pass through the spans from rank to rank, folded on the way: what ring, pipeline and doubling share.
+"""The scan: states pass through the spans from rank to rank and are folded on the way, in ring, pipeline and doubling.
 
 Forward and backward are one scan of affine maps x -> T_p x + b_p over positions p = 0 ... n-1:
 
-    forward     position p is span p:        T = A,    b = B,      x_0 = S_0,       what leaves the last is S_final
-    backward    position p is span n-1-p:    T = A^T,  b = dS_in,  x_0 = dS_final,  what leaves the last is dS_0
+    forward     position p is span p:        T = A,    b = B,      x_0 = S_0,       the last map gives S_final
+    backward    position p is span n-1-p:    T = A^T,  b = dS_in,  x_0 = dS_final,  the last map gives dS_0
 
 The value that enters a position is the state that enters its span, or the gradient of the state that leaves it. A
 `ScanAlgorithm` brings the values there. Before the backward scan every rank sends dS_final to the owner of the last
@@ -32,10 +32,10 @@ from .strategy import Request, Sizes
 
 @dataclass(frozen=True, kw_only=True)
 class Scan:
-    """One scan, as this rank sees it.
+    """The description of one scan on this rank.
 
-    owners        the rank of each position; both ends of a message compute from it that it is due
-    maps          those of this rank's positions, in the order of the scan
+    owners        the rank of each position; both ends of a message compute from it that the message is due
+    maps          the maps of this rank's positions, in the order of the scan
     known_decays  log decays [n, ...] of all positions, where every rank can compute them
     needs_last    the owner of the last position needs the value that leaves it
     """
@@ -53,7 +53,7 @@ class Scan:
 
     @property
     def like(self) -> Tensor:
-        """A tensor of the shape of a state."""
+        """Return a tensor of the shape of a state."""
         return next(iter(self.maps.values())).state
 
     # Messages to and from ranks of the group. NCCL needs that any two ranks make theirs in one order.
@@ -66,7 +66,7 @@ class Scan:
 
 
 class ScanAlgorithm(Protocol):
-    """An algorithm that runs a scan over ranks.
+    """The contract of an algorithm that runs a scan over ranks.
 
     The constructor posts every receive whose sender is known by then. All ranks construct it at the same point of the
     program. It numbers its messages from the number of ranks on; `ScanExchange` uses the numbers below.
@@ -81,8 +81,10 @@ class ScanAlgorithm(Protocol):
 
 
 class ScanExchange:
-    """The exchange of one call by a scan each way. In the background a thread drives it while the operator computes;
-    otherwise the caller that waits for its result does."""
+    """The exchange of one call by a scan each way.
+
+    In the background, a thread drives it while the operator computes. Otherwise the caller that waits for it drives it.
+    """
 
     def __init__(
         self,
@@ -97,7 +99,7 @@ class ScanExchange:
         self.name, self.algorithm, self.background = name, algorithm, background
 
     def launch(self, header: Header, state: Tensor, transition: Tensor | None, initial: Tensor | None) -> Pending:
-        """Pass states on, from this rank's summaries, state [s,B,H,K,V] and transition [s,B,H(,K(,K))]."""
+        """Pass states on, from this rank's summaries: state [s,B,H,K,V] and transition [s,B,H(,K(,K))]."""
         own, state, known = list(self.shard.own), state.detach(), self.request.known_decays
         transition = transition if known is None else known[own]
         transition = None if transition is None else transition.detach()
@@ -137,8 +139,8 @@ class ScanExchange:
     def receive_backward(
         self, received: tuple[Tensor, Tensor | None], kept: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the gradients of the states that leave this rank's spans, and its part of that of the initial
-        state."""
+        """Return the gradients of the states that leave this rank's spans, and its part of the initial state's
+        gradient."""
         return received
 
     def _scan(
@@ -170,7 +172,7 @@ class ScanExchange:
 
 
 class _ReduceFinal:
-    """The sum of dS_final over ranks, at the rank that it enters."""
+    """The sum of dS_final over ranks, at the owner of the position that it enters."""
 
     def __init__(self, scan: Scan, mine: Tensor) -> None:
         self.mine, owner = mine, scan.owners[0]
@@ -180,7 +182,7 @@ class _ReduceFinal:
         self.arriving = [None if rank == owner else scan.receive(mine, rank, rank) for rank in ranks if self.here]
 
     def wait(self) -> Tensor | None:
-        """The sum, in the order of the ranks; None elsewhere."""
+        """Return the sum, in the order of the ranks, at the owner; None elsewhere."""
         for send in self.sends:
             send.wait()
         parts = [self.mine if part is None else part.wait() for part in self.arriving]
@@ -199,13 +201,15 @@ def _broadcast_final(scan: Scan, leaving: Tensor | None) -> Tensor:
 
 
 def final_bytes(sizes: Sizes, rank: int) -> tuple[int, int]:
-    """The bytes of a final state that a rank receives: S_final forward from the owner of the last span, who receives
-    dS_final of every other rank in backward."""
+    """Return the bytes of a final state that a rank receives, forward and backward.
+
+    Forward, the owner of the last span sends S_final to all others. Backward, it receives dS_final of each.
+    """
     if not sizes.final:
         return 0, 0
     return (0, (sizes.ranks - 1) * sizes.state) if rank == sizes.last_owner else (sizes.state, 0)
 
 
 def final_seconds(link: Link, sizes: Sizes) -> float:
-    """The time of a final state: the owner of the last span exchanges P-1 states with the others, each way."""
+    """Return the time of a final state: the owner of the last span exchanges P-1 states with the others, each way."""
     return 2 * link.seconds(1, (sizes.ranks - 1) * sizes.state) if sizes.final else 0.0

@@ -1,9 +1,9 @@
-"""A star: rank 0 receives all summaries, folds them, and sends each rank the states that enter its spans.
+"""The star: rank 0 receives all summaries, folds them, and sends each rank the states that enter its spans.
 
     forward     every rank sends its summaries to rank 0 | rank 0 folds | and sends each rank its entering states
     backward    the same with gradients: dS_in of every span there, dS_out back
 
-It is a baseline to compare with. All ranks wait for one, whose link carries everything.
+It is a baseline. All ranks wait for rank 0, whose link carries everything.
 """
 
 from __future__ import annotations
@@ -123,13 +123,16 @@ class Star:
         return run_in_background(serve, header.text("star", sent), header, sent.device)
 
     def _of(self, rank: int, results: list[Tensor]) -> list[Tensor]:
-        """The results of a rank's spans."""
+        """Return the results of a rank's spans."""
         return [result for result, (owner, _) in zip(results, self.shard.owners, strict=True) if owner == rank]
 
 
 def received(sizes: Sizes, rank: int) -> tuple[int, int]:
-    """The centre: (P-1) m (s + t) bytes forward, (P-1) m s backward. Another rank: m s each way. One more s for a final
-    state, from every rank at the centre."""
+    """Return the bytes of the centre, or of another rank, forward and backward.
+
+    The centre receives (P-1) m (s + t) bytes forward and (P-1) m s backward; another rank receives m s each way. A
+    final state adds s: forward at every rank but the centre, backward at the centre from every other rank.
+    """
     state, spans = sizes.state, sizes.spans
     if rank == CENTRE:
         others = sizes.ranks - 1
@@ -138,7 +141,7 @@ def received(sizes: Sizes, rank: int) -> tuple[int, int]:
 
 
 def seconds(link: Link, sizes: Sizes) -> float:
-    """Two messages each way for the last rank, behind all that the centre receives and sends."""
+    """Return the time of two messages each way for the last rank, behind all that the centre receives and sends."""
     others, s, t, m = sizes.ranks - 1, sizes.state, sizes.transition, sizes.spans
     return link.seconds(4, others * (m * (s + t) + (m + sizes.final) * s + (m + sizes.final) * s + m * s))
 

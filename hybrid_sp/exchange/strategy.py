@@ -1,4 +1,4 @@
-"""The facts that every strategy gives of itself, in its own file: its label in tables, its bytes, its seconds."""
+"""The facts that every strategy gives in its own file: its label in tables, its bytes, its seconds."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Request(NamedTuple):
     """The demands of one operator call.
 
     known_decays       log decays [n, ...] of all spans, where every rank can compute them: they are not sent
-    has_initial_state  an initial state is given
-    needs_final_state  the state that leaves the sequence is asked for
+    has_initial_state  the caller gives an initial state
+    needs_final_state  the caller asks for the state that leaves the sequence
     """
 
     known_decays: Tensor | None = None
@@ -28,9 +28,9 @@ class Request(NamedTuple):
 class Sizes(NamedTuple):
     """The sizes of one exchange.
 
-    ranks, layout      the ranks P, of which each holds m spans: 1 contiguous, 2 zigzag
-    state, transition  bytes of a span's state, and of the transition that is sent with it (0 where all ranks know it)
-    final              a final state is asked for, and has a gradient
+    ranks, layout      the ranks P; each holds m spans: 1 contiguous, 2 zigzag
+    state, transition  bytes of a span's state, and of the transition sent with it (0 where all ranks know it)
+    final              the caller asks for a final state, and it has a gradient
     """
 
     ranks: int
@@ -41,37 +41,37 @@ class Sizes(NamedTuple):
 
     @property
     def spans(self) -> int:
-        """Spans of one rank (m)."""
+        """Count the spans of one rank (m)."""
         return len(self.own(0))
 
     @property
     def hops(self) -> int:
-        """Steps from a span to the next one that another rank holds, over the whole sequence."""
+        """Count the steps from a span to the next one that another rank holds, over the whole sequence."""
         return self.spans * (self.ranks - 1)
 
     def own(self, rank: int) -> tuple[int, ...]:
-        """The spans of a rank."""
+        """Return the spans of a rank."""
         return spans_of(rank, self.ranks, self.layout)
 
     def owner(self, span: int) -> int:
-        """The rank of a span of the sequence."""
+        """Return the rank that owns a span of the sequence."""
         return next(rank for rank in range(self.ranks) if span in self.own(rank))
 
     @property
     def last_owner(self) -> int:
-        """The rank of the last span."""
+        """Return the rank that owns the last span."""
         return self.owner(self.ranks * self.spans - 1)
 
 
 class Strategy(NamedTuple):
-    """One way to exchange states.
+    """The description of one way to exchange states.
 
     label     its name in tables
-    make      the exchange of one call
+    make      makes the exchange of one call
     received  bytes that a rank receives, forward and backward
-    seconds   until the last rank has what enters its spans, forward and backward together, on a link. Computation, and
-              what other work hides, are not in it
-    baseline  to compare with: `auto` does not choose it
+    seconds   time until the last rank has the states that enter its spans, forward plus backward, on a link.
+              Computation is not included, nor is the time that other work hides subtracted
+    baseline  only for comparison: `auto` does not choose it
     """
 
     label: str
@@ -111,7 +111,8 @@ class TokenSizes(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Tokens of the longest rank, over the batch: B ceil(L / P). Raises ValueError if a rank would have none."""
+        """Count the tokens of the longest rank, over the batch: B ceil(L / P). Raises ValueError if a rank would have
+        none."""
         if not 1 <= self.ranks <= self.length:
             few = f"{self.ranks} ranks for a sequence of {self.length} tokens"
             raise ValueError(f"{few}; take 1 to {self.length} ranks")
@@ -122,7 +123,8 @@ GRADIENT = 4  # bytes of a number of a gradient, gate or decay: fp32
 
 
 class TokenStrategy(NamedTuple):
-    """One way to exchange tokens: its label in tables, and the bytes that a rank receives, forward and backward."""
+    """The description of one way to exchange tokens: its label in tables, and a rank's received bytes, forward and
+    backward."""
 
     label: str
     received: Callable[[TokenSizes], tuple[int, int]]

@@ -1,7 +1,7 @@
-"""Which keys a rank's queries see under a mask, and who holds them: causal or not, a window, packed documents.
+"""The keys that a rank's queries see under a mask, and their owners: causal or not, a window, packed documents.
 
-A mask is a list of tiles (`kernels/softmax/tiles.py`): those over this rank's own keys, and those over keys of other
-ranks, numbered as they lie in what an exchange of keys receives.
+A mask is a list of tiles (`kernels/softmax/tiles.py`). Some lie over this rank's own keys. Others lie over keys of
+other ranks, numbered by their place in the result of the exchange of keys.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .kv import AllGatherKV, FetchKV, KVExchange
 
 
 class Reading(NamedTuple):
-    """Queries [first, first + queries) of a rank see these ranges of the sequence, besides their own run."""
+    """The ranges of the sequence that queries [first, first + queries) of a rank see outside their own run."""
 
     first: int
     queries: int
@@ -26,7 +26,7 @@ class Reading(NamedTuple):
 
 
 class Mask(NamedTuple):
-    """What this rank computes with its own keys, and with those that it receives by `keys`."""
+    """The tiles over this rank's own keys, the tiles over the keys that it receives, and the exchange `keys`."""
 
     own: list[Tile]
     rest: list[Tile]
@@ -34,7 +34,7 @@ class Mask(NamedTuple):
 
 
 def plan_mask(shard: Shard, causal: bool, window: int | None, own_keys: int) -> Mask:
-    """The mask of this rank's queries over its `own_keys` tokens and over what it receives."""
+    """Plan the mask of this rank's queries: tiles over its `own_keys` tokens and over the tokens that it receives."""
     everybody = [readings(shard, rank, causal, window) for rank in range(shard.sp.size)]
     wanted = [[read for reading in here for read in reading.ranges] for here in everybody]
     keys: KVExchange = AllGatherKV(shard) if _somebody_needs_all(shard, wanted) else FetchKV(FetchPlan(shard, wanted))
@@ -47,12 +47,12 @@ def plan_mask(shard: Shard, causal: bool, window: int | None, own_keys: int) -> 
 
 
 def readings(shard: Shard, rank: int, causal: bool, window: int | None) -> list[Reading]:
-    """What a rank's queries see besides their own runs, which `own_tiles` has."""
+    """Return the ranges that a rank's queries see outside their own runs; `own_tiles` has the runs."""
     return list(_earlier(shard, rank, window) if causal else _documents(shard, rank))
 
 
 def own_tiles(shard: Shard, causal: bool, window: int | None, own_keys: int) -> list[Tile]:
-    """Each run of this rank's queries over itself: in these tiles every query is fresh, once."""
+    """Return the tiles of each run of this rank's queries over itself. Each query is fresh in exactly one of them."""
     if causal:
         bounds = {0, *itertools.accumulate(shard.span_lengths), *shard.local_boundaries}
         return [tile for a, b in itertools.pairwise(sorted(bounds)) for tile in tiles.own(a, b - a, window)]
@@ -62,8 +62,10 @@ def own_tiles(shard: Shard, causal: bool, window: int | None, own_keys: int) -> 
 
 
 def tiles_by_rank(shard: Shard, causal: bool, window: int | None) -> list[list[Tile]]:
-    """The readings of this rank as tiles over the tokens of each rank that holds them, numbered as they lie there; its
-    own row are its spans that see each other."""
+    """Return the readings of this rank as one list of tiles for each rank that holds the keys.
+
+    Keys are numbered as they lie on their rank. This rank's own list has the spans that see each other.
+    """
     found: list[list[Tile]] = [[] for _ in range(shard.sp.size)]
     for reading in readings(shard, shard.sp.rank, causal, window):
         for first, end in reading.ranges:
@@ -75,7 +77,7 @@ def tiles_by_rank(shard: Shard, causal: bool, window: int | None) -> list[list[T
 
 
 def _earlier(shard: Shard, rank: int, window: int | None) -> Iterator[Reading]:
-    """Causal: the first document of each span, and what lies before it."""
+    """Yield the causal readings: the first document of each span reads its tokens before the span."""
     place = 0
     for start, end in shard.spans_at(rank):
         first = shard.document_start(start)
@@ -87,7 +89,10 @@ def _earlier(shard: Shard, rank: int, window: int | None) -> Iterator[Reading]:
 
 
 def _documents(shard: Shard, rank: int) -> Iterator[Reading]:
-    """Without a mask: each document that a rank has tokens of, which lie one after the other, and its other tokens."""
+    """Yield the readings without a causal mask: each document on a rank reads its tokens on other ranks.
+
+    A rank's tokens of one document lie one after the other.
+    """
     spans, place = shard.spans_at(rank), 0
     runs: dict[int, tuple[int, int]] = {}
     for start, end in spans:
@@ -104,7 +109,7 @@ def _documents(shard: Shard, rank: int) -> Iterator[Reading]:
 
 
 def _somebody_needs_all(shard: Shard, wanted: list[list[Range]]) -> bool:
-    """Whether some rank would receive as many tokens as in the gather, or more: then the gather serves all."""
+    """Tell whether some rank would receive at least as many tokens as by the gather: then the gather serves all."""
     for rank, ranges in enumerate(wanted):
         missing = shard.length - sum(end - start for start, end in shard.spans_at(rank))
         if 0 < missing <= rows_of_others(shard, rank, ranges):
