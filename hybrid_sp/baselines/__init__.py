@@ -1,4 +1,4 @@
-"""The baselines: other forms of the operators, to compare with. One line each, by the kind of layer."""
+"""The baselines: other forms of the operators, for comparison. One line each, by the kind of layer."""
 
 from __future__ import annotations
 

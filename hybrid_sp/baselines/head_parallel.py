@@ -1,10 +1,10 @@
-"""Operators that cut heads instead of tokens: DeepSpeed-Ulysses (arXiv 2309.14509), and the volumes of Megatron-SP.
+"""The operators that cut heads instead of tokens: DeepSpeed-Ulysses (arXiv 2309.14509), and Megatron-SP's volumes.
 
     tokens of this rank, all heads -> all tokens, heads of this rank -> the operator on one device -> and back
 
-They are baselines to compare with: what a rank receives grows with its tokens, and no more ranks can take part than
-there are key heads. Nothing is computed while the tensors are on their way. In backward each reshard is its mirror
-image, since the adjoint of one direction is the other.
+These are baselines. The bytes that a rank receives grow with its tokens, and there can be at most one rank per key
+head. Nothing is computed while the tensors travel. In backward each reshard is its mirror image, since the adjoint of
+one direction is the other.
 """
 
 from __future__ import annotations
@@ -26,17 +26,20 @@ from ..shard import SequenceParallel, Shard
 
 
 class Reshard(Protocol):
-    """A way between x [B,T,H,...], all heads of this rank's tokens, and y [B,L,h,...], all tokens of its h = H/P."""
+    """The contract of a reshard between x [B,T,H,...], all heads of this rank's tokens, and y [B,L,h,...].
+
+    y has all tokens of this rank's h = H/P heads.
+    """
 
     def to_heads(self, header: Header, x: Tensor) -> Pending:
-        """y of x."""
+        """Launch the way from x to y."""
 
     def to_tokens(self, header: Header, y: Tensor) -> Pending:
-        """x of y."""
+        """Launch the way from y to x."""
 
 
 class Ulysses:
-    """All-to-all: every rank gets the heads that it works on, (P-1) B T H/P numbers a tensor."""
+    """The all-to-all: every rank gets the heads that it works on, (P-1) B T H/P numbers a tensor."""
 
     def __init__(self, shard: Shard) -> None:
         self.shard, self.one_each = shard, [1] * shard.sp.size
@@ -56,10 +59,11 @@ class Ulysses:
 
 
 class Megatron:
-    """Megatron-SP's volumes inside the operator: an all-gather of all heads, of which a rank keeps its own, and a
-    reduce-scatter of all heads, of which a rank has filled its own; (P-1) B T H numbers a tensor.
+    """The volumes of Megatron-SP inside the operator, (P-1) B T H numbers a tensor.
 
-    Megatron-SP itself gathers the layer's input and scatters the sum of its projected output (arXiv 2205.05198).
+    One way is an all-gather of all heads, and each rank keeps its own. The other is a reduce-scatter of all heads, and
+    each rank fills in its own. Megatron-SP itself gathers the layer's input and scatters the sum of its projected
+    output (arXiv 2205.05198).
     """
 
     def __init__(self, shard: Shard) -> None:
@@ -80,8 +84,10 @@ class Megatron:
 
 
 class GatherStates:
-    """Final states of all heads [B,H,...], equal on all ranks, from those of this rank's heads [B,h,...]. The way back
-    sums over ranks."""
+    """Gather the final states of all heads [B,H,...], equal on all ranks, from each rank's heads [B,h,...].
+
+    The way back sums over ranks.
+    """
 
     def __init__(self, shard: Shard) -> None:
         self.shard = shard
@@ -107,15 +113,16 @@ def run_head_parallel(
     states: Tensor | tuple[Tensor, ...] | None = None,
     parameters: dict[str, Tensor | None] | None = None,
 ) -> Any:
-    """`operator` over the sequence of `shard`: with this rank's heads, on one device.
+    """Run `operator` over the sequence of `shard`: with this rank's heads, on one device.
 
-    name        of the operator, and `tag` its kind of layer
+    name        of the operator; `tag` is its kind of layer
     tokens      its arguments that are cut over ranks, [B,T,heads,...]
     states      its initial_state, on every rank, [B,heads,...] or a pair of them
     parameters  its arguments that every rank has, [heads,...]
 
-    Returns o [B,T,H,...], or (o, final_state) of all heads, as the operator does. A rank's gradient of what every rank
-    has is its contribution, zero for the heads of others. Raises ValueError unless the ranks divide the heads.
+    Returns o [B,T,H,...], or (o, final_state) of all heads, as the operator does. For arguments that every rank has, a
+    rank's gradient is its contribution, zero for the heads of others. Raises ValueError unless the ranks divide the
+    heads.
     """
     ranks, form = shard.sp.size, getattr(shard.sp, tag)
     given = {key: x for key, x in tokens.items() if x is not None}
@@ -139,13 +146,13 @@ def run_head_parallel(
 
 
 def _own_heads(shard: Shard, heads: int) -> slice:
-    """Which of so many heads are this rank's."""
+    """Return the slice of this rank's heads."""
     own = heads // shard.sp.size
     return slice(shard.sp.rank * own, (shard.sp.rank + 1) * own)
 
 
 def _alone(shard: Shard) -> Shard:
-    """The whole sequence on one device; its calls are numbered among those of the shard."""
+    """Return the whole sequence on one device; its calls are numbered among those of the shard."""
     return Shard(SequenceParallel(None), shard.length, shard.cu_seqlens, shard.calls)
 
 
@@ -175,13 +182,13 @@ class _ToTokens(torch.autograd.Function):
 
 
 def _all(ways: list[Callable[[Header, Tensor], Pending]], header: Header, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """All are under way before the first is waited for."""
+    """Launch all before waiting for the first."""
     started = [way(header, x) for way, x in zip(ways, xs, strict=True)]
     return tuple(pending.wait() for pending in started)
 
 
 def _received(sizes: TokenSizes, shares: int) -> tuple[int, int]:
-    """(P-1)/P B T times all numbers of q, k, v, o and gates, each way, of which `shares` heads' shares come."""
+    """Return (P-1)/P B T times all numbers of q, k, v, o and gates times `shares`, each way."""
     if sizes.heads % sizes.ranks or sizes.groups % sizes.ranks:
         heads = f"{sizes.heads} and {sizes.groups} key-value heads"
         raise ValueError(f"Ulysses cuts heads: {sizes.ranks} ranks must divide {heads}; take fewer")

@@ -1,10 +1,10 @@
-"""Linear attention by its left product, (q k^T * D) v: quadratic in the tokens, with no state.
+"""The left product of linear attention, (q k^T * D) v: quadratic in the tokens, with no state.
 
     o_t = sum over s of exp(decay between s and t) (q_t . k_s) v_s          q is scaled by the caller
 
-The form that Ring Attention gives to linear layers, kept as a baseline. Tensors have heads first, [B,H,T,K], in the
-dtype of sums; as many key heads as value heads. Products are made tile by tile, so that no T x T matrix is held. Decays
-are log sums over runs of tokens [B,H,T], none of them positive, and none the difference of two others.
+Ring Attention uses this form for linear layers; it is a baseline. Tensors have heads first, [B,H,T,K], in the dtype of
+sums, with as many key heads as value heads. Products are made tile by tile, so no T x T matrix exists. Decays are log
+sums over runs of tokens [B,H,T]. None is positive, and none is the difference of two others.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ QUERIES, KEYS = 256, 2048  # tokens in a tile
 
 
 def through(g: Tensor) -> Tensor:
-    """Log decay from before the first token to each token, that token's own included."""
+    """Return the log decay from before the first token to each token, that token's own included."""
     return g.cumsum(-1)
 
 
@@ -30,7 +30,7 @@ def through_backward(d: Tensor) -> Tensor:
 
 
 def after(g: Tensor) -> Tensor:
-    """Log decay from each token to the last, the token's own not included."""
+    """Return the log decay from each token to the last, the token's own not included."""
     return F.pad(g[..., 1:], (0, 1)).flip(-1).cumsum(-1).flip(-1)
 
 
@@ -39,7 +39,7 @@ def after_backward(d: Tensor) -> Tensor:
 
 
 def full_forward(o: Tensor, q: Tensor, k: Tensor, v: Tensor, read: Tensor, written: Tensor) -> None:
-    """Add to o what all queries read of all keys, D_ts = exp(read_t + written_s), in place."""
+    """Add to o, in place, the product of all queries with all keys, D_ts = exp(read_t + written_s)."""
     for t in _tiles(q.shape[2], QUERIES):
         q_ = _weighed(q[:, :, t], read[:, :, t])
         for s in _tiles(k.shape[2], KEYS):
@@ -68,7 +68,7 @@ def full_backward(
 
 
 def causal_forward(o: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> None:
-    """Add to o what the tokens of a run read of itself, under the log decays g [B,H,T], in place."""
+    """Add to o, in place, the causal product of a run with itself, under the log decays g [B,H,T]."""
     for t in _tiles(q.shape[2], QUERIES):
         past, (q_, k_, v_, g_) = slice(0, t.start), _rows(t, q, k, v, g)
         full_forward(o[:, :, t], q[:, :, t], k[:, :, past], v[:, :, past], through(g[:, :, t]), after(g[:, :, past]))
@@ -101,7 +101,7 @@ def _weighed(x: Tensor, log_weights: Tensor) -> Tensor:
 
 
 def _rows(t: slice, *xs: Tensor) -> list[Tensor]:
-    """A tile with batch and heads as one dim."""
+    """Return a tile of each tensor, with batch and heads as one dim."""
     return [x[:, :, t].flatten(0, 1) for x in xs]
 
 

@@ -1,8 +1,11 @@
-"""Linear layers under Ring Attention, by their left product (q k^T * D) v: what LASP-2 (2502.07563) is compared with.
+"""The linear layers under Ring Attention, by their left product (q k^T * D) v: the baseline of LASP-2 (2502.07563).
 
-Keys and values travel (`ring_attention.py`), and each rank multiplies them with its queries (`left_product.py`); no
-state is made. The decay between a query and a key of another span is in three parts, none of them positive: from the
-beginning of the query's span, over the spans between, and to the end of the key's span.
+Keys and values travel (`ring_attention.py`), and each rank multiplies them with its queries (`left_product.py`). No
+state is made. The decay between a query and a key of another span has three parts, none of them positive:
+
+    read       from the beginning of the query's span to the query
+    between    over the spans between
+    written    from the key to the end of its span
 """
 
 from __future__ import annotations
@@ -40,14 +43,16 @@ def left_product(
     scale: float,
     unsupported: dict[str, Any],
 ) -> Tensor:
-    """Linear attention as `linear_attention` says: q, k [B,T,G,K], v [B,T,H,V], log_decay None, [H] or [B,T,H].
+    """Compute linear attention as in `linear_attention`: q, k [B,T,G,K], v [B,T,H,V], log_decay None, [H] or [B,T,H].
 
-    Returns o [B,T,H,V] in the dtype of sums; with normalize one column more, the sum that normalises. Each rank
-    receives (P-1) B T (G K + H V) numbers forward, in the dtype of k; backward as many again, and P B T (G K + H V) in
-    the dtype of sums. A decay of every token adds H to each (in the dtype of sums), and an exchange of spans' totals.
+    Returns o [B,T,H,V] in the dtype of sums; with normalize it has one column more, the sum that normalises.
 
-    Raises ValueError where any of the `unsupported` is given (bonus, states), and for decays of key channels: there is
-    no room for them beside a product of q and k.
+    Each rank receives (P-1) B T (G K + H V) numbers forward, in the dtype of k. Backward it receives as many again, and
+    P B T (G K + H V) in the dtype of sums. A decay per token adds H numbers to each token's, in the dtype of sums, and
+    an exchange of the spans' totals.
+
+    Raises ValueError if any of the `unsupported` is given (bonus, states), and for decays of key channels: a product of
+    q and k has no place for them.
     """
     name = "linear_attention"
     for what, given in unsupported.items():
@@ -130,35 +135,40 @@ class _LeftProduct(torch.autograd.Function):
 
 
 def _runs(part: Tile) -> tuple[slice, slice]:
-    """The queries and the keys of a part."""
+    """Return the slices of a part's queries and keys."""
     return slice(part.first, part.first + part.queries), slice(part.key, part.key + part.keys)
 
 
 class _Layout:
-    """How q, k and v lie: [B,T,G,D] outside, one row of numbers a token on the way, and heads first, in the dtype of
-    sums and as many as value heads, in the products. With `normalize` values have a last column of ones there."""
+    """The layouts of q, k and v, and the moves between them.
+
+    outside    [B,T,G,D]
+    in flight  one row of numbers per token
+    products   heads first, in the dtype of sums, with as many key heads as value heads; with `normalize` values have a
+               last column of ones
+    """
 
     def __init__(self, k: Tensor, v: Tensor, normalize: bool) -> None:
         self.key_dims, self.value_dims, self.normalize = k.shape[2:], v.shape[2:], normalize
 
     def block(self, shard: Shard, k: Tensor, v: Tensor, decays: _Decays) -> Block:
-        """What this rank sends around."""
+        """Return the block that this rank sends around."""
         kv = shard.pad(torch.cat([k.flatten(2), v.flatten(2)], -1), 1)
         return (kv,) if decays.known else (kv, shard.pad(decays.own_written, 2))
 
     def opened(self, kv: Tensor) -> tuple[Tensor, Tensor]:
-        """k [B,H,T,K] and v [B,H,T,V] of what travels."""
+        """Return k [B,H,T,K] and v [B,H,T,V] of a block in flight."""
         k, v = kv.split([self.key_dims.numel(), self.value_dims.numel()], -1)
         v_ = self.heads_first(v.unflatten(-1, self.value_dims))
         return self.heads_first(k.unflatten(-1, self.key_dims)), F.pad(v_, (0, 1), value=1.0) if self.normalize else v_
 
     def closed(self, dk: Tensor, dv: Tensor, d_written: Tensor) -> Tensor:
-        """The gradients of a block as it travels; d_written [B,T,H], or [B,T,0] where it does not."""
+        """Return the gradients of a block as they travel; d_written is [B,T,H], or [B,T,0] if it does not travel."""
         dv = rearrange(dv[..., : self.value_dims[1]], "B H T V -> B T (H V)")
         return torch.cat([self.tokens_first(dk).flatten(2), dv, d_written], -1)
 
     def split(self, grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """dk [B,T,G,K], dv [B,T,H,V] and d_written."""
+        """Return dk [B,T,G,K], dv [B,T,H,V] and d_written."""
         sizes = [self.key_dims.numel(), self.value_dims.numel()]
         dk, dv, d_written = grads.split([*sizes, grads.shape[-1] - sum(sizes)], -1)
         return dk.unflatten(-1, self.key_dims), dv.unflatten(-1, self.value_dims), d_written
@@ -168,12 +178,12 @@ class _Layout:
         return repeat(x.to(compute_dtype(x)), "B T G D -> B (G R) T D", R=repeats).contiguous()
 
     def tokens_first(self, dx: Tensor) -> Tensor:
-        """The gradient of a tensor of key heads: summed over the value heads that share one."""
+        """Return the gradient of a tensor of key heads: summed over the value heads that share one."""
         return reduce(dx, "B (G R) T D -> B T G D", "sum", G=self.key_dims[0])
 
 
 class _Decays:
-    """Log decays g of this rank's tokens [B,H,T], and their sums between spans.
+    """The log decays g of this rank's tokens [B,H,T], and their sums between spans.
 
     known   every rank knows all of them: they are fixed per head
     read    from the beginning of a token's span to the token
@@ -187,23 +197,23 @@ class _Decays:
 
     @property
     def own_written(self) -> Tensor:
-        """From each of this rank's tokens to the end of its span."""
+        """Return the log decay from each of this rank's tokens to the end of its span."""
         return _by_span(quadratic.after, self.g, self.shard, self.shard.sp.rank)
 
     def written(self, source: int, block: Block) -> Tensor:
-        """From the tokens of a rank to the end of their spans."""
+        """Return the log decay from each token of a rank to the end of its span."""
         if not self.known:
             return block[1]
         tokens = sum(_lengths(self.shard, source))
         return _by_span(quadratic.after, _expanded(self._fixed, 1, tokens), self.shard, source)
 
     def between(self, part: Tile, source: int) -> Tensor:
-        """Over the spans between those of a part's keys and of its queries, [B,H,1]."""
+        """Return the log decay over the spans between those of a part's keys and of its queries, [B,H,1]."""
         return self.totals[_spans_between(self.shard, part, source)].sum(0).unsqueeze(-1)
 
 
 class _DecaySums:
-    """Gradients of `_Decays` as they are found: of g, of `read`, of the spans' totals, of what every rank knows."""
+    """The gradients of `_Decays`, added up part by part: of g, of `read`, of the spans' totals, and of fixed decays."""
 
     def __init__(self, shard: Shard, g: Tensor, batch: int) -> None:
         self.shard, self.known = shard, g.ndim == 1
@@ -212,12 +222,13 @@ class _DecaySums:
         self.d_totals = g.new_zeros(shard.span_count, batch, g.shape[-1])
 
     def add(self, part: Tile, source: int, d_read: Tensor) -> None:
-        """What one part gives to its queries' side, and with it to the spans between."""
+        """Add one part's gradient to the side of its queries, and to the totals of the spans between."""
         self.d_read[:, :, _runs(part)[0]] += d_read
         self.d_totals[_spans_between(self.shard, part, source)] += d_read.sum(-1)
 
     def travelling(self, source: int, d_written: Tensor) -> Tensor:
-        """What of the keys' side goes home with the block, [B,T,H]: nothing, [B,T,0], where the decays are known."""
+        """Return the part of d_written that goes home with the block, [B,T,H]: nothing, [B,T,0], if the decays are
+        known."""
         if not self.known:
             return rearrange(d_written, "B H T -> B T H")
         tokens = sum(_lengths(self.shard, source))
@@ -226,7 +237,7 @@ class _DecaySums:
         return rearrange(d_written[:, :0], "B H T -> B T H")
 
     def total(self, d_written: Tensor, header: Header) -> Tensor:
-        """The gradient of g in its own shape, this rank's contribution; d_written came home [B,T,H]."""
+        """Return the gradient of g in its own shape, this rank's contribution; d_written came home [B,T,H]."""
         shard, me = self.shard, self.shard.sp.rank
         dg = self.dg + _by_span(quadratic.through_backward, self.d_read, shard, me)
         if self.known:
@@ -241,7 +252,7 @@ class _DecaySums:
 
 
 def _totals(shard: Shard, g: Tensor, header: Header) -> Tensor:
-    """Log decay of every span of the sequence [n,B,H]; known ones [n,1,H], without communication."""
+    """Return the log decay of every span of the sequence [n,B,H]; known ones [n,1,H], without communication."""
     if g.ndim == 1:
         return _all_lengths(shard, g)[:, None, None] * g
     own = torch.stack([span.sum(1) for span in g.split(shard.span_lengths, 1)])
@@ -250,12 +261,12 @@ def _totals(shard: Shard, g: Tensor, header: Header) -> Tensor:
 
 
 def _spans_between(shard: Shard, part: Tile, source: int) -> slice:
-    """Spans of the sequence between that of a part's keys, which are the rank `source`'s, and that of its queries."""
+    """Return the spans of the sequence between that of a part's keys, on the rank `source`, and that of its queries."""
     return slice(_span(shard, source, part.key) + 1, _span(shard, shard.sp.rank, part.first))
 
 
 def _span(shard: Shard, rank: int, token: int) -> int:
-    """The span of the sequence that holds the token which has this number on a rank."""
+    """Return the span of the sequence that holds a rank's local token."""
     second = bisect.bisect_right(_lengths(shard, rank)[:-1], token)
     return spans_of(rank, shard.sp.size, shard.sp.layout)[second]
 
@@ -265,12 +276,12 @@ def _lengths(shard: Shard, rank: int) -> list[int]:
 
 
 def _all_lengths(shard: Shard, like: Tensor) -> Tensor:
-    """Tokens in every span of the sequence [n]."""
+    """Count the tokens in every span of the sequence [n]."""
     return like.new_tensor([end - start for start, end in itertools.pairwise(shard.bounds)])
 
 
 def _by_span(function: Callable[[Tensor], Tensor], x: Tensor, shard: Shard, rank: int) -> Tensor:
-    """Of each span of a rank, x [B,H,T]."""
+    """Apply `function` to each span of a rank, x [B,H,T]."""
     return torch.cat([function(part) for part in x.split(_lengths(shard, rank), 2)], 2)
 
 
@@ -279,7 +290,8 @@ def _expanded(fixed: Tensor, batch: int, tokens: int) -> Tensor:
 
 
 def received(sizes: TokenSizes) -> tuple[int, int]:
-    """As in ring attention of softmax layers. A decay of every token travels too, and the totals of m spans a rank."""
+    """Return the bytes of Ring Attention in softmax layers. A decay per token adds its own, and the totals of m spans a
+    rank."""
     if sizes.decays > sizes.heads:
         raise ValueError('linear="ring_attention" takes no decay per key channel and no delta rule')
     numbers, decays, ranks = sizes.keys + sizes.values, sizes.decays * GRADIENT, sizes.ranks

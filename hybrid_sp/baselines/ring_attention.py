@@ -1,10 +1,11 @@
-"""Ring Attention (arXiv 2310.01889): keys and values travel around the ranks, and each attends to what comes by.
+"""The baseline Ring Attention (arXiv 2310.01889): keys and values travel around the ranks, and each attends to every
+block.
 
     forward     P-1 hops of a block: the next one is in flight while the present one is attended to
     backward    the same again, and the sum of the block's gradients travels one hop behind it, P hops to come home
 
-A baseline to compare with. Nothing that came by is kept for backward. Whatever the mask, all blocks pass all ranks. The
-linear layers' form is the left product (q k^T * D) v, as the LASP-2 paper (arXiv 2502.07563) compares it.
+This is a baseline. No received block is kept for backward. Under every mask, all blocks pass all ranks. The linear
+layers' form is the left product (q k^T * D) v, as in the comparison of the LASP-2 paper (arXiv 2502.07563).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ Block = tuple[Tensor, ...]  # what a rank sends around, equal in shape on all ra
 
 
 class Ring:
-    """One pass around the ranks, forward or backward, in one call of an operator."""
+    """The pass around the ranks, forward or backward, in one call of an operator."""
 
     def __init__(self, call: Call, header: Header, block: Block) -> None:
         self.call, self.numbers = call, itertools.count()
@@ -39,7 +40,7 @@ class Ring:
         self.header = messages.open_exchange(header, "ring", block[0], self.group)
 
     def around(self, block: Block, visit: Callable[[int, Block], None]) -> None:
-        """`visit` this rank's block, that of the rank before it, and so on, each while the next is in flight."""
+        """Visit this rank's block, that of the rank before it, and so on, each while the next is in flight."""
         for hop in range(self.size):
             arriving = self._shift(block) if hop + 1 < self.size else Pending(lambda: ())
             try:
@@ -49,7 +50,7 @@ class Ring:
                 block = arriving.wait()
 
     def collect(self, block: Block, visit: Callable[[int, Block], Tensor]) -> Tensor:
-        """The sum of what every rank's `visit` makes of this rank's block."""
+        """Return the sum over ranks of the tensors that each rank's `visit` makes from this rank's block."""
         sums = Pending(lambda: ())  # of the block at hand, on its way from the rank before
 
         def add(source: int, here: Block) -> None:
@@ -67,7 +68,7 @@ class Ring:
         return sums.wait()[0]
 
     def _shift(self, block: Block) -> Pending:
-        """One hop: this block to the next rank, its block from the one before."""
+        """Launch one hop: this block to the next rank, the block of the rank before to this one."""
         hops = [messages.start_shift(x, next(self.numbers), self.group, self.header) for x in block]
         pending = Pending(lambda: tuple(hop.wait() for hop in hops))
         if self.call.sp.overlaps(self.call.tag):
@@ -77,7 +78,8 @@ class Ring:
 
 
 def tiles_of(shard: Shard, causal: bool, window: int | None = None) -> list[list[Tile]]:
-    """What this rank's queries see of every rank's keys; of its own first the tiles whose queries are fresh."""
+    """Return the tiles of this rank's queries over every rank's keys; over its own, first the tiles with fresh
+    queries."""
     tiles = tiles_by_rank(shard, causal, window)
     tiles[shard.sp.rank] = own_tiles(shard, causal, window, shard.tokens) + tiles[shard.sp.rank]
     return tiles
@@ -86,12 +88,12 @@ def tiles_of(shard: Shard, causal: bool, window: int | None = None) -> list[list
 def ring_softmax(
     q: Tensor, k: Tensor, v: Tensor, shard: Shard, causal: bool, window: int | None, scale: float, backend: str
 ) -> Tensor:
-    """Softmax attention, as `softmax_attention` says; q [B,T,H,D], k and v [B,T,G,D]."""
+    """Compute softmax attention as in `softmax_attention`; q [B,T,H,D], k and v [B,T,G,D]."""
     return _Softmax.apply(Call(shard, "softmax"), shard.once(tiles_of, causal, window), q, k, v, scale, backend)
 
 
 class _Softmax(torch.autograd.Function):
-    """Blocks are merged by their log-sum-exp, in the dtype of sums."""
+    """The node of one call. Blocks are merged by their log-sum-exp, in the dtype of sums."""
 
     @staticmethod
     def forward(
@@ -130,7 +132,8 @@ class _Softmax(torch.autograd.Function):
 
 
 def received(sizes: TokenSizes) -> tuple[int, int]:
-    """(P-1) B T (k + v) numbers forward; in backward as many again, and gradients that take P hops to come home."""
+    """Return (P-1) B T (k + v) numbers forward; backward as many again, plus gradients that take P hops to come
+    home."""
     numbers, ranks = sizes.rows * (sizes.keys + sizes.values), sizes.ranks
     forward = (ranks - 1) * numbers * sizes.element
     return forward, forward + (ranks * numbers * GRADIENT if ranks > 1 else 0)

@@ -84,15 +84,17 @@ class Chain:
 
 
 def received(sizes: Sizes, rank: int) -> tuple[int, int]:
-    """Return h s bytes and a final state's: h counts the spans that another rank's span precedes, in backward
-    follows."""
+    """Return h s bytes and those of a final state.
+
+    h counts the rank's spans that another rank's span precedes; in backward, those that another rank's span follows.
+    """
     before, after = neighbours(rank, sizes.ranks, sizes.layout)
     final, d_final = final_bytes(sizes, rank)
     return before * sizes.state + final, after * sizes.state + d_final
 
 
 def seconds(link: Link, sizes: Sizes, *, blocks: int) -> float:
-    """Return the time of h + m (b-1) turns each way, in b blocks of s / b bytes; h are the hops between ranks."""
+    """Return the time of h + m (b-1) turns each way, in b blocks of s / b bytes; h counts hops between ranks."""
     turns = sizes.hops + sizes.spans * (blocks - 1)
     return 2 * link.seconds(turns, turns * sizes.state / blocks) + final_seconds(link, sizes)
 

@@ -79,8 +79,8 @@ class Doubling:
         return earlier
 
     def _sent(self, q: int, d: int, window: AffineState) -> AffineState:
-        """Return the part of a window that is sent in round d; it ends with q. At position 0 it has no transition
-        left."""
+        """Return the part to send in round d of the window that ends with q: no transition once it has reached position
+        0."""
         return window if q >= d and self.scan.known_decays is None else AffineState(None, window.state)
 
     def _leaving(self, position: int, entering: Tensor) -> Tensor:

@@ -22,8 +22,7 @@ Range = tuple[int, int]  # tokens [first, end) of the whole sequence
 
 
 def before(shard: Shard, rank: int, width: int) -> list[Range]:
-    """Return the `width` tokens before each span of a rank, cut at the begin of the document of the span's first
-    token."""
+    """Return the `width` tokens before each span of a rank, as far as they share a document with its first token."""
     return [(max(start - width, shard.document_start(start)), start) for start, _ in shard.spans_at(rank)]
 
 
@@ -59,8 +58,7 @@ def rows_of_others(shard: Shard, rank: int, ranges: Sequence[Range]) -> int:
 
 
 class FetchPlan:
-    """The plan of a fetch: who sends which tokens to whom, where rank r reads the ranges wanted[r]. All ranks make the
-    same.
+    """The plan of a fetch, the same on all ranks: who sends which tokens to whom. Rank r reads the ranges wanted[r].
 
     ranges  the ranges that this rank reads; the rows that it receives lie in this order
     empty   nobody reads anything, so nothing is sent

@@ -139,8 +139,7 @@ class ScanExchange:
     def receive_backward(
         self, received: tuple[Tensor, Tensor | None], kept: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the gradients of the states that leave this rank's spans, and its part of the initial state's
-        gradient."""
+        """Return the gradients of the states that leave this rank's spans, and its part of the initial state's."""
         return received
 
     def _scan(

@@ -123,8 +123,8 @@ GRADIENT = 4  # bytes of a number of a gradient, gate or decay: fp32
 
 
 class TokenStrategy(NamedTuple):
-    """The description of one way to exchange tokens: its label in tables, and a rank's received bytes, forward and
-    backward."""
+    """The description of one way to exchange tokens: its label in tables, and the bytes that a rank receives each
+    way."""
 
     label: str
     received: Callable[[TokenSizes], tuple[int, int]]

@@ -1,6 +1,6 @@
-"""The cross-entropy of a language model in chunks of tokens, which never holds the logits of a whole sequence.
+"""The cross-entropy of a language model in chunks of tokens, without the logits of a whole sequence.
 
-Tokens need nothing of one another, so no rank communicates: each sums the losses of its own tokens.
+The losses of tokens are independent, so nothing is communicated: each rank sums the losses of its own tokens.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     S_t = (I - beta_t k_t k_t^T) diag(exp(g_t)) S_(t-1) + beta_t k_t v_t^T          o_t = scale * q_t S_t
 
-The schedule is `recurrence.py`, with transitions that are dense; the mathematics of a phase is in
-`kernels/reference/delta.py` and, by the passes of fla-core, in `kernels/gpu/fla_delta.py`, of the exchange in
-`exchange/affine.py`.
+The schedule is in `recurrence.py`; here transitions are dense. The arithmetic of a phase is in
+`kernels/reference/delta.py`, and by the passes of fla-core in `kernels/gpu/fla_delta.py`. The arithmetic of the
+exchange is in `exchange/affine.py`.
 """
 
 from __future__ import annotations
@@ -45,33 +45,35 @@ def delta_rule(
     return_final_state: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The delta rule with any diagonal decay, over the sequence of which `shard` holds this rank's tokens.
+    """Compute the delta rule with any diagonal decay, over the sequence of which `shard` holds this rank's tokens.
 
     Per head, with a_t = exp(log_decay_t):
 
         S_t = (I - beta_t k_t k_t^T) diag(a_t) S_(t-1) + beta_t k_t v_t^T          o_t = scale * q_t S_t
 
-    A token replaces the part beta of what the decayed state holds for its key by its value. The caller normalises k
-    (L2, per head): with |k_t| = 1 and beta in [0, 2] no state grows of itself; beta over 1 gives transitions with
-    negative eigenvalues.
+    The decayed state holds a value for the token's key. The token replaces the fraction beta of it by its own value.
+    The caller normalises k (L2, per head): with |k_t| = 1 and beta in [0, 2] no state grows by itself. With beta over 1
+    transitions have negative eigenvalues.
 
     q, k        [B,T,G,K]; value head h reads key head h // (H // G)
     v           [B,T,H,V], H a multiple of G; q, k and v share a dtype, and o has it
     beta        [B,T,H], any float dtype
     log_decay   natural logs, finite, at most 0: None (DeltaNet) | [B,T,H] (Gated DeltaNet) | [B,T,H,K] (KDA); any float
-                dtype. Those from -1e4 down to the smallest float leave nothing of a state, and cost other tokens
-                nothing (on fla's passes up to 1e-4)
+                dtype. Decays from -1e4 down to the smallest float erase the state, and cost other tokens no accuracy
+                (on fla's passes up to 1e-4)
     scale       a number, no tensor (its gradient would be lost); None is K**-0.5
     shard       this rank's part of the sequence (`SequenceParallel.shard`), None for one device
     initial_state       state before the first token of the sequence [B,H,K,V], equal on all ranks. Each rank's gradient
                         is its contribution: their sum is the gradient
-    return_final_state  also return the state after the last token, equal on all ranks; in backward the gradients that
-                        the ranks give it are summed. States are fp32 (fp64 for fp64)
+    return_final_state  also return the state after the last token, equal on all ranks; backward sums the gradients that
+                        the ranks give it. States are fp32 (fp64 for fp64)
+    backend     "torch", "fla" (the passes of fla-core), or "auto"
 
-    Returns o [B,T,H,V], or (o, final_state). Communicates one exchange each way (`SequenceParallel.linear`): as an
-    all-gather K*V + K*K numbers per span, row of the batch and head forward, and K*V backward. Raises ValueError for
-    shapes and dtypes that do not fit and for a decay of -inf, before any communication. On CUDA, where the host does
-    not look at values, -inf is taken as the smallest float.
+    Returns o [B,T,H,V], or (o, final_state). Communicates one exchange each way (`SequenceParallel.linear`). An
+    all-gather sends, per span, row of the batch and head, K*V + K*K numbers forward and K*V backward.
+
+    Raises ValueError for shapes and dtypes that do not fit and for a decay of -inf, before any communication. On CUDA,
+    where the host does not look at values, -inf counts as the smallest float.
 
     Sources: the rule, arXiv 2102.11174, section 4.2; its chunkwise form, arXiv 2406.06484, section 3; decays, arXiv
     2412.06464 ([B,T,H]) and 2510.26692 ([B,T,H,K]); the exchange, LASP-2, arXiv 2502.07563, algorithms 2 and 4.

@@ -1,9 +1,9 @@
-"""Linear attention whose sequence is cut over ranks: LASP-2 for every decay that acts on the key channels.
+"""The linear attention whose sequence is cut over ranks: LASP-2 for every decay that acts on the key channels.
 
     S_t = diag(exp(g_t)) S_(t-1) + k_t v_t^T          o_t = scale * q_t S_t
 
-The schedule is `recurrence.py`; the mathematics of a phase is in `kernels/reference/linear.py`, of the exchange in
-`exchange/affine.py`.
+The schedule is in `recurrence.py`, the arithmetic of a phase in `kernels/reference/linear.py`, and the arithmetic of
+the exchange in `exchange/affine.py`.
 """
 
 from __future__ import annotations
@@ -55,34 +55,40 @@ def linear_attention(
     return_final_state: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, State]:
-    """Linear attention with any diagonal decay, over the sequence of which `shard` holds this rank's tokens.
+    """Compute linear attention with any diagonal decay, over the sequence of which `shard` holds this rank's tokens.
 
     Per head, with a_t = exp(log_decay_t):
 
         S_t = diag(a_t) S_(t-1) + k_t v_t^T          o_t = scale * q_t S_t
 
-    A bonus u makes a token read the state before it: o_t = scale * q_t (S_(t-1) + diag(u) k_t v_t^T). normalize=True
-    also keeps z_t = diag(a_t) z_(t-1) + k_t and returns o_t / (scale * q_t z_t + 1e-10), for features whose products
-    are not negative. causal=False reads the state of the whole sequence at every token; it takes no decay, no bonus, no
-    states and no documents. Of packed documents (`Shard.cu_seqlens`) each begins with an empty state; the initial state
-    continues the first one.
+    With a bonus u, a token reads the state before it: o_t = scale * q_t (S_(t-1) + diag(u) k_t v_t^T).
+
+    normalize=True also keeps z_t = diag(a_t) z_(t-1) + k_t and returns o_t / (scale * q_t z_t + 1e-10). It is for
+    features whose products are not negative.
+
+    causal=False reads the state of the whole sequence at every token. It takes no decay, no bonus, no states and no
+    documents.
+
+    Each packed document (`Shard.cu_seqlens`) begins with an empty state; the initial state continues the first one.
 
     q, k        [B,T,G,K]; value head h reads key head h // (H // G)
     v           [B,T,H,V], H a multiple of G; q, k and v share a dtype, and o has it
     log_decay   natural logs, finite, at most 0: None | [H] (fixed per head) | [B,T,H] | [B,T,H,K]; any float dtype.
-                Those from -1e4 down to the smallest float leave nothing of a state, and cost other tokens nothing
+                Decays from -1e4 down to the smallest float erase the state, and cost other tokens no accuracy
     bonus       [H,K], any float dtype
     scale       a number, no tensor (its gradient would be lost); None is K**-0.5
     shard       this rank's part of the sequence (`SequenceParallel.shard`), None for one device
     initial_state       state before the first token of the sequence [B,H,K,V], with normalize (S, z [B,H,K]); equal on
                         all ranks. Each rank's gradient is its contribution: their sum is the gradient
-    return_final_state  also return the state after the last token, equal on all ranks; in backward the gradients that
-                        the ranks give it are summed. States are fp32 (fp64 for fp64)
+    return_final_state  also return the state after the last token, equal on all ranks; backward sums the gradients that
+                        the ranks give it. States are fp32 (fp64 for fp64)
+    backend     "torch", "triton" (our kernels), or "auto"
 
-    Returns o [B,T,H,V], or (o, final_state). Communicates one exchange each way (`SequenceParallel.linear`; of states
-    without a mask always an all-gather), of a size that does not depend on T unless it is a baseline. Raises ValueError
-    for shapes and dtypes that do not fit, for a decay of -inf and for what a baseline cannot do, before any
-    communication. On CUDA, where the host does not look at values, -inf is taken as the smallest float.
+    Returns o [B,T,H,V], or (o, final_state). Communicates one exchange each way (`SequenceParallel.linear`; with
+    causal=False always an all-gather). Its size does not depend on T, except in baselines.
+
+    Raises ValueError for shapes and dtypes that do not fit, for a decay of -inf, and for calls that a baseline cannot
+    run, before any communication. On CUDA, where the host does not look at values, -inf counts as the smallest float.
 
     Sources: LASP-2, arXiv 2502.07563, algorithms 1 to 4; decays as in arXiv 2307.08621 ([H]), 2405.21060 ([B,T,H]),
     2312.06635 ([B,T,H,K]); bonus, arXiv 2404.05892, equation 18.
@@ -133,7 +139,7 @@ def _by_states(
     normalize: bool,
     shard: Shard,
 ) -> tuple[Tensor, Tensor | None]:
-    """o, to be rounded, and the final state; with normalize their last column is the normaliser's."""
+    """Return o, to be rounded, and the final state; with normalize their last column is the normaliser's."""
     wide = compute_dtype(x.q)
     if normalize:
         width = x.v.shape[-1]
@@ -159,7 +165,7 @@ def _by_states(
 
 
 def select_recurrence(backend: str) -> type[Recurrence]:
-    """The implementation of a backend; ImportError if its package is not installed."""
+    """Return the implementation of a backend; ImportError if its package is not installed."""
     if backend == "torch":
         return reference.LinearPhases
     with needs(backend):
@@ -168,7 +174,7 @@ def select_recurrence(backend: str) -> type[Recurrence]:
 
 
 def _bidirectional(q: Tensor, k: Tensor, v: Tensor, scale: float, shard: Shard) -> Tensor:
-    """LASP-2, algorithms 1 and 3: every query reads the sum over all spans, and nothing hides the gather."""
+    """Run LASP-2, algorithms 1 and 3: every query reads the sum over all spans, and nothing hides the gather."""
     heads = v.shape[2]
     q, k = (x.repeat_interleave(heads // x.shape[2], 2) for x in (q, k))
     exchange = AllGatherSum(shard)
@@ -180,7 +186,7 @@ def _bidirectional(q: Tensor, k: Tensor, v: Tensor, scale: float, shard: Shard) 
 
 @functools.lru_cache(maxsize=32)
 def _lengths(bounds: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Tokens of each span; kept, since what is made of numbers of the host makes it wait for the device."""
+    """Return the tokens of each span, cached: each copy from the host would make it wait for the device."""
     return torch.tensor([b - a for a, b in itertools.pairwise(bounds)], dtype=dtype, device=device)
 
 

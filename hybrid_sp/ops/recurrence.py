@@ -3,11 +3,12 @@
     forward     states | launch | intra | wait, fold | inter
     backward    inter | launch | intra | wait, fold | states
 
-The forward is written below. Autograd makes the backward of it: nodes that are made later run earlier, and `start` and
-`finish` launch where the other waits (`overlap.py`). The arithmetic is behind the contract `kernels/phases.py`.
+The forward is written below. Autograd makes the backward from it: nodes made later run earlier, and `start` and
+`finish` swap their roles, one launching where the other waits (`overlap.py`). The arithmetic follows the contract
+`kernels/phases.py`.
 
-Backward starts with the last phase, so that phase saves all that backward needs. From there each phase hands on to the
-next what that one needs, through `_Backward`.
+Backward starts with the last phase, so that phase saves every tensor that backward needs. Each phase then hands the
+next one its inputs, through `_Backward`.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def run_recurrence(
 
 
 class _Backward:
-    """What one backward pass hands from phase to phase: `read` from inter to intra, `local` from intra to states."""
+    """The values that one backward pass hands on: first from inter to intra, then from intra to states."""
 
     def __init__(self, call: Call, phases: Phases[Any, Any, Any, Any]) -> None:
         self.call, self.phases = call, phases
@@ -77,13 +78,13 @@ class _Backward:
         self._handed = value if reached else None
 
     def take(self) -> Any:
-        """The value of the phase before, once."""
+        """Return the value of the phase before, once."""
         value, self._handed = self._handed, None
         return value
 
 
 class _States(torch.autograd.Function):
-    """Phase 1. `edge` is empty: it leads autograd from phase 2 to phase 1, so that their backwards keep this order."""
+    """The node of phase 1. Its empty output `edge` makes autograd run its backward after that of phase 2."""
 
     @staticmethod
     def forward(
@@ -108,7 +109,7 @@ class _States(torch.autograd.Function):
 
 
 class _Intra(torch.autograd.Function):
-    """Phase 2, independent of every other rank."""
+    """The node of phase 2, independent of every other rank."""
 
     @staticmethod
     def forward(
@@ -129,7 +130,7 @@ class _Intra(torch.autograd.Function):
 
 
 class _Inter(torch.autograd.Function):
-    """Phase 3. The final state passes through, so that a loss on it alone goes back through every phase."""
+    """The node of phase 3. The final state passes through, so that a loss on it alone goes back through every phase."""
 
     @staticmethod
     def forward(
@@ -161,6 +162,6 @@ class _Inter(torch.autograd.Function):
 
 
 def _saved(ctx: Any) -> tuple[Inputs, Tensor | None, Any]:
-    """What the last phase has saved. In a checkpointed block, this is where the forward is computed again."""
+    """Return the tensors that the last phase saved. In a checkpointed block, this recomputes the forward."""
     count, tensors = len(Inputs._fields), ctx.saved_tensors
     return Inputs(*tensors[:count]), tensors[count], ctx.kind(*tensors[count + 1 :])

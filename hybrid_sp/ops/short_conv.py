@@ -1,9 +1,9 @@
-"""Operators that read a few tokens before their own, which other ranks may hold: short convolution and token shift.
+"""The operators that read a few tokens before their own, which other ranks may hold: short convolution and token shift.
 
-    forward     send the last tokens | own tokens, as if zeros lay before every span | wait, add what the halo gives
+    forward     send the last tokens | own tokens, as if zeros lay before every span | wait, add the halo's part
     backward    send the halo's gradient back | gradient of the own tokens | wait, add what came back
 
-The schedule is `_causal`; what a phase computes is in `kernels/reference/conv.py`, who sends what to whom in
+The schedule is in `_causal`, the arithmetic of a phase in `kernels/reference/conv.py`, and the exchange in
 `exchange/halo.py`.
 """
 
@@ -40,27 +40,31 @@ def short_conv(
     initial_state: Tensor | None = None,
     return_final_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Causal depthwise convolution over the sequence of which `shard` holds this rank's tokens.
+    """Compute a causal depthwise convolution over the sequence of which `shard` holds this rank's tokens.
 
         y_t = f(bias + sum over j < W of weight[:, W-1-j] * x_(t-j))
 
-    A token before the begin of the document of t counts as zero; before the first document lies the initial state.
+    A token before the begin of t's document counts as zero; before the first document lies the initial state.
 
     x           [B,T,D]; T are this rank's tokens
     weight      [D,W], W >= 1, its last column for the token itself (torch's conv1d with weight[:, None], groups=D and
-                W-1 zeros on the left); bias [D] or None. Any float dtype
+                W-1 zeros on the left). Any float dtype
+    bias        [D] or None, any float dtype
     activation  f: None is the identity, or "silu"
     shard       this rank's part of the sequence (`SequenceParallel.shard`), None for one device
     initial_state       [B,W-1,D] in the dtype of x, the W-1 tokens before the sequence, equal on all ranks. Each rank's
                         gradient is its contribution: their sum is the gradient
     return_final_state  also return the last W-1 tokens of the sequence [B,W-1,D], with zeros before the begin of the
-                        last document, equal on all ranks; in backward the gradients that the ranks give it are summed
+                        last document, equal on all ranks; backward sums the gradients that the ranks give it
 
-    Returns y [B,T,D] in the dtype of x, or (y, final_state). Sums are fp32 (fp64 for fp64) and rounded once. Each rank
-    receives at most (W-1) B D numbers for each of its spans, and as many for a final state (forward in the dtype of x,
-    backward in that of sums what the others read of its tokens), in one all-to-all each way; nothing is sent where W is
-    1 or every document begins with a span. Raises ValueError for shapes and dtypes that do not fit, before any
-    communication.
+    Returns y [B,T,D] in the dtype of x, or (y, final_state). Sums are fp32 (fp64 for fp64) and rounded once.
+
+    Communicates one all-to-all each way. Forward, each rank receives at most (W-1) B D numbers for each of its spans
+    and as many for a final state, in the dtype of x. Backward, it receives a gradient for every use of its tokens on
+    other ranks, in the dtype of sums. If W is 1, nothing is sent. Without a final state the same holds if every span
+    begins with a document.
+
+    Raises ValueError for shapes and dtypes that do not fit, before any communication.
 
     Source: the local convolution of Mamba (arXiv 2312.00752, section 3.4) and of DeltaNet (2406.06484, section 3.3).
     """
@@ -101,11 +105,11 @@ def short_conv(
 def token_shift(
     x: Tensor, *, shard: Shard | None = None, initial_state: Tensor | None = None, return_final_state: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The token before each token: y_t = x_(t-1), and zero for the first token of a document.
+    """Return the token before each token: y_t = x_(t-1), and zero for the first token of a document.
 
     x               [B,T,D]; T are this rank's tokens
     shard           this rank's part of the sequence, None for one device
-    initial_state   [B,1,D] in the dtype of x, the token before the sequence; gradients as of `short_conv`
+    initial_state   [B,1,D] in the dtype of x, the token before the sequence; gradients as in `short_conv`
     return_final_state  also return the last token of the sequence [B,1,D], equal on all ranks
 
     Returns y [B,T,D] in the dtype of x, or (y, final_state). Each rank receives at most B D numbers for each of its
@@ -131,7 +135,7 @@ def _causal(
     initial: Tensor | None,
     final: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """y in the dtype of sums, and the final state in that of x."""
+    """Return y in the dtype of sums, and the final state in the dtype of x."""
     dtype = compute_dtype(x)
     plan = shard.once(_plan, width, final)
     exchange = Halo(plan, x, dtype)
@@ -146,14 +150,16 @@ def _causal(
 
 
 def _plan(shard: Shard, width: int, final: bool) -> FetchPlan:
-    """Every rank reads the tokens before its spans, and if a final state is wanted the sequence's last ones."""
+    """Plan the fetch of the tokens before every span, and for a final state of the sequence's last tokens."""
     ends = [last(shard, width - 1)] if final else []
     return FetchPlan(shard, [before(shard, rank, width - 1) + ends for rank in range(shard.sp.size)])
 
 
 def _states(rows: Tensor, plan: FetchPlan, x: Tensor, width: int, initial: Tensor | None) -> list[Tensor]:
-    """The `width` tokens before the end of every range [B,width,D]: its rows, and before them zeros, or the initial
-    state where it is the begin of the sequence that cuts the range."""
+    """Return the `width` tokens before the end of every range [B,width,D].
+
+    A range may be shorter. Zeros lie before its rows, or the initial state if the range starts with the sequence.
+    """
     states = []
     lengths = [end - first for first, end in plan.ranges]
     for (first, end), part in zip(plan.ranges, rows.split(lengths, 1), strict=True):
@@ -167,8 +173,11 @@ def _states(rows: Tensor, plan: FetchPlan, x: Tensor, width: int, initial: Tenso
 
 
 def _starts(shard: Shard) -> tuple[list[int], list[tuple[int, int]]]:
-    """Local tokens, but the first, with which a span or a document begins; and for each span the local tokens that its
-    halo can reach: its first one, and the end of the document that enters it."""
+    """Return two lists of local tokens for the halo.
+
+    First, the tokens, except 0, at which a span or a document starts. Second, for each span the half-open range that
+    its halo can reach: from the span's first token to the end of the document that continues into the span.
+    """
     offsets = [0, *itertools.accumulate(shard.span_lengths)]
     ends = [*shard.local_boundaries, shard.tokens]
     reaches = [(a, min(b, ends[bisect.bisect_left(ends, a)])) for a, b in itertools.pairwise(offsets)]
@@ -176,7 +185,7 @@ def _starts(shard: Shard) -> tuple[list[int], list[tuple[int, int]]]:
 
 
 class _Local(torch.autograd.Function):
-    """The own tokens, while the halo is in flight. Its dx goes to the exchange, which adds what other ranks return."""
+    """The node of the own tokens. Its dx goes to the exchange, which adds the gradients from other ranks."""
 
     @staticmethod
     def forward(
@@ -207,7 +216,7 @@ class _Local(torch.autograd.Function):
 
 
 class _AddHalo(torch.autograd.Function):
-    """Adds the part of the tokens before each span, in the place of y."""
+    """Add the contribution of the tokens before each span to y, in place."""
 
     @staticmethod
     def forward(

@@ -1,13 +1,16 @@
-"""Softmax attention whose sequence is cut over ranks: AllGather-KV (Llama 3, arXiv 2407.21783; LASP-2H, 2502.07563).
+"""The softmax attention whose sequence is cut over ranks: AllGather-KV (Llama 3, arXiv 2407.21783; LASP-2H,
+2502.07563).
 
     forward              send group 0 | own keys | each group: wait, send the next; attend to it, merge by log-sum-exp
     backward, KV kept    each group: the others' dK, dV; wait for the last group's; send back | own keys | wait
     backward, not kept   send group 0 again | own keys | each group: wait, send the next; as above | wait
 
-A group is the key heads that travel at a time: all, unless `kv_heads_per_gather` says how many. What it needs is freed
-before the next but one arrives. What a rank receives is `exchange/kv.py`: all keys, or the few that a window or a
-document leaves to be seen. The mask is a list of tiles (`exchange/visible.py`), those over own keys and those over what
-is received. Backward goes by the merged output and its lse. Sums are fp32 and rounded once.
+A group is the key heads that travel at a time: `kv_heads_per_gather` of them, or all. Its tensors are freed before the
+group after the next is launched.
+
+`exchange/kv.py` brings all keys, or the few that are visible under a window or packed documents. The mask is a list of
+tiles (`exchange/visible.py`), over own keys and over received keys. Backward uses the merged output and its lse. Sums
+are fp32 and rounded once.
 """
 
 from __future__ import annotations
@@ -45,29 +48,32 @@ def softmax_attention(
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Softmax attention over the sequence of which `shard` holds this rank's tokens.
+    """Compute softmax attention over the sequence of which `shard` holds this rank's tokens.
 
         o_t = sum over s of softmax_s(scale * q_t . k_s) v_s
 
-    over the tokens s of the document of t; where causal s <= t, and with a window also s > t - window.
+    The sum runs over the tokens s of t's document; where causal, s <= t; with a window also s > t - window.
 
     q       [B,T,Hq,D]
     k, v    [B,T,Hkv,D], Hq a multiple of Hkv; query head h reads key head h // (Hq // Hkv). K and V travel before heads
             are repeated
     window  number of tokens that a token sees, itself included; needs causal. None sees all
     scale   a number, no tensor (its gradient would be lost); None is D**-0.5
-    shard   this rank's part of the sequence, None for one device, where with causal=False k and v may have a length of
-            their own
+    shard   this rank's part of the sequence, None for one device; there k and v may have their own length if
+            causal=False
     backend "torch" on CUDA is torch's flash kernel for bf16 and fp16, its memory-efficient one for fp32; "flash_attn"
             is the package flash-attn (2.7 and newer) or flash-attn-4, for bf16 and fp16 on CUDA. "auto" is "torch"
 
-    Returns o [B,T,Hq,D] in the dtype of q. By the all-gather (`SequenceParallel.softmax`) each rank receives
-    2 (P-1) B T Hkv D numbers forward (dtype of k) and as many backward (fp32, or fp64); with keep_kv=False those of
-    the forward come twice. With a window or packed documents it receives only the tokens that its spans see before
-    them, 2 B (window-1) Hkv D numbers for each span at most (backward, what the others see of its tokens), unless some
-    rank sees all others. The work of a window is T * window. Raises ValueError for shapes, dtypes and windows that do
-    not fit, and heads that a baseline cannot cut, and ImportError for a backend that is not installed, before any
-    communication.
+    Returns o [B,T,Hq,D] in the dtype of q. The work of a window is T * window.
+
+    By the all-gather (`SequenceParallel.softmax`) each rank receives 2 (P-1) B T Hkv D numbers forward (dtype of k) and
+    as many backward (fp32, or fp64). keep_kv=False receives those of the forward twice. With a window or packed
+    documents a rank receives only the tokens that its spans see before them: forward at most 2 B (window-1) Hkv D
+    numbers for each span. Backward it receives gradients for the tokens that others see of its own. If some rank sees
+    all others' tokens, all ranks use the all-gather.
+
+    Raises ValueError for shapes, dtypes and windows that do not fit, and for heads that a baseline cannot cut. Raises
+    ImportError for a backend that is not installed. Both come before any communication.
 
     Sources: AllGather-KV, arXiv 2407.21783, section 3.3.2; arXiv 2502.07563, algorithm 7. The window is that of Mistral
     (2310.06825, section 2).
@@ -94,7 +100,7 @@ _Saved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # q, k, v, o and lse
 
 
 class _HeadGroup(NamedTuple):
-    """What travels at a time: these key heads, for the query heads that read them."""
+    """The heads of one gather: these key heads, and the query heads that read them."""
 
     keys: slice
     queries: slice
@@ -102,7 +108,7 @@ class _HeadGroup(NamedTuple):
 
 
 def _groups(q: Tensor, k: Tensor, at_a_time: int | None) -> list[_HeadGroup]:
-    """All key heads, so many at a time; the last group may be smaller."""
+    """Split the key heads into groups of `at_a_time`; the last group may be smaller."""
     heads, readers = k.shape[2], q.shape[2] // k.shape[2]
     size = min(at_a_time or heads, heads)
     bounds = [(first, min(first + size, heads)) for first in range(0, heads, size)]
@@ -114,10 +120,10 @@ def _groups(q: Tensor, k: Tensor, at_a_time: int | None) -> list[_HeadGroup]:
 
 @dataclass(frozen=True)
 class _Schedule:
-    """One call of the operator, forward and backward, by a `backend` that has been chosen; `keep`: what is received is
-    kept for backward.
+    """The schedule of one call of the operator, forward and backward, on the chosen `backend`.
 
-    A group's tensors are the locals of one function, so that they are freed before the next group's arrive.
+    `keep` keeps the received keys and values for backward. A group's tensors are the locals of one function, so that
+    they are freed before the group after the next is launched.
     """
 
     call: Call
@@ -128,7 +134,7 @@ class _Schedule:
     backend: str
 
     def forward(self, note: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        """o, its lse, and what was received of each group, if it is kept."""
+        """Return o, its lse, and if `keep` the keys and values received for each group."""
         o, lse = (q.new_empty(shape, dtype=compute_dtype(q)) for shape in (q.shape, q.shape[:3]))
         kept: list[Tensor] = []
         self._send(0, note, k, v)
@@ -163,7 +169,10 @@ class _Schedule:
         return (self.call.forward_result(),)
 
     def backward(self, do: Tensor, saved: _Saved, kept: Sequence[Tensor], shared: bool) -> _Grads:
-        """dq, dk and dv in the precision of sums; `shared`: also from, and to, the queries of other ranks."""
+        """Return dq, dk and dv in the precision of sums.
+
+        `shared`: k or v needs a gradient, so the gradients of keys and values cross ranks too.
+        """
         q, k, v, o, lse = saved
         dq, dk, dv = (torch.zeros_like(x, dtype=lse.dtype) for x in (q, k, v))
         grads = dq, dk, dv
@@ -186,7 +195,7 @@ class _Schedule:
     def _rest_backward(
         self, i: int, grads: _Grads, do: Tensor, saved: _Saved, kept: Sequence[Tensor], shared: bool
     ) -> None:
-        """The gradients of group i, which go back to the owners of its keys while the next group's are computed."""
+        """Compute the gradients of group i, and launch their way back to the owners of its keys."""
         q, k, v, o, lse = saved
         kv = kept[i] if self.keep else self.call.backward_result("again")
         if not self.keep:
@@ -204,15 +213,14 @@ class _Schedule:
             self.call.launch_backward(lambda: self.mask.keys.launch_backward(header, d_kv))
 
     def _add(self, i: int, grads: _Grads, shared: bool) -> None:
-        """Wait for what the queries of other ranks give to group i of the own keys."""
+        """Wait for the gradients that other ranks' queries give to group i of the own keys, and add them."""
         if shared and i >= 0:
             heads = self.groups[i].keys
             self.mask.keys.add(grads[1][:, :, heads], grads[2][:, :, heads], self.call.backward_result())
 
 
 class _Attention(torch.autograd.Function):
-    """One node: the schedule of groups is not its own mirror image, so both directions are written out in
-    `_Schedule`."""
+    """The one node of the operator: backward is not the mirror image of forward, so `_Schedule` has both."""
 
     @staticmethod
     def forward(ctx: Any, job: _Schedule, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
