@@ -21,7 +21,7 @@ from .ops.softmax_attention import softmax_attention
 from .recompute import checkpoint_contexts
 from .shard import SequenceParallel, Shard
 
-__version__ = "0.1.0"  # of the package too: pyproject.toml reads it here
+__version__ = "0.1.0"  # pyproject.toml reads the package's version here
 
 __all__ = [
     "SequenceParallel",

@@ -24,14 +24,14 @@ BACKENDS = {
     "delta_rule": ("torch", "fla"),
     "softmax_attention": ("torch", "flash_attn"),
 }
-INSTALL = {"triton": "triton", "fla": "fla-core", "flash_attn": "flash-attn"}  # the package of a backend
-OLDEST = (8, 0)  # compute capability
+INSTALL = {"triton": "triton", "fla": "fla-core", "flash_attn": "flash-attn"}  # the package that each backend needs
+OLDEST = (8, 0)  # least compute capability of the kernels
 DTYPES = {
     "triton": (torch.bfloat16, torch.float16, torch.float32),
     "fla": (torch.bfloat16, torch.float16),
     "flash_attn": (torch.bfloat16, torch.float16),
 }
-WIDEST = 256  # key and value dim of the kernels
+WIDEST = 256  # largest key and value dim of the kernels
 
 
 def select_backend(operator: str, requested: str, x: Tensor, *widths: int, only_torch: str = "") -> str:

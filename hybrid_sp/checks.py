@@ -17,7 +17,8 @@ from .shard import SequenceParallel, Shard
 P = ParamSpec("P")
 R = TypeVar("R")
 
-FLOORS = {torch.float32: -104.0, torch.float64: -768.0}  # of log decays: exp is 0; every float dtype holds them
+# Floors of log decays: exp(floor) is 0, and every float dtype can hold the floor.
+FLOORS = {torch.float32: -104.0, torch.float64: -768.0}
 
 
 def public_operator(function: Callable[P, R]) -> Callable[P, R]:
@@ -100,5 +101,5 @@ def floor_decays(name: str, log_decay: Tensor | None, dtype: torch.dtype) -> Ten
         lowest = log_decay.detach().amin().item()
         require(lowest != float("-inf"), name, "log_decay must be finite, got -inf; -1e4 decays to exactly 0 as well")
         if lowest >= FLOORS[dtype]:
-            return log_decay  # as nearly always, without a copy
+            return log_decay  # the common case, without a copy
     return log_decay.clamp(min=FLOORS[dtype])

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .comm import groups
 
-LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets for every process
+LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # the variables that torchrun sets for every process
 
 
 def init_mesh(dp: int = 1, sp: int = 1, device: str = "cpu", timeout: timedelta = timedelta(minutes=10)) -> DeviceMesh:
@@ -20,7 +20,7 @@ def init_mesh(dp: int = 1, sp: int = 1, device: str = "cpu", timeout: timedelta 
     neighbours.
 
     If no process group exists, this starts one: over torchrun's processes, or over this process alone if RANK is unset
-    and WORLD_SIZE is at most 1. gloo serves the CPU, nccl CUDA. If a collective takes longer than `timeout`, it fails
+    and WORLD_SIZE is unset or 1. gloo serves the CPU, nccl CUDA. If a collective takes longer than `timeout`, it fails
     on every rank that waits for it.
 
     Raises ValueError if the number of processes is not dp x sp, or if a launcher's variables are not all set.
@@ -47,9 +47,9 @@ def init_mesh(dp: int = 1, sp: int = 1, device: str = "cpu", timeout: timedelta 
 
 
 def _processes() -> int:
-    """Count the processes that a launcher started.
+    """Count the processes that a launcher started: 1 if RANK is unset and WORLD_SIZE is unset or 1.
 
-    Raises ValueError unless all four variables of `LAUNCHER` are set and valid, or none is.
+    Otherwise raises ValueError unless all four variables of `LAUNCHER` are set, and RANK and WORLD_SIZE are valid.
     """
     found = {name: os.environ[name] for name in LAUNCHER if os.environ.get(name)}
     if "RANK" not in found and found.get("WORLD_SIZE", "1") == "1":

@@ -162,7 +162,7 @@ class _Finish(torch.autograd.Function):
         if not ctx.needs_input_grad[2]:
             return None, None, None
         (kept,) = ctx.saved_tensors
-        ctx.call.drain()  # what an earlier pass over this graph launched, and failed before it waited
+        ctx.call.drain()  # an earlier pass over this graph may have launched, and failed before it waited
         header = ctx.call.header("backward")
         ctx.call.launch_backward(
             lambda: ctx.exchange.launch_backward(header, d_entering, d_final, kept).then(

@@ -28,7 +28,7 @@ from .comm.pending import Header
 P = ParamSpec("P")
 R = TypeVar("R")
 
-KINDS = ("linear", "softmax", "conv")  # of layers that communicate
+KINDS = ("linear", "softmax", "conv")  # kinds of layer that communicate
 LAYOUTS = ("contiguous", "zigzag")
 CHECKS = ("sequence", "calls", False)
 
@@ -151,9 +151,9 @@ class SequenceParallel:
             shard = Shard(self, length, bounds, agreement=agreement)
         except ValueError:
             if agreement is not None:
-                agreement.require()  # other ranks may accept what they were given, and would wait for this one
+                agreement.require()  # other ranks may accept their arguments, and would wait for this one
             raise
-        _ = shard.positions  # now: torch.compile would stop at what a layer that reads them computes first
+        _ = shard.positions  # made now: torch.compile would break where a layer first reads them
         return shard
 
     @cached_property
@@ -345,7 +345,7 @@ class Shard:
                 "the rows end to end and give their bounds as cu_seqlens"
             )
 
-    # Tensors on the wire have the longest rank's number of tokens, zero after a shorter rank's own.
+    # Tensors in flight have the longest rank's number of tokens; a shorter rank pads its own with zeros.
 
     @cached_property
     def _longest(self) -> int:

@@ -129,6 +129,7 @@ def run_head_parallel(
     for key, x in given.items():
         message = f'{tag}="{form}" cuts heads: {ranks} ranks must divide the {x.shape[2]} heads of {key}; take fewer'
         require(x.shape[2] % ranks == 0, name, f"{message} ranks, or a strategy that cuts tokens")
+    # 1. Exchange all heads of this rank's tokens for all tokens of this rank's heads.
     call, reshard = Call(shard, tag), HEAD_PARALLEL[form](shard)
     here = dict(zip(given, _ToHeads.apply(call, reshard, *given.values()), strict=True))
     here |= {key: x if x is None else x[_own_heads(shard, len(x))] for key, x in (parameters or {}).items()}
@@ -136,9 +137,11 @@ def run_head_parallel(
         pair = states if isinstance(states, tuple) else (states,)
         own = tuple(x[:, _own_heads(shard, x.shape[1])] for x in pair)
         here["initial_state"] = own if isinstance(states, tuple) else own[0]
+    # 2. Run the operator on one device.
     out = operator(**here, shard=shard.once(_alone))
     o, final = (out, ()) if isinstance(out, Tensor) else out
     parts = (final,) if isinstance(final, Tensor) else final
+    # 3. Exchange back, and gather the final states of all heads.
     o, *whole = _ToTokens.apply(call, [reshard, *(GatherStates(shard) for _ in parts)], o, *parts)
     if isinstance(out, Tensor):
         return o

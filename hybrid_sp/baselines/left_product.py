@@ -70,8 +70,10 @@ def full_backward(
 def causal_forward(o: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> None:
     """Add to o, in place, the causal product of a run with itself, under the log decays g [B,H,T]."""
     for t in _tiles(q.shape[2], QUERIES):
+        # 1. A tile reads all tiles before it.
         past, (q_, k_, v_, g_) = slice(0, t.start), _rows(t, q, k, v, g)
         full_forward(o[:, :, t], q[:, :, t], k[:, :, past], v[:, :, past], through(g[:, :, t]), after(g[:, :, past]))
+        # 2. It reads itself under the causal mask.
         o[:, :, t] += (decay_mask(g_).scores(q_, k_) @ v_).view_as(o[:, :, t])
 
 
@@ -82,15 +84,18 @@ def causal_backward(
     (dq, dk, dv), dg = grads, q.new_zeros(q.shape[:3])
     for t in _tiles(q.shape[2], QUERIES):
         past, (q_, k_, v_, g_, do_) = slice(0, t.start), _rows(t, q, k, v, g, do)
+        # 1. Gradients of the tile's reads from all tiles before it.
         part = dq[:, :, t], dk[:, :, past], dv[:, :, past]
         sides = through(g[:, :, t]), after(g[:, :, past])
         d_read, d_written = full_backward(part, do[:, :, t], q[:, :, t], k[:, :, past], v[:, :, past], *sides)
+        # 2. Gradients of the tile's reads from itself, under the causal mask.
         mask = decay_mask(g_)
         scores = mask.scores(q_, k_)
         dq_, dk_, dg_ = mask.backward(do_ @ v_.mT, q_, k_, scores)
         assert dg_ is not None
         for x, grad in ((dq, dq_), (dk, dk_), (dv, scores.mT @ do_), (dg, dg_)):
             x[:, :, t] += grad.view_as(x[:, :, t])
+        # 3. Gradients of the decays on both sides of the tile's begin.
         dg[:, :, t] += through_backward(d_read)
         dg[:, :, past] += after_backward(d_written)
     return dg

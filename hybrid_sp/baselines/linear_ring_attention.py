@@ -78,10 +78,12 @@ class _LeftProduct(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         header = call.header("forward", "grad" if any(ctx.needs_input_grad) else "no grad")
+        # 1. Gather the total decay of every span, for the decays between spans.
         form, decays = _Layout(k, v, normalize), _Decays(call.shard, g, len(q), _totals(call.shard, g, header))
         q_ = form.heads_first(q) * scale
         o = q_.new_zeros(*q_.shape[:3], v.shape[3] + normalize)
 
+        # 2. Multiply this rank's queries with a block.
         def visit(source: int, block: Block) -> None:
             k_, v_ = form.opened(block[0])
             written = decays.written(source, block)
@@ -94,6 +96,7 @@ class _LeftProduct(torch.autograd.Function):
                     read = decays.read[:, :, t] + decays.between(part, source)
                     quadratic.full_forward(*here, read, written[:, :, s])
 
+        # 3. Do so with every block that comes around.
         block = form.block(call.shard, k, v, decays)
         Ring(call, header, block).around(block, visit)
         ctx.call, ctx.tiles, ctx.form, ctx.scale = call, parts, form, scale
@@ -109,6 +112,7 @@ class _LeftProduct(torch.autograd.Function):
         q_, do_ = form.heads_first(q) * ctx.scale, rearrange(do, "B T H V -> B H T V").contiguous()
         dq_ = torch.zeros_like(q_)
 
+        # 1. Compute a block's gradients. dq stays here; dk, dv and d_written travel on with the block.
         def visit(source: int, block: Block) -> Tensor:
             k_, v_ = form.opened(block[0])
             written = decays.written(source, block)
@@ -126,10 +130,12 @@ class _LeftProduct(torch.autograd.Function):
                     sums.add(part, source, d_read)
             return form.closed(dk_, dv_, sums.travelling(source, d_written))
 
+        # 2. Do so with every block that comes around; the gradients of the own block come home.
         block = form.block(call.shard, k, v, decays)
         home = Ring(call, header, block).collect(block, visit)
         dk, dv, d_written = form.split(home[:, : k.shape[1]])
         dq = form.tokens_first(dq_) * ctx.scale
+        # 3. Turn the gradients of sums of decays into those of the decays.
         dg = sums.total(d_written, header)
         return None, None, dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dg, None, None
 

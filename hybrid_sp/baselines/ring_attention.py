@@ -28,7 +28,7 @@ from ..kernels.softmax.tiles import Tile
 from ..overlap import Call
 from ..shard import Shard
 
-Block = tuple[Tensor, ...]  # what a rank sends around, equal in shape on all ranks
+Block = tuple[Tensor, ...]  # the tensors that a rank sends around, equal in shape on all ranks
 
 
 class Ring:
@@ -42,7 +42,9 @@ class Ring:
     def around(self, block: Block, visit: Callable[[int, Block], None]) -> None:
         """Visit this rank's block, that of the rank before it, and so on, each while the next is in flight."""
         for hop in range(self.size):
+            # 1. Send the block on, and ask for the next one.
             arriving = self._shift(block) if hop + 1 < self.size else Pending(lambda: ())
+            # 2. Compute with the block in the meantime.
             try:
                 with self.call.phase("block", self.header.direction, block[0]):
                     visit((self.rank - hop) % self.size, block)
@@ -51,15 +53,17 @@ class Ring:
 
     def collect(self, block: Block, visit: Callable[[int, Block], Tensor]) -> Tensor:
         """Return the sum over ranks of the tensors that each rank's `visit` makes from this rank's block."""
-        sums = Pending(lambda: ())  # of the block at hand, on its way from the rank before
+        sums = Pending(lambda: ())  # gradients of the present block, on their way from the rank before
 
         def add(source: int, here: Block) -> None:
             nonlocal sums
+            # 1. Compute this rank's part of the block's gradients.
             try:
                 part = visit(source, here)
             except BaseException:
                 sums.drain()
                 raise
+            # 2. Add the sum of the ranks before, and send it on.
             for earlier in sums.wait():
                 part += earlier
             sums = self._shift((part,))
@@ -102,9 +106,11 @@ class _Softmax(torch.autograd.Function):
         ctx.call, ctx.tiles, ctx.scale, ctx.backend = call, tiles, scale, backend
         o, lse = (q.new_empty(shape, dtype=compute_dtype(q)) for shape in (q.shape, q.shape[:3]))
 
+        # 1. Attend to a block, and merge by log-sum-exp.
         def visit(source: int, block: Block) -> None:
             attend_tiles(tiles[source], o, lse, q, block[0][0], block[0][1], scale, backend)
 
+        # 2. Do so with every block that comes around.
         block = (call.shard.pad(torch.stack([k, v]), 2),)
         header = call.header("forward", "grad" if any(ctx.needs_input_grad) else "no grad")
         Ring(call, header, block).around(block, visit)
@@ -119,6 +125,7 @@ class _Softmax(torch.autograd.Function):
         call, tiles, scale = ctx.call, ctx.tiles, ctx.scale
         dq = torch.zeros_like(q, dtype=lse.dtype)
 
+        # 1. Compute a block's gradients. dq stays here; dK and dV travel on with the block.
         def visit(source: int, block: Block) -> Tensor:
             d_kv = torch.zeros_like(block[0], dtype=lse.dtype)
             grads = dq, d_kv[0], d_kv[1]
@@ -126,6 +133,7 @@ class _Softmax(torch.autograd.Function):
             attend_tiles_backward(tiles[source], grads, do, q, k_, v_, o, lse, scale, ctx.backend)
             return d_kv
 
+        # 2. Do so with every block that comes around; the gradients of the own block come home.
         block = (call.shard.pad(torch.stack([k, v]), 2),)
         dk, dv = Ring(call, call.header("backward"), block).collect(block, visit)[:, :, : k.shape[1]]
         return None, None, dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None

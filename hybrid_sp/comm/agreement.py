@@ -16,7 +16,7 @@ import torch
 from . import collectives
 from .collectives import Group, Pending
 
-_LONGEST = 100  # characters of a value that are told
+_LONGEST = 100  # characters of a value that the error shows
 
 
 class Agreement:
@@ -50,7 +50,7 @@ def _shortened(text: str) -> str:
 
 def _difference(texts: Sequence[str]) -> str | None:
     """Describe the values that differ, each with the ranks that have it; None if none differs."""
-    lines = (text.split("\n") for text in texts)  # not of equal number if a rank compares something else
+    lines = (text.split("\n") for text in texts)  # their number differs if a rank compares something else
     columns = [column for column in itertools.zip_longest(*lines, fillvalue="nothing") if len(set(column)) > 1]
     if not columns:
         return None

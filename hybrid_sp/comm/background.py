@@ -1,4 +1,4 @@
-"""The background: a task of several messages that runs while the program computes."""
+"""The tasks in the background: several messages each, sent and received while the program computes."""
 
 from __future__ import annotations
 

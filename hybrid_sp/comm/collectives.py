@@ -18,7 +18,7 @@ from .groups import Group, cpu_group, rank, size
 from .link import carried
 from .pending import Header, Pending, note_row
 
-_TEXT_BYTES = 1024  # of one rank in a comparison
+_TEXT_BYTES = 1024  # bytes of one rank's text in a comparison
 
 
 _all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 Group = dist.ProcessGroup | None
 
-# For each group the others of the same ranks, by backend. They end with it.
+# Further groups of the same ranks, by group and backend. They end with their group.
 _twins: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
 
 

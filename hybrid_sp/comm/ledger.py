@@ -248,9 +248,6 @@ def note_wait(wait: Wait) -> None:
         book._waits.append(wait)
 
 
-# -- moments ----------------------------------------------------------------------------------------------------------
-
-
 def moment(device: torch.device | None = None) -> float:
     """Return the present moment; on CUDA an event that the current stream records when it gets here."""
     if device is None or device.type != "cuda" or not _open:

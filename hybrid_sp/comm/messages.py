@@ -19,7 +19,7 @@ from .groups import Group, global_rank, message_group, rank, size
 from .link import carried
 from .pending import Header, Pending, note_row
 
-_exchanges: weakref.WeakKeyDictionary[Any, Iterator[int]] = weakref.WeakKeyDictionary()  # of a group, made so far
+_exchanges: weakref.WeakKeyDictionary[Any, Iterator[int]] = weakref.WeakKeyDictionary()  # made so far, by group
 
 
 def open_exchange(header: Header, plan: str, x: Tensor, group: Group) -> Header:

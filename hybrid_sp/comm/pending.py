@@ -24,7 +24,7 @@ class Header:
     call: int = 0
     check: bool = False
     note: str = ""
-    exchange: int = 0  # numbers the group's exchanges by messages, so that those of two never meet
+    exchange: int = 0  # numbers the group's exchanges by messages, so that messages of two never meet
 
     def text(self, collective: str, x: Tensor) -> str:
         shape = "x".join(map(str, x.shape))

@@ -23,7 +23,7 @@ from .ledger import Ledger, Phase, Row, Wait
 Event = dict[str, Any]
 
 TRACKS = ("compute", "in flight", "exposed")
-LANES = 100  # of a track at most: tids of the next one begin here
+LANES = 100  # most lanes of a track: the tids of the next track begin here
 
 
 class _Slice(NamedTuple):
@@ -76,7 +76,7 @@ def write_trace(path: Path, events_of_ranks: Sequence[list[Event]]) -> None:
     events = [event for events in events_of_ranks for event in events]
     start = min((event["ts"] for event in events if event["ph"] == "X"), default=0.0)
     shifted = [event | {"ts": event["ts"] - start} if event["ph"] == "X" else event for event in events]
-    shifted.sort(key=lambda event: event.get("ts", -1.0))  # what tracks are called comes first
+    shifted.sort(key=lambda event: event.get("ts", -1.0))  # the names of tracks come first
     path.write_text(json.dumps({"displayTimeUnit": "ms", "traceEvents": shifted}) + "\n")
 
 

@@ -22,7 +22,7 @@ from ..comm.link import Link
 from ..comm.pending import Header
 from .strategy import Sizes, Strategy
 
-SMALL, LARGE = 8, 1 << 20  # bytes of the messages by which a link is measured
+SMALL, LARGE = 8, 1 << 20  # bytes of the two messages that measure a link
 REPEATS = 5
 
 

@@ -25,7 +25,7 @@ from .affine import AffineState, compose
 from .scan import Scan, ScanExchange, final_bytes, final_seconds
 from .strategy import Sizes, Strategy
 
-BLOCKS = 4  # of a state in the pipeline
+BLOCKS = 4  # blocks of a state in the pipeline
 
 
 class Chain:
@@ -46,12 +46,15 @@ class Chain:
         leaving: list[Tensor] = []
         sends: list[Pending] = []
         for position, (transition, state) in scan.maps.items():
+            # 1. Take the blocks of the value that enters the position.
             arriving = self._entering(position, first, leaving)
             entered, leaving = [], []
             for block, (x, b) in enumerate(zip(arriving, self._cut(state), strict=True)):
                 entered.append(x)
+                # 2. Fold the position's map into a block: T x + b.
                 if position < end or scan.needs_last:
                     leaving.append(compose(AffineState(transition, b), AffineState(None, x)).state)
+                # 3. Send the block on, while the next one is on its way.
                 if position < end and scan.owners[position + 1] != scan.here:
                     sends.append(scan.send(leaving[-1], scan.owners[position + 1], self._number(position + 1, block)))
             entering.append(torch.cat(entered, -1))

@@ -36,16 +36,20 @@ class Doubling:
     def run(self, first: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
         scan, count = self.scan, len(self.scan.owners)
         start = torch.zeros_like(scan.like) if first is None else first
+        # 1. Start with windows of one position. Position 0 becomes a value: fold x_0 in.
         windows = dict(scan.maps)
-        if 0 in windows:  # what leaves position 0 is a value: x_0 is folded in
+        if 0 in windows:
             windows[0] = AffineState(None, self._leaving(0, start))
+        # 2. In each round, compose every window with the one that ends d positions before it.
         before: dict[int, AffineState] = {}
         for d in takewhile(lambda d: d < count, (1 << i for i in range(count))):
             for p, earlier in self._round(d, windows).items():
                 before[p] = compose(before[p], earlier) if p in before else earlier
                 if p + 2 * d < count:  # the next round sends it
                     windows[p] = compose(windows[p], earlier)
+        # 3. The window that ends before p is now a value: the state that enters p.
         entering = {p: before[p].state if p else start for p in scan.maps}
+        # 4. Fold the last position's map in, if its owner needs the value that leaves it.
         last = count - 1
         leaving = self._leaving(last, entering[last]) if last in scan.maps and scan.needs_last else None
         return list(entering.values()), leaving
@@ -59,6 +63,7 @@ class Doubling:
         earlier: dict[int, AffineState] = {}
         arriving: dict[int, Pending] = {}
         sends: list[Pending] = []
+        # 1. Ask for the windows that this rank needs, and send those that others need.
         for p in range(d, count):
             q, number = p - d, groups.size(scan.group) + d * count + p
             source, to = scan.owners[q], scan.owners[p]
@@ -68,6 +73,7 @@ class Doubling:
                 arriving[p] = scan.receive(packed(self._sent(q, d, scan.maps[p])), source, number)
             elif source == scan.here:
                 sends.append(scan.send(packed(self._sent(q, d, windows[q])), to, number))
+        # 2. Unpack windows as they arrive. Known decays are summed here instead of sent.
         for p, message in arriving.items():
             q, like = p - d, scan.maps[p]
             transition, state = unpacked(message.wait(), self._sent(q, d, like))

@@ -58,7 +58,8 @@ def rows_of_others(shard: Shard, rank: int, ranges: Sequence[Range]) -> int:
 
 
 class FetchPlan:
-    """The plan of a fetch, the same on all ranks: who sends which tokens to whom. Rank r reads the ranges wanted[r].
+    """The plan of a fetch, the same on all ranks: the tokens that each rank sends to each. Rank r reads the ranges
+    wanted[r].
 
     ranges  the ranges that this rank reads; the rows that it receives lie in this order
     empty   nobody reads anything, so nothing is sent
@@ -73,7 +74,7 @@ class FetchPlan:
         self._picked = [piece for pieces in to for piece in pieces]
         self._sent = [sum(piece.tokens for piece in pieces) for pieces in to]
         self._wanted = [piece.tokens for piece in routes[me]]
-        self._order = sorted(range(len(self._wanted)), key=lambda i: routes[me][i].rank)  # in which they arrive
+        self._order = sorted(range(len(self._wanted)), key=lambda i: routes[me][i].rank)  # of arrival, by rank
         self._received = [sum(p.tokens for p in routes[me] if p.rank == rank) for rank in range(shard.sp.size)]
         self._group = shard.sp.group
 

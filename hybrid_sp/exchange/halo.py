@@ -30,13 +30,13 @@ class Halo:
 
     def launch_backward(self, header: Header, d_rows: Tensor, d_final: Tensor, kept: Tensor | None) -> Pending:
         """Send the gradients of the tokens to their owners."""
-        self.own = None  # of an earlier pass that did not get as far as the gradient of x
+        self.own = None  # an earlier pass may have failed before the gradient of x
         return self.plan.give_back(header, d_rows.transpose(0, 1))
 
     def receive_backward(self, received: Tensor, kept: Tensor | None) -> tuple[Tensor, None]:
         """Return the gradient of x."""
         dx, self.own = self.own, None
-        if dx is None:  # nothing but the rows reached the loss
+        if dx is None:  # only the rows reached the loss
             dx = received.new_zeros(self.shape)
         self.plan.add(dx, received)
         return dx, None

@@ -56,7 +56,7 @@ class Scan:
         """Return a tensor of the shape of a state."""
         return next(iter(self.maps.values())).state
 
-    # Messages to and from ranks of the group. NCCL needs that any two ranks make theirs in one order.
+    # Messages to and from ranks of the group. NCCL needs any two ranks to make theirs in one order.
 
     def send(self, x: Tensor, to: int, number: int) -> Pending:
         return messages.start_send(x, to, number, self.group, self.header)
@@ -100,6 +100,7 @@ class ScanExchange:
 
     def launch(self, header: Header, state: Tensor, transition: Tensor | None, initial: Tensor | None) -> Pending:
         """Pass states on, from this rank's summaries: state [s,B,H,K,V] and transition [s,B,H(,K(,K))]."""
+        # 1. Make each of this rank's spans a map x -> A x + B, at the position of the span.
         own, state, known = list(self.shard.own), state.detach(), self.request.known_decays
         transition = transition if known is None else known[own]
         transition = None if transition is None else transition.detach()
@@ -107,7 +108,9 @@ class ScanExchange:
         algorithm = self.algorithm(scan)
 
         def run() -> tuple[Tensor, Tensor, Tensor | None]:
+            # 2. Run the scan from S_0.
             entering, leaving = algorithm.run(initial)
+            # 3. Send S_final from the owner of the last span to every rank.
             final = _broadcast_final(scan, leaving) if self.request.needs_final_state else state.new_empty(0)
             return torch.stack(entering), final, transition
 
@@ -119,17 +122,21 @@ class ScanExchange:
 
     def launch_backward(self, header: Header, d_entering: Tensor, d_final: Tensor, kept: Tensor | None) -> Pending:
         """Pass gradients of states on, from those of this rank's entering states."""
+        # 1. Reverse the spans, and make each a map x -> A^T x + dS_in.
         count = self.shard.span_count
         positions = [count - 1 - i for i in reversed(self.shard.own)]
         transposed = None if kept is None else (kept.mT if kept.ndim == d_entering.ndim else kept).flip(0)
         known, entered = self.request.known_decays, self.request.has_initial_state
         known = None if known is None else known.flip(0)
         scan = self._scan(header, positions, d_entering.flip(0), transposed, known, entered)
+        # 2. Start the sum of dS_final at the owner of the last span.
         summed = _ReduceFinal(scan, d_final) if self.request.needs_final_state else None
         algorithm = self.algorithm(scan)
 
         def run() -> tuple[Tensor, Tensor | None]:
+            # 3. Run the scan from dS_final.
             d_leaving, d_initial = algorithm.run(None if summed is None else summed.wait())
+            # 4. Keep dS_0 at the owner of span 0; the other ranks' parts are zero.
             if entered and d_initial is None:
                 d_initial = torch.zeros_like(d_leaving[0])
             return torch.stack(d_leaving[::-1]), d_initial

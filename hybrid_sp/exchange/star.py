@@ -61,7 +61,7 @@ class Star:
         def fold(rows: Tensor) -> tuple[list[Tensor], None]:
             nonlocal d_initial
             d_spans, d_last = list(rows), None
-            if needs_final:  # the rows after those of the spans, one of each rank
+            if needs_final:  # one row per rank, after the rows of the spans
                 d_spans, d_last = d_spans[: self.shard.span_count], rows[self.shard.span_count :].sum(0)
             if d_initial is not None:
                 d_initial = fold_initial(kept, range(self.shard.span_count), d_spans, d_last)

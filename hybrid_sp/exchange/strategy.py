@@ -119,7 +119,7 @@ class TokenSizes(NamedTuple):
         return self.batch * -(-self.length // self.ranks)
 
 
-GRADIENT = 4  # bytes of a number of a gradient, gate or decay: fp32
+GRADIENT = 4  # bytes of one number of a gradient, gate or decay: fp32
 
 
 class TokenStrategy(NamedTuple):

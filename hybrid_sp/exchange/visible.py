@@ -71,7 +71,7 @@ def tiles_by_rank(shard: Shard, causal: bool, window: int | None) -> list[list[T
         for first, end in reading.ranges:
             for piece in held(shard, first, end):
                 first += piece.tokens
-                left = None if window is None else window - (end - first)  # of the window, after the tokens between
+                left = None if window is None else window - (end - first)  # what the tokens between leave of the window
                 found[piece.rank] += tiles.earlier(reading.first, reading.queries, piece.first, piece.tokens, left)
     return found
 

@@ -35,7 +35,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         dx_ND = torch.empty_like(x_ND) if ctx.needs_input_grad[0] else None
         dweight_VD = torch.zeros_like(weight_VD, dtype=wide) if ctx.needs_input_grad[1] else None
         for start in range(0, len(x_ND), chunk):
-            # 1. Log-probabilities of a chunk. A token without a label stands in with label 0 and is masked.
+            # 1. Log-probabilities of a chunk. A token without a label takes label 0 and is masked.
             rows = slice(start, start + chunk)
             valid_C1 = (labels_N[rows] != NO_LABEL)[:, None]
             labels_C1 = labels_N[rows, None].where(valid_C1, 0)

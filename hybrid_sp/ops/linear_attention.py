@@ -149,7 +149,7 @@ def _by_states(
     initial = initial_state if isinstance(initial_state, Tensor) else None
     if isinstance(initial_state, tuple):
         initial = torch.cat([initial_state[0], initial_state[1].unsqueeze(-1)], -1)
-    known = None  # log decays of all spans, [n,1,H] or [n,1,1], that every rank knows
+    known = None  # log decays of all spans, [n,1,H] or [n,1,1], if every rank knows them
     if x.g is None and (shard.boundaries or x.bonus is not None):
         known = x.v.new_zeros(shard.span_count, 1, 1, dtype=wide)
     elif x.g is not None and x.g.ndim == 1:

@@ -43,25 +43,25 @@ def run_recurrence(
     initial       the state before the sequence [B,H,K,V], or None
     known_decays  log decays [n,1,H] or [n,1,1] of all spans, if every rank knows them: they are not sent
     """
-    exchanged = shard.span_count > 1 or initial is not None or final  # else nobody reads what the spans do to a state
+    exchanged = shard.span_count > 1 or initial is not None or final  # else nobody reads the summaries
     options = Options(scale, exchanged, dtype)
     phases, x = recurrence.prepare(x, Spans(shard.span_lengths, shard.local_boundaries), options)
     q_first, q_second = (x.q, x.q.detach()) if phases.q_in_states else (x.q.detach(), x.q)
     S_in = S_final = None
     with Call(shard, "linear") as call:
         backward = _Backward(call, phases)
-        # 1. What each of this rank's spans does to a state.
+        # 1. Summarise each of this rank's spans as an affine map of the state.
         edge, state, transition, work = _States.apply(backward, x, q_first, x.k, x.v, x.g, x.beta)
-        # 2. Send it to the other ranks, unless nobody reads it.
+        # 2. Send the summaries to the other ranks, unless nobody reads them.
         if exchanged:
             exchange = make_exchange(shard, state, transition, Request(known_decays, initial is not None, final))
             token = start(call, exchange, state, transition, initial)
-        # 3. Meanwhile, the output that needs no other rank.
+        # 3. Meanwhile, compute the output that needs no other rank.
         o, work = _Intra.apply(backward, x, work, edge, q_second, x.bonus)
-        # 4. Wait, and fold what the spans before do into the states that enter this rank's.
+        # 4. Wait, and fold the summaries of earlier spans into the states that enter this rank's spans.
         if exchanged:
             S_in, S_final = finish(call, exchange, token)
-        # 5. Add what the entering states contribute.
+        # 5. Add the contribution of the entering states.
         o, S_final = _Inter.apply(backward, x, work, o, S_in, S_final)
     return o, S_final if final else None
 

@@ -165,7 +165,7 @@ def _states(rows: Tensor, plan: FetchPlan, x: Tensor, width: int, initial: Tenso
     for (first, end), part in zip(plan.ranges, rows.split(lengths, 1), strict=True):
         missing = width - (end - first)
         past = rows.new_zeros(x.shape[0], missing, x.shape[2])
-        if initial is not None:  # it always takes part, so that every rank has a gradient of it, though it be zero
+        if initial is not None:  # always in the graph, so that every rank has a gradient, even a zero one
             known = missing if first == 0 else 0
             past = torch.cat([past[:, known:], initial[:, width - known :].to(rows.dtype)], 1)
         states.append(torch.cat([past, part], 1))

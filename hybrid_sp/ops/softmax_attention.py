@@ -81,7 +81,7 @@ def softmax_attention(
     alone, shard = shard is None, default_shard(shard, q)
     _check(q, k, v, shard, causal, window, alone)
     backend = select_backend("softmax_attention", backend, q, q.shape[-1], q.shape[-1])
-    select_kernel(q, backend)  # what it misses is said here
+    select_kernel(q, backend)  # raises ImportError here, before any communication
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if shard.sp.softmax in HEAD_PARALLEL:
         one = functools.partial(softmax_attention, causal=causal, window=window, scale=scale, backend=backend)
@@ -95,7 +95,7 @@ def softmax_attention(
         return _Attention.apply(_Schedule(call, mask, groups, scale, keep, backend), q, k, v)
 
 
-_Grads = tuple[Tensor, Tensor, Tensor]  # of q, k and v, in the precision of sums
+_Grads = tuple[Tensor, Tensor, Tensor]  # gradients of q, k and v, in the precision of sums
 _Saved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # q, k, v, o and lse
 
 
@@ -137,10 +137,13 @@ class _Schedule:
         """Return o, its lse, and if `keep` the keys and values received for each group."""
         o, lse = (q.new_empty(shape, dtype=compute_dtype(q)) for shape in (q.shape, q.shape[:3]))
         kept: list[Tensor] = []
+        # 1. Send the first group of key heads.
         self._send(0, note, k, v)
+        # 2. Attend to this rank's own keys while it is in flight.
         with self.call.phase("own", "forward", q):
             attend_tiles(self.mask.own, o, lse, q, k, v, self.scale, self.backend)
         for i in range(len(self.groups)):
+            # 3. Wait for a group, send the next, attend to it, and merge by log-sum-exp.
             kept += self._rest(i, note, o, lse, q, k, v)
         return o.to(q.dtype), lse, *kept
 
@@ -177,13 +180,17 @@ class _Schedule:
         dq, dk, dv = (torch.zeros_like(x, dtype=lse.dtype) for x in (q, k, v))
         grads = dq, dk, dv
         with self.call:
+            # 1. If nothing was kept, gather the first group again while own keys get their gradients.
             if not self.keep:
                 self._send(0, "again", k, v, again=True)
                 self._own_backward(grads, do, saved)
             for i in range(len(self.groups)):
+                # 2. Compute a group's gradients, and send dK and dV back to their owners.
                 self._rest_backward(i, grads, do, saved, kept, shared)
+            # 3. If keys were kept, the gradients of own keys hide the last group's way back.
             if self.keep:
                 self._own_backward(grads, do, saved)
+            # 4. Add the gradients that other ranks return for the last group.
             self._add(len(self.groups) - 1, grads, shared)
         return grads
 
@@ -229,7 +236,7 @@ class _Attention(torch.autograd.Function):
         run = functools.partial(job.forward, f"grad of {wanted}" if wanted else "no grad", q, k, v)
         if job.keep:
             o, lse, *kept = run()
-        else:  # nothing to attend to again is recorded, so the result is
+        else:  # keys are not kept to attend to again, so a checkpoint records the result
             o, lse, *kept = recorded(run)
             o = o.clone()
         ctx.save_for_backward(q, k, v, o, lse, *kept)

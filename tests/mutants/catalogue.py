@@ -114,8 +114,8 @@ MUTANTS = [
     Mutant(
         name="leftovers of a failed backward taken for its own",
         file="hybrid_sp/overlap.py",
-        old="ctx.call.drain()  # what",
-        new="pass  # what",
+        old="ctx.call.drain()  # an earlier",
+        new="pass  # an earlier",
         test=f"{OVERLAP}::test_a_backward_pass_after_one_that_failed_is_its_own",
     ),
     Mutant(
@@ -428,8 +428,8 @@ MUTANTS = [
     Mutant(
         name="gradient of an earlier pass",
         file="hybrid_sp/exchange/halo.py",
-        old="        self.own = None  # of",
-        new="        pass  # of",
+        old="        self.own = None  # an earlier",
+        new="        pass  # an earlier",
         test=f"{HALO}::test_an_input_alone_has_the_gradient_that_it_has_among_all",
     ),
     Mutant(
