@@ -1,4 +1,4 @@
-"""The choice of an operator's implementation, by device, dtype and size; the first choice is printed.
+"""The choice of an operator's implementation, by device, dtype and size; "auto" prints each of its choices once.
 
     linear_attention    torch, everywhere; triton, our kernels
     delta_rule          torch, everywhere; fla, the passes of fla-core

@@ -61,8 +61,8 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContext
 
 
 class _Replay:
-    """The context of a recomputation. A retained graph may enter it more than once, and each time reads from the first
-    record."""
+    """The context of a recomputation. A retained graph may enter it more than once; each time it reads from the
+    start."""
 
     def __init__(self, tape: list[Any]) -> None:
         self._tape = tape

@@ -268,8 +268,7 @@ class Shard:
 
     @cached_property
     def boundaries(self) -> tuple[int, ...]:
-        """Return the tokens at which a document begins, except token 0: an initial state continues the first
-        document."""
+        """Return the tokens at which a document begins, except token 0: an initial state continues the one there."""
         return () if self.cu_seqlens is None else self.cu_seqlens[1:-1]
 
     @cached_property
@@ -317,8 +316,7 @@ class Shard:
         return _Gather.apply(self, x_local, dim)
 
     def labels(self, tokens_BL: Tensor) -> Tensor:
-        """Return each local token's next token in its document [B,T], -100 where there is none: shift first, then
-        cut."""
+        """Return each local token's next token in its document [B,T], -100 where there is none: shifted, then cut."""
         labels_BL = tokens_BL.roll(-1, 1)
         labels_BL[:, [end - 1 for end in (*self.boundaries, self.length)]] = NO_LABEL
         return self.take(labels_BL, 1)

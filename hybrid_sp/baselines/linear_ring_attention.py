@@ -233,8 +233,7 @@ class _DecaySums:
         self.d_totals[_spans_between(self.shard, part, source)] += d_read.sum(-1)
 
     def travelling(self, source: int, d_written: Tensor) -> Tensor:
-        """Return the part of d_written that goes home with the block, [B,T,H]: nothing, [B,T,0], if the decays are
-        known."""
+        """Return the keys' side that goes home with the block, [B,T,H]; [B,T,0] if the decays are known."""
         if not self.known:
             return rearrange(d_written, "B H T -> B T H")
         tokens = sum(_lengths(self.shard, source))
@@ -296,7 +295,7 @@ def _expanded(fixed: Tensor, batch: int, tokens: int) -> Tensor:
 
 
 def received(sizes: TokenSizes) -> tuple[int, int]:
-    """Return the bytes of Ring Attention in softmax layers. A decay per token adds its own, and the totals of m spans a
+    """Return the bytes as in Ring Attention of softmax layers; a decay per token adds its own, and m totals per
     rank."""
     if sizes.decays > sizes.heads:
         raise ValueError('linear="ring_attention" takes no decay per key channel and no delta rule')

@@ -1,11 +1,10 @@
-"""The baseline Ring Attention (arXiv 2310.01889): keys and values travel around the ranks, and each attends to every
-block.
+"""The baseline Ring Attention (arXiv 2310.01889): keys and values travel around, and each rank attends to every block.
 
     forward     P-1 hops of a block: the next one is in flight while the present one is attended to
     backward    the same again, and the sum of the block's gradients travels one hop behind it, P hops to come home
 
-This is a baseline. No received block is kept for backward. Under every mask, all blocks pass all ranks. The linear
-layers' form is the left product (q k^T * D) v, as in the comparison of the LASP-2 paper (arXiv 2502.07563).
+No received block is kept for backward. Under every mask, all blocks pass all ranks. The linear layers' form is the left
+product (q k^T * D) v, as in the comparison of the LASP-2 paper (arXiv 2502.07563).
 """
 
 from __future__ import annotations
@@ -82,8 +81,7 @@ class Ring:
 
 
 def tiles_of(shard: Shard, causal: bool, window: int | None = None) -> list[list[Tile]]:
-    """Return the tiles of this rank's queries over every rank's keys; over its own, first the tiles with fresh
-    queries."""
+    """Return the tiles of this rank's queries over every rank's keys; over its own, first those with fresh queries."""
     tiles = tiles_by_rank(shard, causal, window)
     tiles[shard.sp.rank] = own_tiles(shard, causal, window, shard.tokens) + tiles[shard.sp.rank]
     return tiles
@@ -140,8 +138,7 @@ class _Softmax(torch.autograd.Function):
 
 
 def received(sizes: TokenSizes) -> tuple[int, int]:
-    """Return (P-1) B T (k + v) numbers forward; backward as many again, plus gradients that take P hops to come
-    home."""
+    """Return (P-1) B T (k + v) numbers forward; backward as many again, and gradients that take P hops home."""
     numbers, ranks = sizes.rows * (sizes.keys + sizes.values), sizes.ranks
     forward = (ranks - 1) * numbers * sizes.element
     return forward, forward + (ranks * numbers * GRADIENT if ranks > 1 else 0)

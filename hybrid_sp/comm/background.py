@@ -62,8 +62,7 @@ def _enqueue(task: Callable[[], Any], what: str, header: Header, device: torch.d
 
 
 class _Enqueued:
-    """The work on a side stream. It holds the task, and so the memory that the task reads, until somebody has
-    waited."""
+    """The work on a side stream. It holds the task, and so the memory that the task reads, until somebody waits."""
 
     def __init__(self, task: Callable[[], Any], outcome: Any, stream: torch.cuda.Stream) -> None:
         self._task: Callable[[], Any] | None = task

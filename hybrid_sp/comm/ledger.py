@@ -169,8 +169,8 @@ _open: list[Ledger] = []
 
 
 class _Thread(threading.local):
-    """The state of a thread: `aside` if it computes for no operator, so that its waits expose nothing, and its
-    `phase`."""
+    """The state of a thread: its `phase`, and `aside` if it computes for no operator, so that its waits expose
+    nothing."""
 
     aside: bool = False
     phase: _Computing | None = None
@@ -262,8 +262,7 @@ def _event(device: torch.device) -> Any:
 
 
 class _Seconds:
-    """The conversion of events into seconds of `clock`, counted back from now. It waits for the events, and nothing
-    else."""
+    """The conversion of events into seconds of `clock`, counted back from now. It waits for these events only."""
 
     def __init__(self) -> None:
         self._now: dict[torch.device, tuple[Any, float]] = {}

@@ -16,8 +16,7 @@ from .ledger import Row, Wait
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """The purpose of a collective. `tag` is the kind of layer, `call` the operator call of this shard, counted from
-    0."""
+    """The purpose of a collective: `tag` is the kind of layer, `call` this shard's operator call, counted from 0."""
 
     tag: str
     direction: str = "forward"

@@ -36,7 +36,7 @@ class _Slice(NamedTuple):
 
 
 def rank_events(book: Ledger, rank: int) -> list[Event]:
-    """Return the trace events of one rank, in microseconds of its clock. They can be sent to the rank that writes the
+    """Return one rank's trace events, in microseconds of its clock; they can be sent to the rank that writes the
     file."""
     rows, waits, phases = book.rows, book.waits, book.phases
     last = max((x for row in rows for x in (row.launched, row.arrived) if x is not None), default=0.0)
@@ -71,8 +71,7 @@ def rank_events(book: Ledger, rank: int) -> list[Event]:
 
 
 def write_trace(path: Path, events_of_ranks: Sequence[list[Event]]) -> None:
-    """Write the events that `rank_events` gave on every rank as one JSON file, with times counted from the first
-    event."""
+    """Write the events that `rank_events` gave on every rank as one JSON file, with times from the first event."""
     events = [event for events in events_of_ranks for event in events]
     start = min((event["ts"] for event in events if event["ph"] == "X"), default=0.0)
     shifted = [event | {"ts": event["ts"] - start} if event["ph"] == "X" else event for event in events]

@@ -97,8 +97,7 @@ def fold_initial(
 
 
 def packed(summary: AffineState) -> Tensor:
-    """Pack state and transition into one row of numbers per head, to be sent: [..., H, K*V + those of the
-    transition]."""
+    """Pack state and transition into one row of numbers per head, to be sent: [..., H, K*V + the transition's]."""
     rows = summary.state.flatten(-2)
     if summary.transition is None:
         return rows

@@ -94,8 +94,7 @@ STRATEGY = Strategy("all-gather of states, LASP-2", AllGather, received, seconds
 
 
 class AllGatherSum:
-    """The exchange of LASP-2 without a mask: every query reads the sum of all summaries, (P-1) B*H*K*V numbers each
-    way."""
+    """The unmasked exchange of LASP-2: every query reads the sum of all summaries, (P-1) B*H*K*V numbers each way."""
 
     def __init__(self, shard: Shard) -> None:
         self.shard = shard

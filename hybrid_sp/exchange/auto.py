@@ -61,8 +61,7 @@ def measure_link(group: Group) -> Link:
 
 
 class _Shift:
-    """The exchange that is measured: every rank sends a message to the next rank and receives one from the rank
-    before."""
+    """The measured exchange: every rank sends a message to the next rank and receives one from the rank before."""
 
     def __init__(self, group: Group) -> None:
         self.group, self.device = group, groups.device(group)

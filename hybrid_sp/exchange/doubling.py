@@ -1,5 +1,4 @@
-"""The exclusive scan in ceil(log2(n)) rounds of composed summaries, for any number n of spans (Hillis and Steele,
-1986).
+"""The exclusive scan in ceil(log2(n)) rounds of composed summaries, for any n spans (Hillis and Steele, 1986).
 
 At each position p, two windows of positions grow until they reach position 0. W is the composed map of the window that
 ends with p. E is that of the window that ends before p.
@@ -85,8 +84,7 @@ class Doubling:
         return earlier
 
     def _sent(self, q: int, d: int, window: AffineState) -> AffineState:
-        """Return the part to send in round d of the window that ends with q: no transition once it has reached position
-        0."""
+        """Return the part to send of the window that ends with q; one that has reached position 0 has no transition."""
         return window if q >= d and self.scan.known_decays is None else AffineState(None, window.state)
 
     def _leaving(self, position: int, entering: Tensor) -> Tensor:

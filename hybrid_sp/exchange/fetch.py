@@ -58,8 +58,7 @@ def rows_of_others(shard: Shard, rank: int, ranges: Sequence[Range]) -> int:
 
 
 class FetchPlan:
-    """The plan of a fetch, the same on all ranks: the tokens that each rank sends to each. Rank r reads the ranges
-    wanted[r].
+    """The plan of a fetch, equal on all ranks: the tokens that each rank sends to each. Rank r reads wanted[r].
 
     ranges  the ranges that this rank reads; the rows that it receives lie in this order
     empty   nobody reads anything, so nothing is sent

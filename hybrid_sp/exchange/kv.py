@@ -80,8 +80,7 @@ class FetchKV:
 
 
 def received(sizes: TokenSizes) -> tuple[int, int]:
-    """Return (P-1) B T (k + v) numbers forward and the same of gradients backward; keep_kv=False repeats the
-    forward's."""
+    """Return (P-1) B T (k + v) numbers forward, as many of gradients backward; without keep_kv the forward's again."""
     numbers = (sizes.ranks - 1) * sizes.rows * (sizes.keys + sizes.values)
     forward = numbers * sizes.element
     return forward, numbers * GRADIENT + (0 if sizes.keep_kv else forward)

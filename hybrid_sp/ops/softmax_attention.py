@@ -1,5 +1,4 @@
-"""The softmax attention whose sequence is cut over ranks: AllGather-KV (Llama 3, arXiv 2407.21783; LASP-2H,
-2502.07563).
+"""The AllGather-KV attention over a sequence that is cut over ranks (Llama 3, arXiv 2407.21783; LASP-2H, 2502.07563).
 
     forward              send group 0 | own keys | each group: wait, send the next; attend to it, merge by log-sum-exp
     backward, KV kept    each group: the others' dK, dV; wait for the last group's; send back | own keys | wait
