@@ -13,10 +13,11 @@ from analysis.bench.ranks.samples import DIRECTIONS, Contender, Samples, median,
 from analysis.bench.result import Claim, Result, Row
 from analysis.bench.sizes import Sizes
 from analysis.tables import Table
+from hybrid_sp.shard import BASELINES, STATE_EXCHANGES
 
 RANKS = 4
-LINEAR = ("all_gather", "ring", "pipeline", "doubling", "auto", "ulysses", "megatron", "ring_attention")
-SOFTMAX = ("all_gather", "ring", "ulysses", "megatron")
+LINEAR = (*STATE_EXCHANGES, "auto", *BASELINES["linear"])
+SOFTMAX = ("all_gather", *BASELINES["softmax"])
 LAYERS: dict[str, dict[str, Any]] = {
     "linear, no decay": {"layer": "linear", "decay": "none"},
     "linear, decay [B,T,H]": {"layer": "linear", "decay": "scalar"},
