@@ -49,7 +49,7 @@ class States(NamedTuple):
     A: Tensor  # [N,BH,K,K]
     inverse: Tensor  # (I + L)^-1 [N,BH,C,C]
     e: Tensor  # [N,BH,C,K]; phase 1 stores w here, and phase 2 overwrites it with e
-    r0: Tensor | None  # [N,BH,C,V]; phase 2 is the last to need it
+    r0: Tensor | None  # [N,BH,C,V]; no phase after 2 needs it
 
 
 class _Tokens:
