@@ -1,1 +1,1 @@
-"""Local kernels: one device, no communication. Shapes, dtypes and spans in; tensors out."""
+"""The local kernels. They run on one device and never communicate: shapes, dtypes and spans go in, tensors come out."""

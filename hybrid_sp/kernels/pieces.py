@@ -1,6 +1,6 @@
-"""The one cutter of a rank's spans at documents: pieces of one document in one span, at most `size` tokens long.
+"""The one cutter of a rank's spans at documents. A piece has one document and one span, and at most `size` tokens.
 
-The torch reference cuts spans into chunks, our Triton kernels into segments of many chunks, fla's passes into whole
+The torch reference cuts spans into chunks, our Triton kernels into segments of many chunks, and fla's passes into whole
 runs of a document. Each is a view of these pieces.
 """
 
@@ -16,15 +16,16 @@ from torch import Tensor
 
 
 class Spans(NamedTuple):
-    """The tokens that a rank holds: the lengths of its spans, and the tokens of the rank at which documents begin."""
+    """The tokens that a rank holds: the lengths of its spans, and the local indices of tokens at which documents
+    begin."""
 
     lengths: tuple[int, ...]
     boundaries: tuple[int, ...] = ()
 
 
 class Piece(NamedTuple):
-    """Tokens [start, stop) of the rank, of one span and one document. `reached`: no document has begun in the span up
-    to here, so that the state which enters the span reaches the piece."""
+    """The tokens [start, stop) of the rank, from one span and one document. If `reached`, no document has begun in the
+    span before or at this piece. The state that enters the span then reaches the piece."""
 
     start: int
     stop: int
@@ -36,7 +37,7 @@ class Piece(NamedTuple):
 
     @property
     def fresh(self) -> bool:
-        """Whether no state of the same span enters the piece."""
+        """Tell whether no state of the same span enters the piece."""
         return self.begins_span or self.begins_document
 
 
@@ -44,10 +45,10 @@ class Piece(NamedTuple):
 class Pieces:
     """The pieces of a rank, in order.
 
-    bounds  first piece of each span, and the number of pieces
+    bounds  the first piece of each span, and the number of pieces
     fresh   per piece: no state of the same span enters it
     reached per piece: the state that enters its span reaches it
-    open    per span: no document begins in it, so that the state which enters it reaches its end
+    open    per span: no document begins in it, so the state that enters it reaches its end
     """
 
     all: tuple[Piece, ...]
@@ -65,13 +66,13 @@ class Pieces:
         return len(self.open)
 
     def of_span(self, span: int) -> slice:
-        """Indices of the pieces of one span."""
+        """Return the indices of the pieces of one span."""
         return slice(self.bounds[span], self.bounds[span + 1])
 
 
 @functools.lru_cache(maxsize=64)
 def cut(spans: Spans, size: int | None = None) -> Pieces:
-    """Cut spans where documents begin, and into pieces of at most `size` tokens."""
+    """Cut spans where documents begin, and then into pieces of at most `size` tokens."""
     pieces: list[Piece] = []
     bounds, open_spans = [0], []
     for span, (a, b) in enumerate(itertools.pairwise(itertools.accumulate(spans.lengths, initial=0))):
@@ -88,7 +89,8 @@ def cut(spans: Spans, size: int | None = None) -> Pieces:
 
 
 def span_decays(totals: Tensor | None, pieces: Pieces) -> Tensor | None:
-    """Log decay of each span, [s,B,H] or [s,B,H,K], from that of its pieces; -inf if a document begins in the span."""
+    """Sum the log decays of pieces to those of each span, [s,B,H] or [s,B,H,K]. The result is -inf if a document begins
+    in the span."""
     if totals is None:
         return None
     spans = [totals[pieces.of_span(i)].sum(0) for i in range(pieces.spans)]

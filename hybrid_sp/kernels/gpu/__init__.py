@@ -1,1 +1,3 @@
-"""Kernels for CUDA devices. Nothing here is imported before a backend that needs it has been chosen (`backends.py`)."""
+"""The kernels for CUDA devices. They are imported only after a backend that needs them has been chosen
+(`backends.py`).
+"""

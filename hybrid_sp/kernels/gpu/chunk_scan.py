@@ -1,34 +1,38 @@
-"""Linear attention as a scan over chunks: one kernel makes o, dq, dk and dv, two more the states between segments.
+"""The scan over chunks of linear attention. One kernel computes o, dq, dk and dv; two more, the states of segments.
 
-Over the chunks of a segment, with P_t the sum of log decays from the chunk's start through t, R_t that after t to its
-end, and a the chunk's whole decay, the scan forward is
+P_t is the sum of log decays from a chunk's start through t, R_t the sum after t to its end, and a the sum over the
+whole chunk. Over the chunks of a segment, the scan forward is
 
     out_t = read * (sum over s <= t in the chunk of write * exp(P_t - P_s) (x_t . y_s) z_s + exp(P_t) x_t S)
     S    <- exp(a) S + sum over s in the chunk of write * y_s^T exp(R_s) z_s
 
-and in reverse, from the last chunk to the first, with s >= t, exp(P_s - P_t), and P and R exchanged outside the sum
-over pairs. With S_in the state that enters a segment and dS_out the gradient of the one that leaves it:
+The reverse scan goes from the last chunk to the first, with s >= t and exp(P_s - P_t), and with P and R exchanged
+outside the sum over pairs. S_in is the state entering a segment, and dS_out the gradient of the state leaving it:
 
     o    forward     x, y, z = q, k, v        S = S_in         read = scale
     dq   forward     x, y, z = do, v, k       S = S_in^T       read = scale
     dv   reverse     x, y, z = k, q, do       S = dS_out       write = scale
     dk   reverse     x, y, z = v, do, q       S = dS_out^T     write = scale
 
-Under decays per key channel (`vector_decay.py`) x, y or z come decayed to the ends of their chunk, the scores of pairs
-are given or not asked for, and of the decay only a is left, along the rows of S or along its columns.
+Under decays per key channel (`vector_decay.py`), x, y or z arrive already decayed to an end of their chunk. The scores
+of pairs are given, or not asked for. Of the decay only a is left, along the rows of S or along its columns.
 
-The gradient of a scalar decay g_j sums, over all pairs s < j <= t, what the pair gives to the output. Pairs in j's
-chunk, those that end in it, those that begin in it and those that span it are summed apart, so that no sum over many
-tokens is the difference of two: with r_t = q_t . dq_t, and of k_s . dk_s the part i_s within the chunk and e_s beyond,
+The gradient of a scalar decay g_j sums the contributions of all pairs s < j <= t to the output. It sums four kinds of
+pairs apart: pairs in j's chunk, pairs that end in it, pairs that begin in it, and pairs that span it. No sum over many
+tokens is therefore the difference of two. With r_t = q_t . dq_t, and with i_s the part of k_s . dk_s within the chunk
+and e_s the part beyond,
 
     dg_j = sum over t >= j of (r_t - i_t) + sum over s < j of e_s + exp(a) <S, dS>
 
-where S enters the chunk and dS is the gradient of what leaves it. The scan for dq keeps r and S, that for dk sums.
+where S enters the chunk and dS is the gradient of the state that leaves it. The scan for dq keeps r and S; the scan for
+dk computes the sums.
 
-Sums and states are fp32; factors of a product are rounded to the dtype of the tokens. Where x or y is fp32 beside
-16-bit tokens, as the gradient of a normalised output is, what rounding leaves over is multiplied too: what numerator
-and denominator give to dq and dk nearly cancels. The scan itself is FLA's and Lightning Attention's (arXiv 2401.04658);
-that all four outputs are one scan follows from the symmetry of S in k and v.
+Sums and states are fp32. Factors of a product are rounded to the dtype of the tokens. x or y may be fp32 with 16-bit
+tokens, as the gradient of a normalised output is. Then the rounding error is multiplied too, because the contributions
+of numerator and denominator to dq and dk nearly cancel.
+
+The scan itself is FLA's and Lightning Attention's (arXiv 2401.04658). All four outputs are one scan because S is
+symmetric in k and v.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -51,9 +55,9 @@ Decay = tuple[str, Tensor | None]
 
 @triton.jit
 def decays(p_g, o_c, m_t, stride, REVERSE: tl.constexpr):
-    """Of a chunk's log decays, none below its floor: the factors of reading and of writing the state, the whole decay,
-    and the running sum in two parts that are together exact, so that its differences are. Nothing is above 0 before it
-    is exponentiated."""
+    """Compute the decays of one chunk, with no log decay below its floor. Return the factors for reading and for
+    writing the state, the whole decay, and the running sum in two parts. The two parts together are exact, so
+    differences of sums are exact too. No exponent is positive."""
     b_g = tl.load(p_g + o_c * stride, mask=m_t, other=0.0).to(tl.float64)
     b_sum = tl.cumsum(b_g, 0)
     whole = tl.sum(b_g, 0)
@@ -69,7 +73,7 @@ def decays(p_g, o_c, m_t, stride, REVERSE: tl.constexpr):
 
 @triton.jit
 def _between(b_high, b_low, REVERSE: tl.constexpr):
-    """Decays between the tokens of the pairs of a chunk, [out, source]."""
+    """Compute the decays between the tokens of each pair of a chunk, [out, source]."""
     b_sum = (b_high[:, None] - b_high[None, :]) + (b_low[:, None] - b_low[None, :])
     if REVERSE:
         b_sum = -b_sum
@@ -78,8 +82,8 @@ def _between(b_high, b_low, REVERSE: tl.constexpr):
 
 @triton.jit
 def factor(b_x, DTYPE: tl.constexpr):
-    """fp32 numbers as a factor of a matrix product: rounded, what that leaves over, and what the product is to be
-    multiplied by, since fp16 has too few exponents for a state."""
+    """Prepare fp32 numbers as a factor of a matrix product. Return them rounded, the rounding error, and the number to
+    multiply the product by. fp16 has too few exponents for a state, so its factors are scaled."""
     unit = 1.0
     if DTYPE.is_fp16():
         largest = tl.max(tl.abs(b_x))
@@ -111,8 +115,8 @@ def scan_kernel(
     H,
     D,
     W,
-    R_xy,  # heads of out that share one of x and y
-    R_z,  # and of z and w
+    R_xy,  # heads of out that share one head of x and y
+    R_z,  # and one head of z and w
     s_xb,
     s_xt,
     s_xh,
@@ -137,8 +141,8 @@ def scan_kernel(
     s_wb,
     s_wt,
     s_wh,
-    s_c,  # from chunk to chunk of the log decays
-    s_states,  # and of the states, and there from row to row
+    s_c,  # of the log decays, from chunk to chunk
+    s_states,  # of the states, from chunk to chunk, and then from row to row
     s_states_d,
     C: tl.constexpr,
     BD: tl.constexpr,
@@ -156,6 +160,7 @@ def scan_kernel(
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    # 1. Find the columns, batch, head and segment of this program, and load the state that enters the segment.
     i_w, i_bh, i_s = places(tl.cdiv(W, BW), B * H)
     i_b, i_h = i_bh // H, i_bh % H
     start = tl.load(p_table + i_s * STRIDE).to(tl.int64)
@@ -184,6 +189,7 @@ def scan_kernel(
         m_pairs = o_c[:, None] >= o_c[None, :]
 
     for i in range(count):
+        # 2. Load x and the decays of the chunk.
         i_n = (count - 1 - i) if REVERSE else i
         n = (first + i_n) * B * H + i_bh
         t = start + i_n * C
@@ -197,7 +203,8 @@ def scan_kernel(
         if DECAY == "scalar":
             b_read, b_write, decay, b_high, b_low = decays(p_decay + t * s_gt, o_c, m_t, s_gt, REVERSE)
 
-        # What spans the chunk.
+        # 3. GATE: in the scan for dq, store the state that enters the chunk. In the scan for dk, multiply it with the
+        # gradient of the state that leaves it, which counts the pairs that span the chunk.
         if GATE:
             p_chunk = p_states + n * s_states + (o_d[:, None] * s_states_d + o_w[None, :])
             if REVERSE:
@@ -210,7 +217,7 @@ def scan_kernel(
             else:
                 tl.store(p_chunk, b_S.to(p_states.dtype.element_ty), mask=m_state)
 
-        # Pairs within the chunk.
+        # 4. Pairs within the chunk: compute their scores, or load them.
         if UPDATE or PAIRS == "computed":
             b_y = tl.load(p_y + t * s_yt + (o_c[:, None] * s_yt + o_d[None, :]), mask=m_x, other=0.0)
             if SPLIT_Y:
@@ -234,7 +241,7 @@ def scan_kernel(
                 o_pairs, m_given = o_c[:, None] * (H * C) + o_c[None, :], m_pairs & m_t[:, None]
             b_pairs = tl.load(p_pairs + o_pairs, mask=m_given, other=0.0)
 
-        # The output: what enters the chunk, and the pairs.
+        # 5. The output: read the state that enters the chunk, and add the pairs.
         b_factor, b_rest, state_unit = factor(b_S, DTYPE)
         b_out = tl.dot(b_x, b_factor, input_precision=PRECISION)
         if SPLIT_X:
@@ -257,6 +264,8 @@ def scan_kernel(
                 b_within += tl.dot(b_pairs_rest, b_z, input_precision=PRECISION)
             b_within *= unit * z_unit
             b_out += b_within
+
+        # 6. GATE, scalar decays: store r_t, or sum dg from all kinds of pairs.
         if GATE and DECAY == "scalar":
             p_here = p_r + ((i_w * B + i_b) * T + t) * H + i_h + o_c * H
             b_i = tl.sum(b_w * b_within, 1)
@@ -266,11 +275,13 @@ def scan_kernel(
                 tl.store(p_dg + ((i_w * B + i_b) * T + t) * H + i_h + o_c * H, b_dg, mask=m_t)
             else:
                 tl.store(p_here, b_e + b_i, mask=m_t)
+
+        # 7. Store the output.
         if ADD:
             b_out += tl.load(p_add + t * s_at + (o_c[:, None] * s_at + o_w[None, :]), mask=m_z, other=0.0)
         tl.store(p_out + t * s_ot + (o_c[:, None] * s_ot + o_w[None, :]), b_out.to(p_out.dtype.element_ty), mask=m_z)
 
-        # On to the next chunk.
+        # 8. Decay the state over the chunk, and write the chunk into it.
         if DECAY == "scalar":
             b_S *= decay
         if DECAY == "rows":
@@ -279,7 +290,7 @@ def scan_kernel(
             b_S *= tl.exp(tl.load(p_decay + n * s_c + o_w, mask=m_w, other=0.0))[None, :]
         if UPDATE:
             written = write * y_unit * z_unit
-            inside = 1.0 if DTYPE.is_fp16() else written  # what b_z is multiplied by, if fp16 can hold it
+            inside = 1.0 if DTYPE.is_fp16() else written  # fp16 may not hold b_z * written: scale the product
             if DECAY == "scalar":
                 b_z = (b_z.to(tl.float32) * (b_write * inside)[:, None]).to(DTYPE)
             elif REVERSE:
@@ -291,13 +302,13 @@ def scan_kernel(
 
 
 def scan_chunk(dtype: torch.dtype) -> int:
-    """Tokens in a chunk: products of fp32 without TF32 are done in registers, which hold fewer."""
+    """Return the tokens in a chunk. fp32 products without TF32 are computed in registers, which hold fewer tokens."""
     return 64 if dtype.itemsize == 2 else 32
 
 
 def pieces(width: int, dtype: torch.dtype, split: bool = False) -> list[slice]:
-    """The columns that one launch takes, as registers hold: a last one beside a multiple of 16, as a normaliser's is,
-    goes alone; so do every 64 of fp32, or where factors are split."""
+    """Split the columns among launches, as registers allow. A last column after a multiple of 16, as a normaliser has,
+    gets its own launch. With fp32 or split factors, every 64 columns get one."""
     whole = width - 1 if width % 16 == 1 and width > 1 else width
     widest = 64 if split or dtype.itemsize == 4 else whole
     cuts = [*range(0, whole, widest), whole]
@@ -305,10 +316,11 @@ def pieces(width: int, dtype: torch.dtype, split: bool = False) -> list[slice]:
 
 
 class DecayGradient:
-    """What the scans for dq and dk share for the gradient of the decays. Each launch has its part of r, and of dg."""
+    """The data that the scans for dq and dk share for the gradient of the decays. Each launch has its own part of r and
+    of dg."""
 
     def __init__(self, S: Tensor, segments: Segments, v: Tensor, do: Tensor, by_channel: bool) -> None:
-        """For scans over v and do which states of the shape S [segments,B,H,D,W] enter."""
+        """Allocate for scans over v and do, with entering states of the shape S [segments,B,H,D,W]."""
         _, B, H, D, W = S.shape
         dtype, split = v.dtype, do.dtype != v.dtype
         kept = torch.float32 if dtype == torch.float16 else dtype  # fp16 has too few exponents for a state
@@ -319,12 +331,12 @@ class DecayGradient:
         self.dg: list[Tensor] = []
 
     def total(self) -> Tensor:
-        """dg [B,T,H], or the gradients of the chunks' log decays [N,B,H,W]."""
+        """Return dg [B,T,H], or the gradients of the chunks' log decays [N,B,H,W]."""
         return torch.cat(self.dg).sum(0)
 
 
 def _tile(d: slice, w: slice, dtype: torch.dtype, split: bool) -> tuple[int, int, int, int]:
-    """BD, BW, warps and stages of a scan over states of so many rows and columns."""
+    """Choose BD, BW, warps and stages for a scan over states with the rows d and the columns w."""
     BD, BW = (max(16, triton.next_power_of_2(x.stop - x.start)) for x in (d, w))
     if dtype.itemsize == 4:
         return BD, min(16, BW), 8, 1
@@ -337,7 +349,7 @@ def types(dtype: torch.dtype) -> dict[str, object]:
 
 
 def strides(x: Tensor | None) -> tuple[int, int, int]:
-    """Of batch, tokens and heads; the last dim is contiguous."""
+    """Return the strides of batch, tokens and heads. The last dim is contiguous."""
     if x is None:
         return 0, 0, 0
     assert x.ndim == 3 or x.stride(3) == 1 or x.shape[3] == 1
@@ -363,15 +375,20 @@ def scan(
     gradient: DecayGradient | None = None,
     w: Tensor | None = None,
 ) -> Tensor:
-    """Write out [B,T,H,W] by the scan over x, y [B,T,_,D] and z [B,T,_,W] (None: nothing is added to the states), which
-    the states S [segments,B,H,D,W] enter. `dtype` is that of matrix products. `pairs` within chunks are "computed" from
-    x and y, "given" as scores [B,T,H,C], or "none". `add` [B,T,H,W] fp32 is added to out. With `gradient` the scan for
-    dq, with w = q, keeps what that for dk, with w = k, needs for the gradient of the decays."""
+    """Write out [B,T,H,W] by the scan over x, y [B,T,_,D] and z [B,T,_,W], which the states S [segments,B,H,D,W] enter.
+
+    z         None: nothing is added to the states
+    dtype     of matrix products
+    pairs     within chunks: "computed" from x and y, "given" as scores [B,T,H,C], or "none"
+    add       [B,T,H,W] fp32, added to out
+    gradient  the scan for dq, with w = q, stores here the data for the gradient of the decays;
+              the scan for dk, with w = k, reads them
+    """
     B, T, H = out.shape[:3]
     kind, log_decay = decay
     split_x, split_y = x.dtype != dtype, y is not None and y.dtype != dtype
     rows, columns = (pieces(width, dtype, split_x or split_y) for width in S.shape[3:])
-    nothing = segments.table  # stands where a pointer is not used
+    nothing = segments.table  # a placeholder for unused pointers
     by_chunk = log_decay if kind in ("rows", "columns") else None
     before = add
     if gradient is not None and reverse:

@@ -1,5 +1,4 @@
-"""The one door through which kernels are launched, so that a test can compile every launch without a device; and how
-tensors come to it."""
+"""Launch every kernel from one place, so a test can compile each launch without a device, and prepare its tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ from torch import Tensor
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, num_stages: int, **constants: Any) -> None:
-    """kernel[grid](*args, **constants) on the device of the first tensor among the arguments; tensors are passed as
+    """Run kernel[grid](*args, **constants) on the device of the first tensor among the arguments. Tensors are passed as
     pointers. An empty grid launches nothing."""
     if 0 in grid:
         return
@@ -19,5 +18,5 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, num_s
 
 
 def rows(x_BTHD: Tensor) -> Tensor:
-    """x as kernels read it: the last dim contiguous, and places within a chunk no further apart than 32 bits say."""
+    """Return x as kernels read it: the last dim is contiguous, and offsets within a chunk fit in 32 bits."""
     return x_BTHD if x_BTHD.stride(-1) == 1 and x_BTHD.stride(1) < 1 << 24 else x_BTHD.contiguous()

@@ -1,15 +1,15 @@
-"""Linear attention on a CUDA device, in the phases of `kernels/reference/linear.py`, which is its specification.
+"""The phases of linear attention on a CUDA device. `kernels/reference/linear.py` is the specification.
 
-    states   what leaves each segment, h that enters each, what leaves the spans          (`summary`, `fold`)
+    states   the state leaving each segment, h entering each, the map of each span        (`summary`, `fold`)
     intra    o of this rank's tokens alone, h included                                    (`scan`)
     inter    o += scale * (exp(sum of g since the segment began) q_t) (exp(D) S_in)       (`scan` without tokens)
 
-so that all the work on tokens hides the exchange, and where no state enters a span the last phase is none. Backward,
-dS_in is a summary in reverse; dq takes the exchange's time, and dk and dv come after it. D is the log decay from the
-start of a span to the segment.
+D is the log decay from the start of a span to the segment. All per-token work overlaps the exchange, and the last phase
+is skipped if no state enters a span. In backward, dS_in is computed first, as a reverse summary, and sent. dq is
+computed while it is in flight; dk and dv follow.
 
-q, k, v are bf16, fp16 or fp32, g fp32. Under decays per key channel tokens come in the form of `vector_decay.py`; a
-bonus comes with such decays only.
+q, k, v are bf16, fp16 or fp32, and g is fp32. Under decays per key channel, tokens have the form of `vector_decay.py`.
+A bonus is supported only with such decays.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .state_passing import fold, summary
 
 
 class Tokens(NamedTuple):
-    """q and k as the scan reads and writes with them, and how states decay along rows [K, V] of S."""
+    """The q and k with which the scan reads and writes, and the decay of states along rows [K, V] of S."""
 
     q: Tensor
     k: Tensor
@@ -43,7 +43,7 @@ class Tokens(NamedTuple):
 
     @property
     def across(self) -> Decay:
-        """How the transposed states decay."""
+        """The decay of the transposed states."""
         return ("columns" if self.decay[0] == "rows" else self.decay[0]), self.decay[1]
 
 
@@ -52,13 +52,14 @@ def _plain(q: Tensor, k: Tensor, g: Tensor | None) -> Tokens:
 
 
 def _by_channel(g: Tensor | None) -> TypeGuard[Tensor]:
-    """Whether these are decays per key channel."""
+    """Tell whether these are decays per key channel."""
     return g is not None and g.ndim == 4
 
 
 class Work(NamedTuple):
-    """What the forward finds: states h that enter the segments [segments,B,H,K,V], if every span begins empty, and the
-    segments' log decays; under decays per key channel what `vector_decay` made of keys; phase 2's q and k."""
+    """The results of a forward phase. h [segments,B,H,K,V] enters the segments if every span begins empty, and totals
+    are the segments' log decays. Under decays per key channel, keys come from `vector_decay`. tokens are q and k of
+    phase 2."""
 
     h: Tensor
     totals: Tensor | None
@@ -67,16 +68,16 @@ class Work(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What backward needs of the forward; the rest is made again."""
+    """The tensors that backward needs from forward. It computes the others again."""
 
     h: Tensor
     totals: Tensor | None
 
 
 class Reading(NamedTuple):
-    """What `inter_backward` hands on."""
+    """The results of `inter_backward`, with the tensors that `intra_backward` needs."""
 
-    do: Tensor  # in its own dtype: autograd hands it on in that of o_intra, fp32 where states enter
+    do: Tensor  # in its own dtype: autograd delivers it in the dtype of o_intra, which is fp32 if states enter
     dh: Tensor
     tokens: Tokens
     x: Inputs
@@ -85,7 +86,7 @@ class Reading(NamedTuple):
 
 
 class Local(NamedTuple):
-    """What `intra_backward` hands on."""
+    """The results of `intra_backward`, with the tensors that `states_backward` needs."""
 
     do: Tensor
     dh: Tensor
@@ -95,8 +96,8 @@ class Local(NamedTuple):
     g: Tensor | None
     totals: Tensor | None
     gradient: DecayGradient | None
-    dk: Tensor | None  # under decays per key channel: what pairs within a chunk give to k
-    dg: Tensor | None  # and q and these pairs to g
+    dk: Tensor | None  # under decays per key channel: the part of dk from pairs within a chunk
+    dg: Tensor | None  # and the part of dg from q and these pairs
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class LinearPhases:
     """The phases of one call, in Triton. See `kernels/phases.py`.
 
     gated    whether g needs a gradient
-    by_head  one log decay a head is sent, though the phases take one a key channel
+    by_head  ranks exchange one log decay per head, though the phases take one per key channel
     """
 
     segments: Segments
@@ -116,7 +117,8 @@ class LinearPhases:
 
     @classmethod
     def prepare(cls, x: Inputs, spans: Spans, options: Options) -> tuple[LinearPhases, Inputs]:
-        """Decays and bonus in fp32. A bonus is supported only with decays per key channel, so others are broadcast."""
+        """Convert decays and bonus to fp32. A bonus is supported only with decays per key channel, so other decays are
+        broadcast."""
         g, bonus = (None if part is None else part.float() for part in (x.g, x.bonus))
         by_head = bonus is not None and g is not None and g.ndim == 3
         if bonus is not None and (g is None or g.ndim == 3):
@@ -126,30 +128,36 @@ class LinearPhases:
         return cls(segments, options, g is not None and g.requires_grad, by_head), x._replace(g=g, bonus=bonus)
 
     def states_forward(self, x: Inputs) -> tuple[AffineState | None, Work]:
-        """h that enters the segments, what leaves the spans, and the segments' log decays."""
+        """Compute h that enters the segments, the map S_in -> S_out of each span, and the segments' log decays."""
         B, _, H, V = x.v.shape
         keys = None
+        # 1. Under decays per key channel, decay the keys to the end of their chunk.
         tokens = _plain(x.k, rows(x.k), x.g)
         if _by_channel(x.g):
             keys = vector_decay.keys_forward(x.k, x.g, self.segments)
             tokens = Tokens(x.k, keys[0], None, ("rows", keys[1]))
+        # 2. Sum the keys and values of each segment to the state that leaves it, if none enters it.
         added = x.v.new_empty(self.segments.count, B, H, x.k.shape[3], V, dtype=torch.float32)
         totals = summary(tokens.k, rows(x.v), self.segments, x.k.dtype, out=added, decay=tokens.decay)
+        # 3. Fold these along each span into h, the states that enter the segments.
         h, leaving = fold(added, totals, None, self.segments)
         if not self.options.entered:
             return None, Work(h, totals, keys)
+        # 4. Sum the decays of each span: with the leaving state they are its map.
         decays = span_decays(totals, self.segments.pieces)
         if self.by_head and decays is not None:
             decays = decays[..., 0]
         return AffineState(decays, leaving), Work(h, totals, keys)
 
     def intra_forward(self, x: Inputs, work: Work) -> tuple[Tensor, Work]:
-        """o [B,T,H,V] of this rank's tokens, fp32 if entering states are to be added."""
+        """Compute o [B,T,H,V] of this rank's tokens, in fp32 if entering states are to be added."""
+        # 1. Under decays per key channel, decay queries from the start of their chunk, and score pairs.
         tokens = _plain(rows(x.q), rows(x.k), x.g)
         if work.keys is not None and _by_channel(x.g):
             q_since, scores = vector_decay.queries_forward(x.q, x.k, x.g, x.bonus, self.segments)
             tokens = Tokens(q_since, work.keys[0], scores, ("rows", work.keys[1]))
         o = _empty(x.v, x.v.shape[3], torch.float32 if self.options.entered else self.options.dtype)
+        # 2. The scan for o: forward, x, y, z = q, k, v with the states h.
         scan(
             tokens.q,
             tokens.k,
@@ -166,10 +174,11 @@ class LinearPhases:
         return o, work._replace(keys=None, tokens=tokens)
 
     def inter_forward(self, x: Inputs, work: Work, o_intra: Tensor, S_in: Tensor | None) -> tuple[Tensor, Saved]:
-        """o from o_intra: adds what the states that enter the spans contribute."""
+        """Add the contribution of the entering states to o_intra, and return o."""
         saved, tokens = Saved(work.h, work.totals), work.tokens
         if S_in is None or tokens is None:
             return o_intra, saved
+        # The scan for o again, without tokens: forward, x = q with the states exp(D) S_in. It adds o_intra.
         o = scan(
             tokens.q,
             None,
@@ -186,24 +195,29 @@ class LinearPhases:
         return o, saved
 
     def inter_backward(self, do: Tensor, x: Inputs, saved: Saved, S_in: Tensor | None) -> tuple[Tensor | None, Reading]:
-        """dS_in; and of each segment alone, the gradient dh of the state that enters it."""
+        """Compute dS_in, and the gradient dh of the state that enters each segment, from this segment alone."""
         q, k, _, g, _, bonus = x
+        # 1. Decay queries and keys as in forward. They are not kept.
         do, tokens = rows(do), _plain(rows(q), rows(k), g)
         if _by_channel(g):
             q_since, scores = vector_decay.queries_forward(q, k, g, bonus, self.segments)
             k_until, chunk_totals = vector_decay.keys_forward(k, g, self.segments)
             tokens = Tokens(q_since, k_until, scores, ("rows", chunk_totals))
+        # 2. Sum the queries and do of each segment to dh: a summary in reverse.
         dh, scale = torch.empty_like(saved.h), self.options.scale
         summary(tokens.q, do, self.segments, q.dtype, out=dh, decay=tokens.decay, write=scale, reverse=True)
+        # 3. Fold dh along each span, from its last segment to its first, into dS_in.
         dS_in = None if S_in is None else fold(dh, saved.totals, None, self.segments, reverse=True)[1]
         return dS_in, Reading(do, dh, tokens, x, saved, S_in)
 
     def intra_backward(self, read: Reading) -> tuple[Tensor, Tensor | None, Local]:
-        """dq and the gradient of the bonus, whole."""
+        """Compute dq and the gradient of the bonus, both complete."""
         do, dh, tokens, (q, k, v, g, _, bonus), (h, totals), S_in = read
         v, q, by_channel = rows(v), rows(q), _by_channel(g)
+        # 1. The states that enter the segments, with S_in, transposed.
         S = (h if S_in is None else h + self._carried(totals, S_in)).mT
         gradient = DecayGradient(S, self.segments, v, do, by_channel) if self.gated else None
+        # 2. The scan for dq: forward, x, y, z = do, v, k with the states S^T. It keeps r and S for dg.
         dq = scan(
             do,
             v,
@@ -218,6 +232,7 @@ class LinearPhases:
             gradient=gradient,
             w=q,
         )
+        # 3. Under decays per key channel, go back from decayed queries and scores to q, k, g and the bonus.
         dk = dg = d_bonus = None
         if _by_channel(g):
             scale = self.options.scale
@@ -225,10 +240,12 @@ class LinearPhases:
         return _of_groups(dq, q), d_bonus, Local(do, dh, tokens, k, v, g, totals, gradient, dk, dg)
 
     def states_backward(self, local: Local, dS_out: Tensor | None) -> Gradients:
-        """dk, dv, dg, from dh and what comes back to the ends of the spans."""
+        """Compute dk, dv and dg, from dh and from the gradients dS_out at the ends of the spans."""
         do, dh, tokens, k, v, g, totals, gradient, dk_pairs, dg = local
         v, by_channel = rows(v), _by_channel(g)
+        # 1. Fold dS_out and dh, from the last segment of a span to its first, into the gradients of the leaving states.
         dS, _ = fold(dh, totals, dS_out, self.segments, reverse=True)
+        # 2. The scan for dv: reverse, x, y, z = k, q, do with the states dS.
         dv = scan(
             tokens.k,
             tokens.q,
@@ -243,6 +260,7 @@ class LinearPhases:
             write=self.options.scale,
             reverse=True,
         )
+        # 3. The scan for dk: reverse, x, y, z = v, do, q with the states dS^T. It sums dg.
         dk = scan(
             v,
             do,
@@ -258,6 +276,7 @@ class LinearPhases:
             gradient=gradient,
             w=rows(k),
         )
+        # 4. Under decays per key channel, go back from decayed keys and whole chunks to k and g.
         d_decay = None if gradient is None else gradient.total()
         if _by_channel(g) and tokens.decay[1] is not None and dk_pairs is not None and dg is not None:
             d_totals = torch.zeros_like(tokens.decay[1]) if d_decay is None else d_decay
@@ -265,7 +284,7 @@ class LinearPhases:
         return Gradients(None, _of_groups(dk, k), dv, d_decay if self.gated else None)
 
     def _carried(self, totals: Tensor | None, S_in: Tensor) -> Tensor:
-        """exp(D) S_in of each segment [segments,B,H,K,V]; 0 where a document has begun between."""
+        """Return exp(D) S_in of each segment [segments,B,H,K,V], or 0 if a document has begun between."""
         spans = []
         for span in range(self.segments.pieces.spans):
             here = self.segments.pieces.of_span(span)
@@ -283,19 +302,19 @@ class LinearPhases:
 
 
 def _precision(key: Tensor, v: Tensor, g: Tensor | None) -> torch.dtype:
-    """Of gradients of q and k: fp32 while there is something to be added."""
+    """Choose the dtype of the gradient of q or k: fp32 while more is to be added to it."""
     return torch.float32 if _by_channel(g) or key.shape[2] != v.shape[2] else key.dtype
 
 
 def _empty(like_BTHV: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """[B,T,H,width], contiguous but for the normaliser's column, beside which rows stay aligned; not a view, which
-    autograd would not let a later phase write into."""
+    """Allocate [B,T,H,width], contiguous except for padding after a normaliser's column, which keeps rows aligned. The
+    result is not a view, because autograd would not let a later phase write into a view."""
     B, T, H, _ = like_BTHV.shape
     padded = width - 1 + LinearPhases.PADDING if width % 16 == 1 and width > 1 else width
     return like_BTHV.new_empty_strided((B, T, H, width), (T * H * padded, H * padded, padded, 1), dtype=dtype)
 
 
 def _of_groups(x: Tensor, like_BTGK: Tensor) -> Tensor:
-    """Gradients of value heads [B,T,H,K] summed over those that share a key head."""
+    """Sum gradients of value heads [B,T,H,K] over the heads that share a key head."""
     G = like_BTGK.shape[2]
     return (x if x.shape[2] == G else x.unflatten(2, (G, -1)).sum(3)).to(like_BTGK.dtype)

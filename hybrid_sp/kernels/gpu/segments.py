@@ -1,15 +1,17 @@
-"""How GPU programs share a rank's tokens: spans, cut into segments, which a program works through chunk by chunk.
+"""The division of a rank's tokens among GPU programs: spans are cut into segments, which a program walks chunk by
+chunk.
 
-A segment is a piece (`kernels/pieces.py`): tokens of one document in one span. Programs take segments in parallel;
-within one they go from chunk to chunk, with the state in registers. Chunks have C tokens, the last of a segment perhaps
-fewer. What a state does at the start of a segment is said once, in the segment's row of a table in device memory:
+A segment is a piece (`kernels/pieces.py`): tokens of one document in one span. Programs process segments in parallel.
+Within a segment they go from chunk to chunk, with the state in registers. Chunks have C tokens, the last of a segment
+perhaps fewer. A table in device memory has one row per segment, which also tells what happens to the state at its
+start:
 
     start, stop   tokens [start, stop) of the rank
     chunk         index of its first chunk among all chunks of the rank
     span          the span it is part of
-    flags         FIRST and LAST of its span; NEW: a document begins with it, so that no state enters
+    flags         FIRST and LAST of its span; NEW: a document begins with it, so no state enters
 
-All are exact in int32, since they count tokens of one rank; kernels widen them before they make addresses.
+All are exact in int32, since they count tokens of one rank. Kernels widen them before they compute addresses.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -38,8 +40,8 @@ class Segments:
 
     chunk    C, tokens in a chunk
     chunks   tokens [start, stop) of each chunk of the rank, [N, 2] int32 on the device
-    cut_off  the segments that a state which enters their span does not reach, as a document has begun since;
-             bool [count] on the device, None where there are none
+    cut_off  segments that the state entering their span does not reach, because a document has begun since;
+             bool [count] on the device, or None if there are none
     """
 
     pieces: Pieces
@@ -55,7 +57,7 @@ class Segments:
 
 @functools.lru_cache(maxsize=64)
 def segment(spans: Spans, rows_per_token: int, chunk: int, device: torch.device) -> Segments:
-    """Cut spans into segments, and these into chunks; `rows_per_token` is batch x heads."""
+    """Cut spans into segments, and these into chunks. `rows_per_token` is batch x heads."""
     pieces = cut(spans, _size(sum(spans.lengths), rows_per_token, chunk))
     rows: list[tuple[int, ...]] = []
     chunks: list[tuple[int, int]] = []
@@ -69,13 +71,14 @@ def segment(spans: Spans, rows_per_token: int, chunk: int, device: torch.device)
 
 
 def _size(tokens: int, rows_per_token: int, chunk: int) -> int:
-    """Tokens in a segment: a power of two of chunks, so many that about PROGRAMS programs share the work."""
+    """Choose the tokens in a segment: a power of two of chunks, such that about PROGRAMS programs share the work."""
     wanted = tokens * rows_per_token // (PROGRAMS * chunk)
     return chunk * max(SHORTEST, 1 << max(wanted - 1, 0).bit_length())
 
 
 @triton.jit
 def places(tiles, BH):
-    """Tile, batch and head, and segment of a program. Only the first dim of a grid is long enough for them all."""
+    """Return the tile, the index of batch and head, and the segment of a program. Only the first dim of a grid is long
+    enough for all three."""
     i = tl.program_id(0).to(tl.int64)
     return (i % tiles).to(tl.int32), i // tiles % BH, i // tiles // BH

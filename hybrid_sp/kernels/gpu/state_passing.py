@@ -1,10 +1,11 @@
-"""States between the segments of a rank: what leaves each, and the chain of them, forward and in reverse.
+"""The states between the segments of a rank: the state that leaves each, and the chain of them, forward and in reverse.
 
     leaving(i)  = sum over t in segment i of y_t^T exp(sum of g after t) z_t          `summary`, y, z = k, v
     S(i + 1)    = exp(sum of g in segment i) S(i) + leaving(i)                        `fold`
 
-In reverse, of gradients: with y, z = q, do and the sum of g through t, what comes back to the start of a segment; and
-from the last segment to the first, what comes back to the end of each. A document that begins cuts the chain.
+In reverse both work on gradients. `summary` has y, z = q, do and the sum of g through t, and computes the gradient at
+the start of each segment. `fold` goes from the last segment to the first, and computes the gradient at the end of each.
+A document that begins cuts the chain.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -58,6 +59,7 @@ def summary_kernel(
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    # 1. Find the tile, batch, head and segment of this program. Its state begins at 0.
     i_tile, i_bh, i_s = places(tl.cdiv(D, BD) * tl.cdiv(W, BW), B * H)
     i_d, i_w = i_tile // tl.cdiv(W, BW), i_tile % tl.cdiv(W, BW)
     i_b, i_h = i_bh // H, i_bh % H
@@ -76,6 +78,7 @@ def summary_kernel(
     total = 0.0
     b_total = tl.zeros([BD], dtype=tl.float32)
     for i in range(count):
+        # 2. Load the tokens of the chunk.
         i_n = (count - 1 - i) if REVERSE else i
         t = start + i_n * C
         m_t = o_c < stop - t
@@ -87,7 +90,8 @@ def summary_kernel(
             b_z, _, z_unit = factor(b_z, DTYPE)
             written *= z_unit
         b_z = b_z.to(DTYPE)
-        inside = 1.0 if DTYPE.is_fp16() else written  # what b_z is multiplied by, if fp16 can hold it
+        inside = 1.0 if DTYPE.is_fp16() else written  # fp16 may not hold b_z * written: scale the product
+        # 3. Decay z to the end of the chunk (in reverse to its start), and the state over the chunk.
         if DECAY == "scalar":
             _, b_write, decay, b_high, _ = decays(p_decay + t * s_gt, o_c, m_t, s_gt, REVERSE)
             b_z = (b_z.to(tl.float32) * (b_write * inside)[:, None]).to(DTYPE)
@@ -99,10 +103,12 @@ def summary_kernel(
             b_a = tl.load(p_decay + ((first + i_n) * B * H + i_bh) * D + o_d, mask=m_d, other=0.0)
             b_S *= tl.exp(b_a)[:, None]
             b_total += b_a
+        # 4. Add y^T z to the state.
         if DTYPE.is_fp16():
             b_S += tl.dot(tl.trans(b_y), b_z, input_precision=PRECISION) * written
         else:
             b_S = tl.dot(tl.trans(b_y), b_z, b_S, input_precision=PRECISION)
+    # 5. Store the state and the segment's log decay.
     p_S += (i_s * B * H + i_bh) * s_S
     tl.store(p_S + o_d[:, None] * s_Sd + o_w[None, :], b_S, mask=m_d[:, None] & m_w[None, :])
     if DECAY == "scalar" and not REVERSE:
@@ -115,9 +121,9 @@ def summary_kernel(
 def fold_kernel(
     p_added,  # state that leaves each segment, if none enters [segments,B,H,K,V]
     p_total,
-    p_given,  # what enters each span, in reverse what comes back to its end [spans,B,H,K,V]
-    p_S,  # what enters each segment, in reverse what comes back to its end
-    p_left,  # what leaves each span, in reverse what comes back to its start
+    p_given,  # state that enters each span, in reverse the gradient at its end [spans,B,H,K,V]
+    p_S,  # state that enters each segment, in reverse the gradient at its end
+    p_left,  # state that leaves each span, in reverse the gradient at its start
     p_table,
     count,
     BH,
@@ -132,11 +138,13 @@ def fold_kernel(
     ENTERED: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
+    # 1. Find the numbers of the state that this program folds, and the batch and head.
     i_tile, i_bh, _ = places(tl.cdiv(K * V, BLOCK), BH)
     o = i_tile * BLOCK + tl.arange(0, BLOCK)
     m = o < K * V
     b_S = tl.zeros([BLOCK], dtype=tl.float32)
     for i in range(count):
+        # 2. At the start of a span (in reverse at its end) take the given state, or 0. A new document cuts the chain.
         i_s = tl.cast(count - 1 - i if REVERSE else i, tl.int64)
         span = tl.load(p_table + i_s * STRIDE + 3).to(tl.int64)
         flags = tl.load(p_table + i_s * STRIDE + 4)
@@ -148,12 +156,15 @@ def fold_kernel(
             b_S = tl.where(at_start, 0.0, b_S)
         if not REVERSE:
             b_S = tl.where((flags & BEGINS) != 0, 0.0, b_S)
+        # 3. Store it: it enters this segment.
         tl.store(p_S + o_here, b_S, mask=m)
+        # 4. Decay it over the segment, and add the state that the segment gives.
         if DECAY == "scalar":
             b_S *= tl.exp(tl.load(p_total + i_s * BH + i_bh))
         if DECAY == "rows":
             b_S *= tl.exp(tl.load(p_total + (i_s * BH + i_bh) * K + o // V, mask=m, other=0.0))
         b_S += tl.load(p_added + o_here, mask=m, other=0.0)
+        # 5. In reverse a new document cuts the chain here. Store the state at the end of a span (in reverse its start).
         if REVERSE:
             b_S = tl.where((flags & BEGINS) != 0, 0.0, b_S)
         tl.store(p_left + o_span, b_S, mask=m & ((flags & TO) != 0))
@@ -170,8 +181,8 @@ def summary(
     write: float = 1.0,
     reverse: bool = False,
 ) -> Tensor | None:
-    """Write out [segments,B,H,D,W], the states that leave segments which none enters, in reverse those at their starts.
-    Returns the segments' log decays, None | [segments,B,H] | [segments,B,H,D]; in reverse None."""
+    """Write out [segments,B,H,D,W], the states that leave the segments if none enters, or in reverse the gradients at
+    their starts. Return the segments' log decays, None | [segments,B,H] | [segments,B,H,D], or None in reverse."""
     _, B, H, D, W = out.shape
     kind, log_decay = decay
     total = None
@@ -221,9 +232,12 @@ def summary(
 def fold(
     added: Tensor, total: Tensor | None, given: Tensor | None, segments: Segments, reverse: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """States that enter the segments, and that leave the spans [spans,B,H,K,V], from those that leave segments which
-    none enters, added [segments,B,H,K,V], and those `given` that enter the spans. In reverse, of gradients: those that
-    come back to the ends of segments and to the starts of spans, from those that come back to the ends of spans."""
+    """Return the states that enter the segments, and the states that leave the spans [spans,B,H,K,V].
+
+    `added` [segments,B,H,K,V] leaves the segments if none enters, and `given` enters the spans. In reverse, all are
+    gradients: `added` at the starts of segments, `given` at the ends of spans. The results are then at the ends of
+    segments and at the starts of spans.
+    """
     _, B, H, K, V = added.shape
     added, given = added.contiguous(), None if given is None else given.contiguous()
     S, left = torch.empty_like(added), added.new_empty(segments.pieces.spans, B, H, K, V)

@@ -1,26 +1,28 @@
-"""A decay per key channel as a change of variables within chunks, after which only whole chunks decay.
+"""The change of variables within chunks for a decay per key channel. After it only whole chunks decay.
 
-In one chunk of one head, with P_t the sum of g from the chunk's start through t, R_t the sum after t to its end, and
-u a bonus (then the sums in P_t and A exclude g_t):
+In one chunk of one head, P_t is the sum of g from the chunk's start through t, and R_t the sum after t to its end. u is
+a bonus; with it the sums in P_t and A exclude g_t.
 
     k_until_t = exp(R_t) k_t                  totals = sum of g over the chunk
     q_since_t = exp(P_t) q_t                  A[t, s] = q_t . exp(g_(s+1) + ... + g_t) k_s            s <= t
                                       bonus:  A[t, s] = q_t . exp(g_(s+1) + ... + g_(t-1)) k_s        s < t
                                               A[t, t] = q_t . u k_t
 
-A by halving, as in `reference/decay_mask.py`: at each level a chunk is pairs of runs of `half` rows, and the scores
-between a right run and its left one are one matrix product, of q_t exp(sum from the right run's start to t) and k_s
-exp(sum after s to the left run's end). A row is in a right or in a left run, so that a level needs one factor per row.
-Here a level is taken of the whole chunk at once, and the mask of a level keeps what its pairs of runs say.
+A is computed by halving, as in `reference/decay_mask.py`. At each level a chunk is divided into pairs of runs of `half`
+rows. The scores between a right run and its left run are one matrix product. Its factors are q_t exp(sum from the right
+run's start to t) and k_s exp(sum after s to the left run's end). A row is in a right or in a left run, so a level needs
+one factor per row. Here a level is computed for the whole chunk at once, and its mask keeps the scores between paired
+runs.
 
-The adjoints, with dA = scale * do v^T, `dq_A` and `dk_A` the gradients of q and k through A (less its diagonal):
+In the adjoints, dA = scale * do v^T, and `dq_A` and `dk_A` are the gradients of q and k through A (without its
+diagonal):
 
     dq = exp(P) dq_since + dq_A + diag(dA) u k      dk = exp(R) dk_until + dk_A + diag(dA) u q
     dg = sums from t of (q (exp(P) dq_since + dq_A) - k dk_A) + sums before t of (k exp(R) dk_until) + d_totals
     bonus: sums after t of (q (exp(P) dq_since + dq_A)) - sums from t of (k dk_A) + ...        du = sum of diag(dA) q k
 
-Sums over rows are products with zeros and ones, in bf16 parts of what is summed that together are as exact as it needs:
-tensor cores do them, and no sum is the difference of two others. No exponent is ever positive.
+Sums over rows are products with zeros and ones, on tensor cores. The summands are split into bf16 parts, which together
+are as exact as the sum needs. No sum is the difference of two others, and no exponent is ever positive.
 
 The references are `kernels/reference/linear.py` and `kernels/reference/decay_mask.py`. Halving of a chunk is ours; the
 change of variables is GLA's (arXiv 2312.06635, section 4).
@@ -44,7 +46,7 @@ from .segments import Segments
 
 @triton.jit
 def _dot(a, b, DTYPE: tl.constexpr):
-    """Product of fp32 tiles rounded to DTYPE, summed in fp32."""
+    """Multiply fp32 tiles rounded to DTYPE, with sums in fp32."""
     a, b = a.to(DTYPE), b.to(DTYPE)
     if DTYPE.is_fp32():
         product = tl.dot(a, b, input_precision="ieee")
@@ -55,15 +57,15 @@ def _dot(a, b, DTYPE: tl.constexpr):
 
 @triton.jit
 def _ones(o_from, o_until, C: tl.constexpr):
-    """1 at [t, j] for the rows j from o_from[t] up to, but not with, o_until[t]; else 0."""
+    """Return 1 at [t, j] for the rows j from o_from[t] up to and excluding o_until[t], else 0."""
     o_j = tl.arange(0, C)[None, :]
     return tl.where((o_j >= o_from[:, None]) & (o_j < o_until[:, None]), 1.0, 0.0)
 
 
 @triton.jit
 def _sums(x_CK, o_from, o_until, C: tl.constexpr, DTYPE: tl.constexpr):
-    """Per row t, the sum of the rows of x from o_from[t] up to o_until[t]. Three bf16 parts of x are x (24 bits); two
-    are closer to it than 16-bit operands need."""
+    """Sum the rows of x from o_from[t] up to o_until[t], for each row t. Three bf16 parts of x hold it exactly (24
+    bits). Two parts are more exact than 16-bit operands need."""
     ones = _ones(o_from, o_until, C)
     part = x_CK.to(tl.bfloat16).to(tl.float32)
     sums = _dot(ones, part, tl.bfloat16)
@@ -77,8 +79,8 @@ def _sums(x_CK, o_from, o_until, C: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def _decays(g_CK, o_from, o_until, C: tl.constexpr, DTYPE: tl.constexpr):
-    """exp of the sums of log decays. For 16-bit operands g in fp16 is exact enough: an error of 2^-12 x in an exponent
-    -x is one of at most 2^-12 x exp(-x) in what it weighs."""
+    """Return exp of the sums of log decays. For 16-bit operands g in fp16 is exact enough. An error of 2^-12 x in an
+    exponent -x changes the weight by at most 2^-12 x exp(-x)."""
     if DTYPE.is_fp32():
         sums = _sums(g_CK, o_from, o_until, C, DTYPE)
     else:
@@ -88,8 +90,9 @@ def _decays(g_CK, o_from, o_until, C: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def _to_middle(g_CK, o_c, half, C: tl.constexpr, EXCLUSIVE: tl.constexpr, DTYPE: tl.constexpr):
-    """Decay between each row and the middle of its pair of runs of `half` rows: in a right run from its start through
-    the row (EXCLUSIVE: to before it), in a left run after the row to its end."""
+    """Return the decay between each row and the middle of its pair of runs of `half` rows. In a right run it goes from
+    the run's start through the row (EXCLUSIVE: to before it). In a left run it goes from after the row to the run's
+    end."""
     start, right = o_c & -half, (o_c & half) != 0
     through = o_c if EXCLUSIVE else o_c + 1
     return _decays(g_CK, tl.where(right, start, o_c + 1), tl.where(right, through, start + half), C, DTYPE)
@@ -97,14 +100,15 @@ def _to_middle(g_CK, o_c, half, C: tl.constexpr, EXCLUSIVE: tl.constexpr, DTYPE:
 
 @triton.jit
 def _rectangles(o_c, half):
-    """Mask [t, s] of t in a right run of `half` rows and s in the left run of its pair."""
+    """Return the mask [t, s] of t in a right run of `half` rows and s in the left run of its pair."""
     start, right = o_c & -half, (o_c & half) != 0
     return tl.where(right, start - half, -1)[:, None] == start[None, :]
 
 
 @triton.jit
 def _chunk(p_chunks, BH):
-    """Tokens [start, stop) of this program's chunk, the chunk's index on the rank, and that of batch and head."""
+    """Return the tokens [start, stop) of this program's chunk, the chunk's index on the rank, and the index of batch
+    and head."""
     i = tl.program_id(0).to(tl.int64)
     i_n = i // BH
     return tl.load(p_chunks + 2 * i_n), tl.load(p_chunks + 2 * i_n + 1), i_n, i % BH
@@ -116,6 +120,7 @@ def _keys_forward_kernel(
     k_b, k_t, k_h, g_b, g_t, g_h, batch, tokens, heads, shared,
     K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
+    # 1. Find the chunk, batch and head of this program.
     o_first, o_stop, i_n, i_bh = _chunk(p_chunks, batch * heads)
     i_b, i_h = i_bh // heads, i_bh % heads
     o_c, o_end = tl.arange(0, C), tl.full([C], C, tl.int32)
@@ -126,10 +131,12 @@ def _keys_forward_kernel(
     p_until += ((i_b * tokens + o_t) * heads + i_h)[:, None] * K
     p_totals += ((i_n * batch + i_b) * heads + i_h) * K
     for i_k in range(0, K, BK):
+        # 2. Load BK channels of the decays and keys.
         o_k = i_k + tl.arange(0, BK)
         m_tk = m_t[:, None] & (o_k < K)[None, :]
         b_g = tl.load(p_g + o_t[:, None] * g_t + o_k[None, :], mask=m_tk, other=0.0)
         b_k = tl.load(p_k + o_t[:, None] * k_t + o_k[None, :], mask=m_tk, other=0.0).to(tl.float32)
+        # 3. Store k_until = exp(R) k, and totals, the decay of the whole chunk.
         b_until = _decays(b_g, o_c + 1, o_end, C, p_k.dtype.element_ty) * b_k
         tl.store(p_until + o_k[None, :], b_until.to(p_until.dtype.element_ty), mask=m_tk)
         tl.store(p_totals + o_k, tl.sum(b_g, 0), mask=o_k < K)
@@ -141,6 +148,7 @@ def _keys_backward_kernel(
     u_b, u_t, u_h, dk_b, dk_t, dk_h, dg_b, dg_t, dg_h, k_b, k_t, k_h, g_b, g_t, g_h, batch, tokens, heads, shared,
     K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
+    # 1. Find the chunk, batch and head of this program.
     o_first, o_stop, i_n, i_bh = _chunk(p_chunks, batch * heads)
     i_b, i_h = i_bh // heads, i_bh % heads
     o_c, o_start, o_end = tl.arange(0, C), tl.zeros([C], tl.int32), tl.full([C], C, tl.int32)
@@ -153,14 +161,17 @@ def _keys_backward_kernel(
     p_g += i_b * g_b + i_h * g_h
     p_d_totals += ((i_n * batch + i_b) * heads + i_h) * K
     for i_k in range(0, K, BK):
+        # 2. Load BK channels, and compute exp(R) dk_until.
         o_k = i_k + tl.arange(0, BK)
         m_tk = m_t[:, None] & (o_k < K)[None, :]
         b_g = tl.load(p_g + o_t[:, None] * g_t + o_k[None, :], mask=m_tk, other=0.0)
         b_dk = tl.load(p_d_until + o_t[:, None] * u_t + o_k[None, :], mask=m_tk, other=0.0)
         b_dk *= _decays(b_g, o_c + 1, o_end, C, p_k.dtype.element_ty)
         b_k = tl.load(p_k + o_t[:, None] * k_t + o_k[None, :], mask=m_tk, other=0.0).to(tl.float32)
+        # 3. dg = sums before t of (k exp(R) dk_until) + d_totals.
         b_dg = _sums(b_dk * b_k, o_start, o_c, C, p_k.dtype.element_ty)
         b_dg += tl.load(p_d_totals + o_k, mask=o_k < K, other=0.0)[None, :]
+        # 4. Add both to the gradients that `queries_backward` wrote.
         p_dk_tk, p_dg_tk = p_dk + o_t[:, None] * dk_t + o_k[None, :], p_dg + o_t[:, None] * dg_t + o_k[None, :]
         tl.store(p_dk_tk, b_dk + tl.load(p_dk_tk, mask=m_tk, other=0.0), mask=m_tk)
         tl.store(p_dg_tk, b_dg + tl.load(p_dg_tk, mask=m_tk, other=0.0), mask=m_tk)
@@ -172,6 +183,7 @@ def _queries_forward_kernel(
     q_b, q_t, q_h, k_b, k_t, k_h, g_b, g_t, g_h, batch, tokens, heads, shared,
     K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, LEVELS: tl.constexpr, BONUS: tl.constexpr,
 ):  # fmt: skip
+    # 1. Find the chunk, batch and head of this program.
     o_first, o_stop, _, i_bh = _chunk(p_chunks, batch * heads)
     i_b, i_h = i_bh // heads, i_bh % heads
     o_c, o_start = tl.arange(0, C), tl.zeros([C], tl.int32)
@@ -186,23 +198,28 @@ def _queries_forward_kernel(
     b_A = tl.zeros([C, C], tl.float32)
     b_self = tl.zeros([C], tl.float32)
     for i_k in range(0, K, BK):
+        # 2. Load BK channels of the decays, queries and keys.
         o_k = i_k + tl.arange(0, BK)
         m_tk = m_t[:, None] & (o_k < K)[None, :]
         b_g = tl.load(p_g + o_t[:, None] * g_t + o_k[None, :], mask=m_tk, other=0.0)
         b_q = tl.load(p_q + o_t[:, None] * q_t + o_k[None, :], mask=m_tk, other=0.0).to(tl.float32)
         b_k = tl.load(p_k + o_t[:, None] * k_t + o_k[None, :], mask=m_tk, other=0.0).to(tl.float32)
+        # 3. Store q_since = exp(P) q.
         b_since = _decays(b_g, o_start, o_read, C, DTYPE) * b_q
         tl.store(p_since + o_out[:, None] * K + o_k[None, :], b_since.to(DTYPE), mask=m_tk)
+        # 4. Add these channels to the diagonal of A.
         if BONUS:
             b_u = tl.load(p_bonus + i_h * K + o_k, mask=o_k < K, other=0.0)
             b_self += tl.sum(b_q * b_k * b_u[None, :], 1)
         else:
             b_self += tl.sum(b_q * b_k, 1)
+        # 5. Add them to A, level by level.
         for i_level in range(LEVELS):
             half = 1 << i_level
             b_factor = _to_middle(b_g, o_c, half, C, BONUS, DTYPE)
             b_level = _dot(b_q * b_factor, tl.trans(b_k * b_factor), DTYPE)
             b_A += tl.where(_rectangles(o_c, half), b_level, 0.0)
+    # 6. Put the diagonal into A, and store it.
     b_A = tl.where(o_c[:, None] == o_c[None, :], b_self[:, None], b_A)
     tl.store(p_A + o_out[:, None] * C + o_c[None, :], b_A.to(DTYPE), mask=m_t[:, None])
 
@@ -215,6 +232,7 @@ def _queries_backward_kernel(
     K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, LEVELS: tl.constexpr, BONUS: tl.constexpr,
     V: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
+    # 1. Find the chunk, batch and head of this program.
     o_first, o_stop, i_n, i_bh = _chunk(p_chunks, batch * heads)
     i_b, i_h = i_bh // heads, i_bh % heads
     o_c, o_start, o_end = tl.arange(0, C), tl.zeros([C], tl.int32), tl.full([C], C, tl.int32)
@@ -230,6 +248,7 @@ def _queries_backward_kernel(
     o_out = ((i_b * tokens + o_t) * heads + i_h)[:, None] * K
     DTYPE: tl.constexpr = p_q.dtype.element_ty
 
+    # 2. dA = scale * do v^T, its diagonal, and the rest as a factor of products.
     b_dA = tl.zeros([C, C], tl.float32)
     for i_v in range(0, V, BV):
         o_v = i_v + tl.arange(0, BV)
@@ -246,11 +265,13 @@ def _queries_backward_kernel(
     b_scores, b_scores_rest, unit = factor(b_dA, DTYPE)
 
     for i_k in range(0, K, BK):
+        # 3. Load BK channels of the decays, queries and keys.
         o_k = i_k + tl.arange(0, BK)
         m_tk = m_t[:, None] & (o_k < K)[None, :]
         b_g = tl.load(p_g + o_t[:, None] * g_t + o_k[None, :], mask=m_tk, other=0.0)
         b_q = tl.load(p_q + o_t[:, None] * q_t + o_k[None, :], mask=m_tk, other=0.0).to(tl.float32)
         b_k = tl.load(p_k + o_t[:, None] * k_t + o_k[None, :], mask=m_tk, other=0.0).to(tl.float32)
+        # 4. dq_A and dk_A, level by level.
         b_dq = tl.zeros([C, BK], tl.float32)
         b_dk = tl.zeros([C, BK], tl.float32)
         for i_level in range(LEVELS):
@@ -265,8 +286,10 @@ def _queries_backward_kernel(
                 b_dk += _dot(tl.trans(b_level), b_q * b_factor, DTYPE) * b_factor
         b_dq *= unit
         b_dk *= unit
+        # 5. Add the part of dq through q_since: exp(P) dq_since.
         b_since = tl.load(p_d_since + o_t[:, None] * s_t + o_k[None, :], mask=m_tk, other=0.0)
         b_dq += _decays(b_g, o_start, o_read, C, DTYPE) * b_since
+        # 6. dg and the gradient of the bonus, then the diagonal, which does not decay.
         if BONUS:
             b_dg = _sums(b_q * b_dq, o_c + 1, o_end, C, DTYPE)
             b_dg -= _sums(b_k * b_dk, o_c, o_end, C, DTYPE)
@@ -279,13 +302,14 @@ def _queries_backward_kernel(
             b_dg = _sums(b_q * b_dq - b_k * b_dk, o_c, o_end, C, DTYPE)
             b_dq += b_self[:, None] * b_k
             b_dk += b_self[:, None] * b_q
+        # 7. Store the gradients.
         tl.store(p_dg + o_out + o_k[None, :], b_dg, mask=m_tk)
         tl.store(p_dq + o_out + o_k[None, :], b_dq, mask=m_tk)
         tl.store(p_dk + o_out + o_k[None, :], b_dk, mask=m_tk)
 
 
 def keys_forward(k_BTGK: Tensor, g_BTHK: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
-    """k_until_BTHK in the dtype of k, and totals_NBHK in fp32."""
+    """Compute k_until_BTHK in the dtype of k, and totals_NBHK in fp32."""
     batch, _, heads, width = g_BTHK.shape
     k, g = rows(k_BTGK), rows(g_BTHK)
     until = k.new_empty(g.shape)
@@ -303,7 +327,8 @@ def keys_backward(
     g_BTHK: Tensor,
     segments: Segments,
 ) -> tuple[Tensor, Tensor]:
-    """dk_BTHK (of each value head) and dg_BTHK, fp32, both in the place of what `queries_backward` gave."""
+    """Compute dk_BTHK (of each value head) and dg_BTHK in fp32. Both are added in place to the results of
+    `queries_backward`."""
     dk, dg = dk_intra_BTHK, dg_BTHK
     assert dk.stride(-1) == 1 and dg.stride(-1) == 1, "written in place"
     d_until, k, g = rows(dk_until_BTHK), rows(k_BTGK), rows(g_BTHK)
@@ -314,7 +339,7 @@ def keys_backward(
 def queries_forward(
     q_BTGK: Tensor, k_BTGK: Tensor, g_BTHK: Tensor, bonus_HK: Tensor | None, segments: Segments
 ) -> tuple[Tensor, Tensor]:
-    """q_since_BTHK and A_BTHC in the dtype of q; A is 0 where s > t."""
+    """Compute q_since_BTHK and A_BTHC in the dtype of q. A is 0 where s > t."""
     q, k, g = rows(q_BTGK), rows(k_BTGK), rows(g_BTHK)
     bonus = None if bonus_HK is None else bonus_HK.float().contiguous()
     since = q.new_empty(g.shape)
@@ -335,8 +360,9 @@ def queries_backward(
     scale: float,
     segments: Segments,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """dq_BTHK and dk_intra_BTHK (of each value head), dg_BTHK and d_bonus_HK, fp32, from the gradients of q_since
-    and, by A, of o: all that q and the bonus get, and all that k and g get through q_since and A."""
+    """Compute dq_BTHK and dk_intra_BTHK (of each value head), dg_BTHK and d_bonus_HK in fp32. They come from the
+    gradients of q_since and, through A, of o. Those of q and the bonus are complete; those of k and g lack the part
+    through `keys_forward`."""
     batch, _, heads, width = g_BTHK.shape
     d_since, do, q, k, v, g = (rows(x) for x in (dq_since_BTHK, do_BTHV, q_BTGK, k_BTGK, v_BTHV, g_BTHK))
     bonus = None if bonus_HK is None else bonus_HK.float().contiguous()
@@ -357,8 +383,8 @@ def _launch(
     *others: Any,
     **constants: Any,
 ) -> None:
-    """A program per chunk and head, which takes BK key channels at once:
-    as many as registers hold. Products in fp32 take more of those."""
+    """Launch one program per chunk and head. It processes BK key channels at once, as registers allow; fp32 products
+    need more registers."""
     batch, tokens, heads, width = g_BTHK.shape
     chunk, exact = segments.chunk, k_BTGK.dtype == torch.float32
     assert chunk >= 16 and chunk.bit_count() == 1, "chunks are halved, and are operands of matrix products"

@@ -1,9 +1,9 @@
-"""How a kernel walks over the tokens of a rank: spans, cut into chunks, taken a few chunks at a time.
+"""The walk of a kernel over the tokens of a rank: spans are cut into chunks and processed a few chunks at a time.
 
-A chunk is a piece (`kernels/pieces.py`) of at most CHUNK tokens, padded with zeros, which neither add to a state nor
-decay it. So a document begins only where a chunk does: within chunks there is nothing
-to mask, and between them the chain of states is cut. Chunks are processed in blocks, so that temporaries stay in the
-cache however long the sequence is.
+A chunk is a piece (`kernels/pieces.py`) of at most CHUNK tokens, padded with zeros. Zeros neither add to a state nor
+decay it. A document therefore begins only where a chunk begins: within chunks there is nothing to mask, and between
+chunks the chain of states is cut. Chunks are processed in blocks, so temporaries stay in the cache however long the
+sequence is.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ BLOCK_ROWS = 8192  # rows (batch x heads x tokens) that one block of chunks may 
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Consecutive chunks of one span: tokens [start, stop) of the rank, chunks [first, first + count) of the rank.
+    """The consecutive chunks of one span: tokens [start, stop) of the rank, chunks [first, first + count) of the rank.
 
-    Where chunks other than the last are padded, `rows` says which token stands in each row of the block (one past the
-    last for padding) and `places` which row each token has.
+    If chunks before the last one are padded, `rows` gives the token of each row of the block, or one past the last
+    token for padding. `places` then gives the row of each token.
     """
 
     span: int
@@ -43,12 +43,12 @@ class Block:
 
     @property
     def chunks(self) -> slice:
-        """Indices of this block's chunks among all chunks of the rank."""
+        """The indices of this block's chunks among all chunks of the rank."""
         return slice(self.first, self.first + self.count)
 
     def load(self, x_BTHD: Tensor, heads: int) -> Tensor:
-        """Tokens of this block as [(N B H), C, D] with N chunks; key heads are repeated up to `heads`. May be a view:
-        not to be written to."""
+        """Return the tokens of this block as [(N B H), C, D] with N chunks. Key heads are repeated up to `heads`. The
+        result may be a view: do not write to it."""
         x = x_BTHD[:, self.start : self.stop]
         short = self.count * self.chunk - (self.stop - self.start)
         if self.rows is not None:
@@ -80,7 +80,7 @@ class Block:
 
 @dataclass(frozen=True, eq=False)
 class Chunks:
-    """The chunks of a rank's spans, and blocks of them to work on at a time."""
+    """The chunks of a rank's spans, grouped in blocks that are processed one at a time."""
 
     pieces: Pieces
     blocks: tuple[Block, ...]
@@ -96,19 +96,19 @@ class Chunks:
         return self.pieces.count
 
     def ends_span(self, block: Block) -> bool:
-        """Whether the block's last chunk is the last one of its span."""
+        """Tell whether the block's last chunk is the last one of its span."""
         return block.first + block.count == self.pieces.bounds[block.span + 1]
 
     def after(self, n: int, span: int, h: Tensor, leaving: Tensor) -> Tensor | None:
-        """Where the state after chunk n is kept: as the next chunk's entering state, as the one that leaves the span,
-        or nowhere, because a document ends."""
+        """Select the tensor that receives the state after chunk n. It is the next chunk's entering state, or the state
+        that leaves the span, or None because a document ends."""
         if n + 1 == self.pieces.bounds[span + 1]:
             return leaving[span]
         return None if self.pieces.fresh[n + 1] else h[n + 1]
 
 
 def chunks_of(spans: Spans, rows_per_token: int) -> Chunks:
-    """Cut spans into chunks, and these into blocks; `rows_per_token` is batch x heads."""
+    """Cut spans into chunks, and group these in blocks. `rows_per_token` is batch x heads."""
     return _chunks(spans, rows_per_token, CHUNK, BLOCK_ROWS)
 
 
@@ -151,8 +151,8 @@ def triangle(size: int, kind: str, dtype: torch.dtype, device: torch.device) -> 
 
 
 def running_sum(x: Tensor, kind: str) -> Tensor:
-    """Sums along the tokens of a chunk, x [N, C] or [N, C, K]: `through` t (s <= t), `before` (s < t), `from` (s >= t)
-    or `after` (s > t). A product with a triangle of ones: no sum is ever taken as the difference of two others, so a
-    large decay at one token costs the others no precision."""
+    """Sum along the tokens of a chunk, x [N, C] or [N, C, K]: `through` t (s <= t), `before` (s < t), `from` (s >= t)
+    or `after` (s > t). It is a product with a triangle of ones, never the difference of two sums. A large decay at one
+    token therefore costs the others no precision."""
     ones = triangle(x.shape[1], kind, x.dtype, x.device)
     return x @ ones.T if x.ndim == 2 else ones @ x

@@ -1,10 +1,11 @@
-"""Short causal depthwise convolution of one rank's tokens, and what the tokens before them add, without communication.
+"""The short causal depthwise convolution of one rank's tokens, and the contribution of earlier tokens. It never
+communicates.
 
     y_t = bias + sum over j < W of weight[:, W-1-j] x_(t-j)
 
-A tap stops at a start: the first token of a span or of a document. Tokens before a span come later, as its halo.
-Without a weight it is the token shift y_t = x_(t-1). Sums are in the dtype of the weight, x may be narrower. The work
-is multiply-adds of shifted tokens, block by block, so that a block stays in the cache.
+A tap stops at a start: the first token of a span or of a document. Tokens before a span arrive later, as its halo.
+Without a weight this is the token shift y_t = x_(t-1). Sums are in the dtype of the weight; x may be narrower. The work
+is multiply-adds of shifted tokens, block by block, so a block stays in the cache.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ BLOCK = 1 << 18  # numbers in a block of x, on the CPU
 
 
 class Taps:
-    """The taps of one call: weight [D,W], or None for the shift. `starts` are local tokens, ascending, without 0."""
+    """The taps of one call: weight [D,W], or None for the shift. `starts` are local tokens in ascending order, without
+    0."""
 
     def __init__(self, weight: Tensor | None, starts: Sequence[int], tokens: int) -> None:
         self.width = 2 if weight is None else weight.shape[1]
@@ -29,13 +31,13 @@ class Taps:
         ]
 
     def crossing(self, j: int, begin: int, end: int) -> list[int]:
-        """Of the tokens [begin, end), those whose tap j would cross a start, counted from begin."""
+        """Return the tokens of [begin, end) whose tap j would cross a start, counted from begin."""
         tokens = self._crossing[j]
         return [t - begin for t in tokens[bisect.bisect_left(tokens, begin) : bisect.bisect_left(tokens, end)]]
 
 
 def blocks(x: Tensor) -> Iterator[tuple[int, int]]:
-    """Ranges of tokens, one after the other."""
+    """Yield consecutive ranges of tokens."""
     tokens = x.shape[1]
     step = max(1, BLOCK // max(1, x.shape[0] * x.shape[2])) if x.device.type == "cpu" else tokens
     for begin in range(0, tokens, step):
@@ -43,7 +45,7 @@ def blocks(x: Tensor) -> Iterator[tuple[int, int]]:
 
 
 def local_forward(x: Tensor, taps: Taps, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """y [B,T,D] of x [B,T,D] as if every start had zeros before it."""
+    """Compute y [B,T,D] from x [B,T,D] as if every start had zeros before it."""
     y = x.new_empty(x.shape, dtype=dtype)
     for begin, end in blocks(x):
         past = max(0, begin - taps.width + 1)
@@ -60,7 +62,7 @@ def local_forward(x: Tensor, taps: Taps, bias: Tensor | None, dtype: torch.dtype
 def local_backward(
     dy: Tensor, x: Tensor, taps: Taps, want_x: bool, want_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dx [B,T,D] and dweight [D,W] in the dtype of dy."""
+    """Compute dx [B,T,D] and dweight [D,W] in the dtype of dy."""
     dx = torch.empty_like(dy) if want_x else None
     dw = [dy.new_zeros(dy.shape[2]) for _ in range(taps.width)]
     for begin, end in blocks(dy):
@@ -80,8 +82,8 @@ def local_backward(
 
 
 def halo_forward(y: Tensor, halo: Tensor, taps: Taps, reaches: Sequence[tuple[int, int]]) -> Tensor:
-    """Add to y, in place, what the W-1 tokens before each span, halo [s,B,W-1,D], give to its first ones: to the span
-    i from the local token reaches[i][0] on, and not beyond reaches[i][1], where its first document ends."""
+    """Add to y, in place, the contribution of the W-1 tokens before each span, halo [s,B,W-1,D]. It changes the tokens
+    of span i from local token reaches[i][0] up to reaches[i][1], the end of the span's first document."""
     for (first, end), tokens in zip(reaches, halo, strict=True):
         for j in range(1, taps.width):
             n = min(j, end - first)
@@ -90,7 +92,7 @@ def halo_forward(y: Tensor, halo: Tensor, taps: Taps, reaches: Sequence[tuple[in
 
 
 def halo_backward(dy: Tensor, halo: Tensor, taps: Taps, reaches: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-    """d_halo [s,B,W-1,D] and its part of dweight [D,W]."""
+    """Compute d_halo [s,B,W-1,D], and the halo's part of dweight [D,W]."""
     d_halo = torch.zeros_like(halo)
     dw = dy.new_zeros(taps.width, dy.shape[2])
     for i, (first, end) in enumerate(reaches):
@@ -103,7 +105,7 @@ def halo_backward(dy: Tensor, halo: Tensor, taps: Taps, reaches: Sequence[tuple[
 
 
 def _own_tap(out: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
-    """The tap j = 0, which the shift has not."""
+    """Write the tap j = 0, which the shift does not have."""
     if weight is None:
         out.zero_()
     elif bias is None:
@@ -117,5 +119,5 @@ def _add(out: Tensor, x: Tensor, weight: Tensor | None) -> None:
 
 
 def _cleared(x: Tensor, tokens: list[int]) -> Tensor:
-    """x with these tokens set to zero; x itself where there are none."""
+    """Return x with these tokens set to zero, or x itself if there are none."""
     return x.index_fill(1, torch.tensor(tokens, device=x.device), 0) if tokens else x

@@ -1,9 +1,9 @@
-"""How much a token reads of those of its chunk: q_t . exp(sums of log decays between s and t) k_s, and the adjoint.
+"""The scores between tokens of one chunk, q_t . exp(sums of log decays between s and t) k_s, and their adjoint.
 
     scores[t, s] = q_t . exp(g_(s+1) + ... + g_t) k_s          s <= t
     scores[t, s] = q_t . exp(g_(s+1) + ... + g_(t-1)) k_s      s < t, exclusive: token t reads the state before it
 
-and 0 elsewhere. Only sums of g over runs of tokens are exponentiated, so no exponent is ever positive.
+Scores are 0 elsewhere. Only sums of g over runs of tokens are exponentiated, so no exponent is ever positive.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from .chunks import running_sum, triangle
 
 
 def decay_mask(g: Tensor | None, exclusive: bool = False) -> DecayMask:
-    """The scores of N chunks under the log decays None, [N, C] or [N, C, K]. One object serves several pairs q, k."""
+    """Make the mask of N chunks for log decays None, [N, C] or [N, C, K]. One object serves several pairs q, k."""
     return VectorDecayMask(g, exclusive) if g is not None and g.ndim == 3 else ScalarDecayMask(g, exclusive)
 
 
 class ScalarDecayMask:
-    """Under no decay or one decay per head: (q k^T) * exp(sums of g between s and t)."""
+    """The mask for no decay or one decay per head: (q k^T) * exp(sums of g between s and t)."""
 
     def __init__(self, g: Tensor | None, exclusive: bool) -> None:
         self.exclusive = exclusive
         self.decay = None if g is None else between(g, exclusive).exp_()
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        """[N, C, C] of q and k [N, C, K]."""
+        """Return the scores [N, C, C] of q and k [N, C, K]."""
         scores = q @ k.mT
         return scores.tril_(-1 if self.exclusive else 0) if self.decay is None else scores.mul_(self.decay)
 
     def backward(self, d_scores: Tensor, q: Tensor, k: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """dq, dk, dg; writes over d_scores."""
+        """Return dq, dk and dg. This overwrites d_scores."""
         dg = None
         if self.decay is None:
             d_scores.tril_(-1 if self.exclusive else 0)
@@ -45,10 +45,12 @@ class ScalarDecayMask:
 
 
 class VectorDecayMask:
-    """Under a decay per key channel, by halving: a chunk is two halves with a rectangle between them, and each half is
-    two quarters, and so on. In a rectangle every pair (s, t) is parted by the middle m, so its decay is
-    exp(sum over (s, m]) * exp(sum over (m, t]) with both exponents at most 0, and the rectangle is one matrix product.
-    Sums are built upwards from single tokens. The diagonal has no decay."""
+    """The mask for a decay per key channel, by halving: a chunk is two halves with a rectangle between them.
+
+    Each half is two quarters with a rectangle between them, and so on. The middle m of a rectangle separates each of
+    its pairs (s, t). The decay of a pair is exp(sum over (s, m]) * exp(sum over (m, t]), with both exponents at most 0.
+    A rectangle is therefore one matrix product. Sums are built upwards from single tokens. The diagonal has no decay.
+    """
 
     def __init__(self, g: Tensor, exclusive: bool) -> None:
         self.exclusive = exclusive
@@ -64,7 +66,7 @@ class VectorDecayMask:
             half *= 2
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        """[N, C, C] of q and k [N, C, K]."""
+        """Return the scores [N, C, C] of q and k [N, C, K]."""
         scores = q.new_zeros(*q.shape[:2], q.shape[1]) if self.exclusive else torch.diag_embed((q * k).sum(-1))
         for half, right, left in self.levels:
             q_right, k_left = _halves(q, half)[1] * right, _halves(k, half)[0] * left
@@ -72,7 +74,7 @@ class VectorDecayMask:
         return scores
 
     def backward(self, d_scores: Tensor, q: Tensor, k: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk, dg."""
+        """Return dq, dk and dg."""
         dq, dk = torch.zeros_like(q), torch.zeros_like(k)
         for half, right, left in self.levels:
             d_rectangle = _rectangles(d_scores, half)
@@ -91,10 +93,11 @@ DecayMask = ScalarDecayMask | VectorDecayMask
 
 
 def between(g_NC: Tensor, exclusive: bool = False) -> Tensor:
-    """sums[n, t, s] = g[n, s+1] + ... + g[n, t] for s <= t (exclusive: through t-1, for s < t), and -inf elsewhere.
+    """Compute sums[n, t, s] = g[n, s+1] + ... + g[n, t] for s <= t (exclusive: through t-1, for s < t), and -inf
+    elsewhere.
 
-    Running sums are kept in two parts, together as exact as fp64, so that their differences are exact in the dtype of g
-    also beside decays at their floor.
+    Running sums are kept in two parts, which together are as exact as fp64. Their differences are therefore exact in
+    the dtype of g, even next to decays at their floor.
     """
     through = g_NC.double().cumsum(1)
     until = F.pad(through[:, :-1], (1, 0)) if exclusive else through
@@ -110,21 +113,21 @@ def _two_parts(exact: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _between_backward(read: Tensor, written: Tensor, exclusive: bool) -> Tensor:
-    """dg_j = the gradient of all pairs s < j <= t (exclusive: s < j < t), from the pairs' sums at t and at s: those
-    with t past j, less those with s not before it."""
+    """Return dg_j, the gradient of all pairs s < j <= t (exclusive: s < j < t). `read` sums the pairs at their t,
+    `written` at their s. The result is the pairs with t past j, minus the pairs with s not before j."""
     if exclusive:
         return running_sum(read, "after") - running_sum(written, "from")
     return running_sum(read - written, "from")
 
 
 def _halves(x: Tensor, half: int) -> tuple[Tensor, Tensor]:
-    """Left and right halves, [N, pairs, half, K] each."""
+    """Split x into left and right halves, [N, pairs, half, K] each."""
     pairs = x.unflatten(1, (x.shape[1] // (2 * half), 2, half))
     return pairs[:, :, 0], pairs[:, :, 1]
 
 
 def _rectangles(square: Tensor, half: int) -> Tensor:
-    """The rectangles (t in a right half, s in its left half) of [N, C, C], as a view [N, pairs, half, half]."""
+    """View the rectangles (t in a right half, s in its left half) of [N, C, C] as [N, pairs, half, half]."""
     count = square.shape[1] // (2 * half)
     blocks = square.unflatten(2, (count, 2, half)).unflatten(1, (count, 2, half))
     return blocks[:, :, 1, :, :, 0].diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)

@@ -1,17 +1,17 @@
-"""Chunkwise linear attention on one device, in three phases that a sequence-parallel schedule can come between.
+"""The chunkwise form of linear attention on one device, in three phases between which ranks can communicate.
 
     S_t = diag(exp(g_t)) S_(t-1) + k_t v_t^T          o_t = scale * q_t S_t
 
-With h_c the state that enters chunk c if its span began empty, P_t the sum of g from the chunk's start through t, R_t
-the sum after t to the chunk's end, D_c the sum of g over the span's chunks before c (-inf once a document has begun),
-and S_in the state that enters the span:
+h_c is the state that enters chunk c if its span began empty, and S_in the state that enters the span. P_t is the sum of
+g from the chunk's start through t, and R_t the sum after t to the chunk's end. D_c is the sum of g over the span's
+chunks before c, or -inf once a document has begun.
 
     states   h_(c+1) = exp(g summed over c) h_c + sum over t in c of (exp(R_t) k_t) v_t^T
     intra    o_t = sum over s <= t of (q_t . exp(g_(s+1) + ... + g_t) k_s) v_s                     (s, t in one chunk)
     inter    o_t = scale * (o_t + (exp(P_t) q_t) (h_c + exp(D_c) S_in))
 
-With a bonus u a token reads the state before it: o_t = scale * q_t (S_(t-1) + diag(u) k_t v_t^T), RWKV-6's form. Then
-the sums in intra and P_t exclude g_t, and the token itself counts (u q_t . k_t) v_t.
+With a bonus u, a token reads the state before it: o_t = scale * q_t (S_(t-1) + diag(u) k_t v_t^T), RWKV-6's form. Then
+the sums in intra and P_t exclude g_t, and the token itself adds (u q_t . k_t) v_t.
 
 Each phase works through blocks of chunks with bounded temporaries. Decays g are natural logs, None | [B,T,H] |
 [B,T,H,K], at most 0 and at least `checks.FLOORS`. Only sums of g over runs of tokens are exponentiated, so no exponent
@@ -35,15 +35,15 @@ from .decay_mask import decay_mask
 
 
 class States(NamedTuple):
-    """What phase 1 finds of the chunks: the states h [N,B,H,K,V] that enter them, if every span begins empty, and their
-    log decays, None | [N,B,H] | [N,B,H,K]."""
+    """The results of phase 1 per chunk: the states h [N,B,H,K,V] that enter the chunks if every span begins empty, and
+    the log decays of the chunks, None | [N,B,H] | [N,B,H,K]."""
 
     h: Tensor
     totals: Tensor | None
 
 
 class Reading(NamedTuple):
-    """What `inter_backward` hands on: the gradients of o and of h, and what they are computed from."""
+    """The results of `inter_backward`: the gradients of o and of h, and the tensors that `intra_backward` needs."""
 
     do: Tensor
     dh: Tensor
@@ -53,8 +53,8 @@ class Reading(NamedTuple):
 
 
 class Local(NamedTuple):
-    """What `intra_backward` hands on: gradients of k, v and g without what comes through the states, that of h, and
-    what the rest is computed from."""
+    """The results of `intra_backward`: the gradient of h, the gradients of k, v and g without the part that flows
+    through the states, and the tensors that `states_backward` needs."""
 
     dk: Tensor
     dv: Tensor
@@ -78,12 +78,13 @@ class LinearPhases:
 
     @classmethod
     def prepare(cls, x: Inputs, spans: Spans, options: Options) -> tuple[LinearPhases, Inputs]:
-        """Inputs in the dtype of states, fp32 or fp64."""
+        """Convert the inputs to the dtype of states, fp32 or fp64."""
         x = x.to(torch.promote_types(x.v.dtype, torch.float32))
         return cls(chunks_of(spans, x.v.shape[0] * x.v.shape[2]), options), x
 
     def states_forward(self, x: Inputs) -> tuple[AffineState | None, States]:
-        """Every span beginning empty, h enters the chunks and `leaving` the end of each span."""
+        """Compute h, the states that enter the chunks, and the states that leave the spans, as if every span began
+        empty."""
         chunks, pieces, k, v, g = self.chunks, self.chunks.pieces, x.k, x.v, x.g
         batch, _, heads, width = v.shape
         h = k.new_empty(chunks.count, batch, heads, k.shape[-1], width)
@@ -113,7 +114,7 @@ class LinearPhases:
         return summary, States(h, totals)
 
     def intra_forward(self, x: Inputs, work: States) -> tuple[Tensor, States]:
-        """The part of o [B,T,H,V] that comes from tokens of the same chunk, not yet scaled."""
+        """Compute the part of o [B,T,H,V] that comes from tokens of the same chunk, before scaling."""
         heads = x.v.shape[2]
         o = torch.empty_like(x.v)
         for block in self.chunks:
@@ -125,7 +126,7 @@ class LinearPhases:
         return o, work
 
     def inter_forward(self, x: Inputs, work: States, o_intra: Tensor, S_in: Tensor | None) -> tuple[Tensor, States]:
-        """o in the place of o_intra: adds what the entering states contribute, and scales."""
+        """Add the contribution of the entering states to o_intra, in place, and scale the sum to o."""
         heads, scale = o_intra.shape[2], self.options.scale
         before = self._before_chunks(work.totals, S_in)
         for block in self.chunks:
@@ -137,22 +138,25 @@ class LinearPhases:
     def inter_backward(
         self, do: Tensor, x: Inputs, saved: States, S_in: Tensor | None
     ) -> tuple[Tensor | None, Reading]:
-        """dS_in, and the gradients dh of the states that enter the chunks."""
+        """Compute dS_in, and the gradients dh of the states that enter the chunks."""
         heads = do.shape[2]
         before = self._before_chunks(saved.totals, S_in)
         dh = torch.empty_like(saved.h)
         dS_in = None if S_in is None else torch.zeros_like(S_in)
         for block in self.chunks:
+            # 1. The gradient of the state that each chunk reads: dh = scale * (exp(P) q)^T do.
             d_states = dh[block.chunks]
             flat, q_NCK = d_states.flatten(0, 2), _reading(block, x, heads)
             torch.baddbmm(flat, q_NCK.mT, block.load(do, heads), beta=0, alpha=self.options.scale, out=flat)
+            # 2. Carry it back to the start of the span: dS_in = sum over c of exp(D_c) dh_c.
             if dS_in is not None:
                 d_carried = d_states if before is None else d_states * _over_state(before[block.chunks], 5)
                 dS_in[block.span] += d_carried.sum(0)
         return dS_in, Reading(do, dh, x, saved, S_in)
 
     def intra_backward(self, read: Reading) -> tuple[Tensor, Tensor | None, Local]:
-        """dq and the gradient of the bonus, whole; of dk, dv and dg the part that does not come through the states."""
+        """Compute dq and the gradient of the bonus completely, and dk, dv and dg without the part that flows through
+        the states."""
         do, dh, (q, k, v, g, _, bonus), states, S_in = read
         heads, exclusive = v.shape[2], bonus is not None
         before = self._before_chunks(states.totals, S_in)
@@ -160,7 +164,7 @@ class LinearPhases:
         dg = None if g is None else torch.empty_like(g)
         d_bonus = None if bonus is None else torch.zeros_like(bonus)
         for block in self.chunks:
-            # 1. The pairs of tokens within a chunk.
+            # 1. Pairs of tokens within a chunk give dv, and parts of dq, dk, dg and the bonus.
             do_NCV = block.load(do, heads) * self.options.scale
             q_NCK, k_NCK, g_NC = block.load(q, heads), block.load(k, heads), _load(block, g, heads)
             mask = decay_mask(g_NC, exclusive)
@@ -175,7 +179,7 @@ class LinearPhases:
                 dk_NCK.addcmul_(d_self, u * q_NCK)
                 d_bonus += (d_self * q_NCK * k_NCK).unflatten(0, (-1, heads)).sum((0, 2))
             block.store(dv, scores.mT @ do_NCV)
-            # 2. The states that the queries read.
+            # 2. The states that queries read give the rest of dq, and their part of dg through P.
             dq_read = do_NCV @ _entering(block, states.h, before, S_in).mT
             if g_NC is not None and dg is not None and dg_NC is not None:
                 through = running_sum(g_NC, "before" if exclusive else "through")
@@ -195,9 +199,9 @@ class LinearPhases:
         chunks, pieces = self.chunks, self.chunks.pieces
         heads = v.shape[2]
         carried = self._before_chunks(totals, S_in)
-        d_before = torch.zeros_like(h[0])  # gradient of the state before the block that comes next
+        d_before = torch.zeros_like(h[0])  # gradient of the state before the block done last
         for block in reversed(chunks):
-            # 1. Gradients of the states after each chunk, from the last chunk of a span to its first.
+            # 1. Compute the gradient of the state after each chunk, from the last chunk of a span to its first.
             if chunks.ends_span(block):
                 d_before = torch.zeros_like(d_before) if dS_out is None else dS_out[block.span]
             decays = None if totals is None else _over_state(totals[block.chunks], 5)
@@ -212,10 +216,11 @@ class LinearPhases:
                     torch.add(dh[block.first + n], d_added[n], out=before)
                 else:
                     torch.addcmul(dh[block.first + n], decays[n], d_added[n], out=before)
-            # 2. What they give to the keys, values and decays of the chunk.
+            # 2. Compute the part of dk that flows through these states.
             flat = d_added.flatten(0, 2)
             k_NCK, v_NCV = block.load(k, heads), block.load(v, heads)
             dk_NCK = v_NCV @ flat.mT
+            # 3. Add the parts of dg through R and through the chunk's total decay.
             if g is not None and dg is not None and totals is not None and decays is not None:
                 after = running_sum(block.load(g, heads), "after")
                 factor = _over_tokens(after)
@@ -225,13 +230,14 @@ class LinearPhases:
                 d_total = _decay_gradient(d_total * decays.squeeze(-1), totals)
                 block.add(dg, running_sum(d_after_sum, "before") + d_total.flatten(0, 2).unsqueeze(1))
                 k_NCK = k_NCK * factor
+            # 4. Add to dk, and to dv with keys decayed to the end of the chunk.
             block.add(dk, dk_NCK)
             block.add(dv, k_NCK @ flat)
         return Gradients(None, dk, dv, dg)
 
     def _before_chunks(self, totals: Tensor | None, S_in: Tensor | None) -> Tensor | None:
-        """D: log decay from the start of its span to the start of each chunk, [N,B,H(,K)], -inf where a document has
-        begun between; None where nothing decays."""
+        """Compute D [N,B,H(,K)], the log decay from a span's start to each chunk's start. D is -inf if a document has
+        begun between. Return None if nothing decays."""
         pieces = self.chunks.pieces
         if S_in is None or (totals is None and all(pieces.reached)):
             return None
@@ -247,19 +253,20 @@ class LinearPhases:
 
 
 def _over_state(decay: Tensor, ndim: int) -> Tensor:
-    """exp of a log decay [..., H] or [..., H, K], ready to multiply a state [..., H, K, V] of `ndim` dims."""
+    """Return exp of a log decay [..., H] or [..., H, K], shaped to multiply a state [..., H, K, V] with `ndim` dims."""
     factor = decay.exp().unsqueeze(-1)
     return factor if factor.ndim == ndim else factor.unsqueeze(-1)
 
 
 def _over_tokens(decay: Tensor) -> Tensor:
-    """exp of a log decay [N, C] or [N, C, K], ready to multiply [N, C, K]."""
+    """Return exp of a log decay [N, C] or [N, C, K], shaped to multiply [N, C, K]."""
     factor = decay.exp()
     return factor if factor.ndim == 3 else factor.unsqueeze(-1)
 
 
 def _decay_gradient(product: Tensor, g: Tensor) -> Tensor:
-    """Gradient of a log decay from (factor * its gradient) [..., K]: summed over K where the decay is one number."""
+    """Reduce (factor * its gradient) [..., K] to the gradient of the log decay g. The product is summed over K if g has
+    one number per head."""
     return product if product.ndim == g.ndim else product.sum(-1)
 
 
@@ -268,12 +275,12 @@ def _load(block: Block, g: Tensor | None, heads: int) -> Tensor | None:
 
 
 def _over_rows(bonus_HK: Tensor, rows: Tensor) -> Tensor:
-    """The bonus of each row [(N B H), 1, K] of a block."""
+    """Repeat the bonus for each row [(N B H), 1, K] of a block."""
     return bonus_HK.repeat(len(rows) // len(bonus_HK), 1).unsqueeze(1)
 
 
 def _entering(block: Block, h: Tensor, before: Tensor | None, S_in: Tensor | None) -> Tensor:
-    """h_c + exp(D_c) S_in for the chunks of a block, [(N B H), K, V]."""
+    """Return h_c + exp(D_c) S_in for the chunks of a block, [(N B H), K, V]."""
     states = h[block.chunks]
     if S_in is not None and before is not None:
         states = torch.addcmul(states, _over_state(before[block.chunks], 5), S_in[block.span])
@@ -283,7 +290,7 @@ def _entering(block: Block, h: Tensor, before: Tensor | None, S_in: Tensor | Non
 
 
 def _reading(block: Block, x: Inputs, heads: int) -> Tensor:
-    """exp(P_t) q_t of a block."""
+    """Return exp(P_t) q_t of a block."""
     q_NCK = block.load(x.q, heads)
     if x.g is None:
         return q_NCK

@@ -1,4 +1,4 @@
-"""The kernels of softmax attention in torch: flash for the CPU and for CUDA, and the memory-efficient one.
+"""The torch kernels of softmax attention: flash for the CPU and for CUDA, and the memory-efficient one.
 
 Each is a pair of functions with the arguments of `attend.Kernel`. Inside, tensors are [B,H,T,D].
 """
@@ -30,7 +30,7 @@ def cpu_backward(
 
 
 def flash_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """The kernel reads fewer key heads than query heads as they are."""
+    """Compute o and lse. The kernel takes fewer key heads than query heads without a copy."""
     dim, width = q.shape[-1], flash_dim(q.shape[-1])
     q, k, v = (fit(x, width).transpose(1, 2) for x in (q, k, v))
     o, lse = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)[:2]
@@ -40,18 +40,20 @@ def flash_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -
 def flash_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, scale: float
 ) -> Grads:
-    """The kernel takes lse by its address, as [B,H,T] contiguous; the state of random numbers only where it drops."""
+    """Compute dq, dk, dv. The kernel reads lse by its address, as [B,H,T] contiguous. It needs the state of random
+    numbers only for dropout."""
     dim, width = q.shape[-1], flash_dim(q.shape[-1])
     do, q, k, v, o = (fit(x, width).transpose(1, 2) for x in (do, q, k, v, o))
     lse, random = lse.transpose(1, 2).contiguous(), _no_random(q)
-    dense = None, None, q.shape[2], k.shape[2]  # no bounds of sequences in a packed batch
+    dense = None, None, q.shape[2], k.shape[2]  # the batch is not packed, so sequences have no bounds
     backward = _aten._scaled_dot_product_flash_attention_backward
     dq, dk, dv = backward(do, q, k, v, o, lse, *dense, 0.0, causal, random, random, scale=scale)
     return from_kernel(dq, dim), from_kernel(dk, dim), from_kernel(dv, dim)
 
 
 def efficient_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """The kernel wants as many key heads as query heads, and makes its lse longer: up to a multiple of 32 rows."""
+    """Compute o and lse. The kernel needs as many key heads as query heads, and pads its lse to a multiple of 32
+    rows."""
     tokens, dim, width = q.shape[1], q.shape[-1], -(-q.shape[-1] // 8) * 8
     k, v = repeat_heads(k, q), repeat_heads(v, q)
     q, k, v = (fit(x, width).transpose(1, 2) for x in (q, k, v))
@@ -62,8 +64,8 @@ def efficient_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: floa
 def efficient_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, scale: float
 ) -> Grads:
-    """The kernel walks through o [B,T,H,D] as if its tokens were contiguous, whatever their stride, and checks no
-    bounds in lse: rows up to a multiple of 32 hold inf, and exp(-inf) counts for nothing."""
+    """Compute dq, dk, dv. The kernel reads o [B,T,H,D] as if its tokens were contiguous, whatever their stride. It
+    checks no bounds in lse: rows up to a multiple of 32 must hold inf, so exp(-inf) adds nothing."""
     groups, dim, width = k.shape[2], q.shape[-1], -(-q.shape[-1] // 8) * 8
     k, v = repeat_heads(k, q), repeat_heads(v, q)
     do, q, k, v = (fit(x, width).transpose(1, 2) for x in (do, q, k, v))

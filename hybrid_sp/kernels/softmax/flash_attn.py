@@ -1,13 +1,15 @@
-"""Softmax attention of one block by the flash-attn package, with the conventions of `attend.py`.
+"""The softmax attention of one block by the flash-attn package, with the conventions of `attend.py`.
 
     version 2   flash-attn 2.7 and newer   `flash_attn.flash_attn_interface`   compute capability 8.0 and newer
     version 4   flash-attn-4               `flash_attn.cute.interface`         9.0 and newer (no backward before)
 
-Both can be installed side by side. On 9.x to 11.x version 4 comes first, elsewhere version 2. What is called are the
-two functions that each version's own autograd node is made of, since backward goes by the output and lse of the whole,
-not of this block. They are private: `tests/hybrid_sp/kernels/test_flash.py` holds their argument names and what they
-return, and compares them with whatever is installed. Tensors are [B,T,H,D], key heads fewer than query heads as they
-are, lse [B,H,T] in fp32 and natural units, causal only where both sequences have one length.
+Both can be installed together. On 9.x to 11.x version 4 comes first, elsewhere version 2. This file calls the two
+functions inside each version's own autograd node. The node itself would not do: backward needs the output and lse of
+the whole attention, not of this block. The functions are private: `tests/hybrid_sp/kernels/test_flash.py` checks their
+argument names and results, and compares them with the installed version.
+
+Tensors are [B,T,H,D], and lse is [B,H,T] in fp32 and natural units. Key heads may be fewer than query heads, without a
+copy. causal needs two sequences of one length.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from .layout import Grads, fit, flash_dim
 
 
 class Package(NamedTuple):
-    """One version: `dim` gives the columns that it works on, `forward` o and lse [B,H,T], `backward` the gradients."""
+    """The interface of one version: `dim` returns the columns that it works on, `forward` o and lse [B,H,T], `backward`
+    the gradients."""
 
     name: str
     dim: Callable[[int], int]
@@ -34,7 +37,7 @@ class Package(NamedTuple):
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """o [B,T,H,D] and lse [B,T,H] of q [B,T,H,D] over k, v [B,S,G,D]; bf16 or fp16."""
+    """Compute o [B,T,H,D] and lse [B,T,H] of q [B,T,H,D] over k, v [B,S,G,D], in bf16 or fp16."""
     used, dim = package(q), q.shape[-1]
     o, lse = used.forward(*(fit(x, used.dim(dim)) for x in (q, k, v)), causal, scale)
     rows = q.shape[0], q.shape[2], q.shape[1]
@@ -45,7 +48,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tupl
 
 
 def backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, scale: float) -> Grads:
-    """dq, dk, dv of one block, from the output o, its gradient and the lse of the whole attention."""
+    """Compute dq, dk, dv of one block, from the output o, its gradient and the lse of the whole attention."""
     used, dim = package(q), q.shape[-1]
     blocks = (fit(x, used.dim(dim)) for x in (do, q, k, v, o))
     dq, dk, dv = used.backward(*blocks, lse.transpose(1, 2).contiguous(), causal, scale)
@@ -53,12 +56,12 @@ def backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor
 
 
 def package(x: Tensor) -> Package:
-    """The version for the device of x; ImportError if none of those that can train there is installed."""
+    """Return the version for the device of x. Raise ImportError if no version that can train there is installed."""
     return _package(capability(x))
 
 
 def capability(x: Tensor) -> tuple[int, int]:
-    """The compute capability of the device of x."""
+    """Return the compute capability of the device of x."""
     return torch.cuda.get_device_capability(x.device)
 
 
@@ -82,7 +85,7 @@ def _package(chip: tuple[int, int]) -> Package:
 
 
 def _two(chip: tuple[int, int]) -> Package:
-    version = importlib.metadata.version("flash-attn")  # its absence is an ImportError too
+    version = importlib.metadata.version("flash-attn")  # if it is absent, this raises an ImportError too
     if [int(part) for part in version.split(".")[:2]] < [2, 7]:
         raise ImportError(f"{version} is older than 2.7")
     from flash_attn import flash_attn_interface as two
@@ -116,12 +119,12 @@ def _four(chip: tuple[int, int]) -> Package:
     from flash_attn.cute import interface as four
 
     lacking = {"softmax_scale", "causal", "return_lse"} - {*inspect.signature(four._flash_attn_fwd).parameters}
-    if lacking:  # flash-attn 2.8 brings an older one, and may have been installed over it
+    if lacking:  # flash-attn 2.8 brings an older one, which may overwrite it
         raise ImportError(
             f"its _flash_attn_fwd takes no {sorted(lacking)}: install flash-attn-4 again, after flash-attn"
         )
 
-    # The dims that it is tested with; from compute capability 10.0 on it knows none between 128 and 256.
+    # These dims are tested upstream. From compute capability 10.0 on, it supports none between 128 and 256.
     sizes = (64, 96, 128, 192, 256) if chip < (10, 0) else (64, 128, 256)
 
     def run(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:

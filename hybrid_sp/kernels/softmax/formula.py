@@ -1,4 +1,4 @@
-"""Softmax attention by its formula, a block of rows at a time: the kernel for CUDA in fp64, and for other devices."""
+"""The softmax attention by its formula, a block of rows at a time. It serves CUDA in fp64, and other devices."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tupl
 
 
 def backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, scale: float) -> Grads:
-    """dS = P * (dP - the part of dP along P), which o and do give without the keys of other blocks."""
+    """Compute dq, dk, dv from dS = P * (dP - the part of dP along P). o and do give that part without the keys of other
+    blocks."""
     groups, k, v = k.shape[2], repeat_heads(k, q), repeat_heads(v, q)
     do, q, k, v, o = (wide(x).transpose(1, 2) for x in (do, q, k, v, o))
     dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
@@ -39,7 +40,8 @@ def backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor
 
 
 def _scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Iterator[tuple[slice, Tensor]]:
-    """scale * q k^T [B,H,t,S] of ROWS queries at a time, -inf where a causal mask hides a key; q, k [B,H,T,D]."""
+    """Yield scale * q k^T [B,H,t,S] for ROWS queries at a time, with -inf where a causal mask hides a key. q and k are
+    [B,H,T,D]."""
     for first in range(0, q.shape[2], ROWS):
         rows = slice(first, min(first + ROWS, q.shape[2]))
         scores = q[:, :, rows] @ k.mT * scale

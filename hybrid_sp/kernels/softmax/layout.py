@@ -1,4 +1,4 @@
-"""How tensors lie for the kernels of softmax attention: sizes, strides, and key heads fewer than query heads."""
+"""The layout of tensors for the kernels of softmax attention: sizes, strides, and fewer key heads than query heads."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ WIDEST = 256  # head dim of the flash kernels
 
 
 def fit(x: Tensor, dim: int) -> Tensor:
-    """x [B,T,H,D] as CUDA kernels read it, 16 bytes at a time: zeros up to `dim` columns, rows that begin at a multiple
-    of 8 numbers, the last dim contiguous. A copy only where it is not so already."""
+    """Prepare x [B,T,H,D] for CUDA kernels, which read 16 bytes at a time. Columns are padded with zeros up to `dim`,
+    rows begin at a multiple of 8 numbers, and the last dim is contiguous. x is copied only if it is not so already."""
     if x.shape[-1] != dim:
         return pad(x, (0, dim - x.shape[-1])).contiguous()
     steps = [stride for size, stride in zip(x.shape[:-1], x.stride(), strict=False) if size > 1]
@@ -22,25 +22,27 @@ def fit(x: Tensor, dim: int) -> Tensor:
 
 
 def flash_dim(dim: int) -> int:
-    """The columns of FlashAttention 2: multiples of 8; above 192 all 256, for not every chip has those between."""
+    """Return the columns of FlashAttention 2: multiples of 8. Above 192 it is always 256, because not every chip
+    supports the sizes between."""
     return -(-dim // 8) * 8 if dim <= 192 else WIDEST
 
 
 def wide(x: Tensor) -> Tensor:
-    """At least fp32: the CPU kernel's gradients in bf16 miss the promised 5e-3, and it is no faster there."""
+    """Convert x to at least fp32. The CPU kernel's gradients in bf16 miss the promised 5e-3, and bf16 is no faster
+    there."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def from_kernel(x: Tensor, dim: int) -> Tensor:
-    """[B,T,H,D] from the kernel's [B,H,T,width]."""
+    """Convert the kernel's [B,H,T,width] to [B,T,H,D]."""
     return x.transpose(1, 2).narrow(-1, 0, dim)
 
 
 def repeat_heads(x: Tensor, q: Tensor) -> Tensor:
-    """As many key heads as query heads, [B,S,H,D]."""
+    """Repeat key heads up to the number of query heads, [B,S,H,D]."""
     return x if x.shape[2] == q.shape[2] else x.repeat_interleave(q.shape[2] // x.shape[2], 2)
 
 
 def sum_groups(x: Tensor, groups: int) -> Tensor:
-    """The gradient of each key head, [B,S,G,D], from those of the query heads that read it."""
+    """Sum the gradients of the query heads that read each key head, to [B,S,G,D]."""
     return x if x.shape[2] == groups else x.unflatten(2, (groups, -1)).sum(3)

@@ -1,4 +1,6 @@
-"""Softmax attention of one device under a mask that is a list of tiles (`tiles.py`), each a call of a fused kernel."""
+"""The softmax attention of one device under a mask given as a list of tiles (`tiles.py`). Each tile is one call of a
+fused kernel.
+"""
 
 from __future__ import annotations
 
@@ -48,11 +50,12 @@ def attend_tiles_backward(
 
 
 def _load(tile: Tile, x: Tensor) -> Tensor:
-    """[B,repeats,T,...] as a batch for the kernel; a flipped tile backwards, which makes a causal square of it."""
+    """Flatten [B,repeats,T,...] to a batch for the kernel. A flipped tile is read backwards, which makes it a causal
+    square."""
     x = x.flatten(0, 1)
     return x.flip(1) if tile.kind == "flipped" else x
 
 
 def _store(tile: Tile, x: Tensor, batch: torch.Size) -> Tensor:
-    """Back from the kernel, [B,repeats,T,...]."""
+    """Undo `_load` for an output of the kernel, to [B,repeats,T,...]."""
     return (x.flip(1) if tile.kind == "flipped" else x).unflatten(0, batch)

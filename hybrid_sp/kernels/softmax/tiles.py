@@ -1,9 +1,9 @@
-"""Attention masks as a list of rectangles and triangles, each of which a fused kernel serves without a mask tensor.
+"""The tiles of an attention mask: rectangles and triangles that a fused kernel handles without a mask tensor.
 
-A tile is a run of queries over a run of keys: all of them (`full`), those not later than the query's place (`causal`),
-or those not earlier (`flipped`, a causal square when both runs are read backwards). Parts over disjoint keys are merged
-by their log-sum-exp. A window of W tokens is cut into blocks of W queries, each of which sees its own causal square and
-a flipped triangle of the W-1 keys before it:
+A tile is a run of queries over a run of keys. A query sees all of the keys (`full`), the keys not later than its place
+(`causal`), or the keys not earlier (`flipped`). A flipped tile is a causal square when both runs are read backwards.
+Tiles over disjoint keys are merged by their log-sum-exp. A window of W tokens is cut into blocks of W queries. Each
+block sees its own causal square and a flipped triangle of the W-1 keys before it:
 
     queries        keys of the block before | own keys
     0              . x x x                  | x . . .
@@ -22,8 +22,8 @@ from torch import Tensor
 
 
 class Tile(NamedTuple):
-    """Queries [first, first + queries) over keys [key, key + keys), and again `stride` tokens further on, in all
-    `repeats` times. `fresh`: these queries have not seen any keys before."""
+    """The queries [first, first + queries) over keys [key, key + keys). The tile repeats every `stride` tokens,
+    `repeats` times in all. If `fresh`, these queries have not seen any keys before."""
 
     kind: str
     first: int
@@ -35,16 +35,16 @@ class Tile(NamedTuple):
     stride: int = 0
 
     def of_queries(self, x: Tensor) -> Tensor:
-        """The queries' rows of x [B,T,...], a view [B,repeats,queries,...]."""
+        """View the queries' rows of x [B,T,...] as [B,repeats,queries,...]."""
         return _runs(x, self.first, self.queries, self.repeats, self.stride)
 
     def of_keys(self, x: Tensor) -> Tensor:
-        """The keys' rows of x [B,S,...], a view [B,repeats,keys,...]."""
+        """View the keys' rows of x [B,S,...] as [B,repeats,keys,...]."""
         return _runs(x, self.key, self.keys, self.repeats, self.stride)
 
 
 def own(first: int, tokens: int, window: int | None) -> list[Tile]:
-    """Causal attention of a run of tokens to itself."""
+    """List the tiles for causal attention of a run of tokens to itself."""
     size = tokens if window is None else min(window, tokens)
     blocks, rest = divmod(tokens, size)
     last = first + blocks * size
@@ -59,10 +59,10 @@ def own(first: int, tokens: int, window: int | None) -> list[Tile]:
 
 
 def earlier(first: int, queries: int, key: int, keys: int, window: int | None, repeats: int = 1) -> list[Tile]:
-    """Attention of a run of queries to the `keys` tokens just before it, fewer than the window; again one window
-    further on, `repeats` times in all."""
+    """List the tiles for attention of a run of queries to the `keys` tokens just before it, fewer than the window. The
+    tiles repeat every window, `repeats` times in all."""
     everything = queries if window is None else min(queries, window - 1 - keys)
-    side = min(queries - everything, keys)  # of the triangle: the keys that leave the window one by one
+    side = min(queries - everything, keys)  # of the triangle, whose keys leave the window one by one
     runs = [
         ("full", first, everything, key, keys),
         ("flipped", first + everything, side, key, side),
