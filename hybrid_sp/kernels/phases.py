@@ -9,7 +9,7 @@ transition S_in + state. The size of this pair does not depend on the number of 
     intra    the output from this rank's own tokens                    | while this is computed
     inter    the output of the whole sequence, once S_in is known
 
-Backward mirrors it. dS_out is the gradient of the state that leaves a span, from all later tokens of the sequence.
+Backward mirrors it. dS_out is the gradient of the state that leaves a span, in the whole sequence.
 
     inter    dS_in, the outputs' gradient for the entering states      | the ranks exchange these gradients
     intra    the gradients that need no other rank                     | while these are computed

@@ -1,7 +1,7 @@
-"""The one cutter of a rank's spans at documents. A piece has one document and one span, and at most `size` tokens.
+"""The one cutter of a rank's spans at documents. A piece lies in one document and one span.
 
 The torch reference cuts spans into chunks, our Triton kernels into segments of many chunks, and fla's passes into whole
-runs of a document. Each is a view of these pieces.
+runs of a document. Each is a view of these pieces, which have at most `size` tokens.
 """
 
 from __future__ import annotations

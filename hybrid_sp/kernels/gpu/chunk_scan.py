@@ -31,8 +31,8 @@ Sums and states are fp32. Factors of a product are rounded to the dtype of the t
 tokens, as the gradient of a normalised output is. Then the rounding error is multiplied too, because the contributions
 of numerator and denominator to dq and dk nearly cancel.
 
-The scan itself is FLA's and Lightning Attention's (arXiv 2401.04658). All four outputs are one scan because S is
-symmetric in k and v.
+The scan itself is FLA's and Lightning Attention's (arXiv 2401.04658). All four outputs are one scan because S
+treats k and v alike, up to a transpose.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -217,7 +217,7 @@ def scan_kernel(
             else:
                 tl.store(p_chunk, b_S.to(p_states.dtype.element_ty), mask=m_state)
 
-        # 4. Pairs within the chunk: compute their scores, or load them.
+        # 4. Compute or load the scores of pairs within the chunk.
         if UPDATE or PAIRS == "computed":
             b_y = tl.load(p_y + t * s_yt + (o_c[:, None] * s_yt + o_d[None, :]), mask=m_x, other=0.0)
             if SPLIT_Y:
@@ -241,7 +241,7 @@ def scan_kernel(
                 o_pairs, m_given = o_c[:, None] * (H * C) + o_c[None, :], m_pairs & m_t[:, None]
             b_pairs = tl.load(p_pairs + o_pairs, mask=m_given, other=0.0)
 
-        # 5. The output: read the state that enters the chunk, and add the pairs.
+        # 5. Compute the output: read the state that enters the chunk, and add the pairs.
         b_factor, b_rest, state_unit = factor(b_S, DTYPE)
         b_out = tl.dot(b_x, b_factor, input_precision=PRECISION)
         if SPLIT_X:

@@ -1,5 +1,4 @@
-"""The phases of the delta rule on CUDA, computed by separately callable passes of fla-core. Only this file knows its
-internals.
+"""The phases of the delta rule on CUDA, by separate passes of fla-core. Only this file knows the internals of fla.
 
     S_t = (I - beta_t k_t k_t^T) diag(exp(g_t)) S_(t-1) + beta_t k_t v_t^T          o_t = scale * q_t S_t
 
@@ -100,7 +99,7 @@ class Runs:
 
     @property
     def entered(self) -> list[tuple[int, Piece]]:
-        """The runs that the state entering their span reaches at their start, with their numbers."""
+        """The runs that start with the state entering their span, each with its number."""
         return [(run, piece) for run, piece in enumerate(self.pieces.all) if piece.begins_span and piece.reached]
 
     def flat(self, x: Tensor) -> Tensor:
@@ -241,8 +240,7 @@ class DeltaPhases:
             sums = None
             if x.g is not None:
                 sums = fla.chunk_local_cumsum(runs.flat(x.g), chunk_size=CHUNK, scale=fla.RCP_LN2, **runs.tokens)
-            # 2. WY form of the chunks: w, u and the solved system A, for vector decays also decayed keys and the
-            # scores.
+            # 2. Compute the WY form of the chunks (w, u, A); for vector decays also decayed keys, and scores.
             q, k, v, beta = (runs.flat(part) for part in (x.q, x.k, x.v, x.beta))
             system = {"k": k, "v": v, "beta": beta, "chunk_size": CHUNK, **runs.tokens}
             keys, scores = k, None
@@ -280,7 +278,7 @@ class DeltaPhases:
     def intra_forward(self, x: Inputs, work: Work) -> tuple[Tensor, Work]:
         """Compute o_intra [B,T,H,V] and e [B,T,H,K]."""
         fla, runs, width, sums = passes(), self.runs, x.v.shape[-1], work.sums
-        # 1. Read r' and h' with the queries: one pass for both halves of their columns.
+        # 1. Read r' and h' with the queries, in one pass over all of their columns.
         read = {"q": runs.flat(x.q), "v": work.r, "h": work.h, "g": sums, "scale": self.options.scale}
         read |= {"chunk_size": CHUNK, **runs.tokens}
         with torch.cuda.device_of(x.q):
@@ -329,7 +327,7 @@ class DeltaPhases:
                 w, u = fla.recompute_w_u_fwd(g=sums, **system)
             # 2. Walk through the chunks again, now from S_in.
             h, r, _ = self._chain(keys, w, u, sums, runs.entering(S_in), final=False)
-            # 3. The part of dr from the outputs of the same chunk; for vector decays also the scores' gradient.
+            # 3. Compute the part of dr from outputs of the same chunk; for vector decays also the scores' gradient.
             d_scores = None
             if _vector(sums):
                 d_scores, dr = fla.chunk_kda_bwd_dAv(v=r, A=scores, **output)
@@ -344,7 +342,7 @@ class DeltaPhases:
         q, k, v, beta = own.tokens
         sizes = {"scale": self.options.scale, "chunk_size": CHUNK}
         with torch.cuda.device_of(q):
-            # 1. Walk from the last chunk to the first: gradients of the states, and the rest of dr.
+            # 1. Walk from the last chunk to the first, for the gradients of the states and the rest of dr.
             dh, _, dr = fla.chunk_gated_delta_rule_bwd_dhu(
                 q=own.queries,
                 k=own.keys,
@@ -356,7 +354,7 @@ class DeltaPhases:
                 **_decays(sums),
                 **runs.chain,
             )
-            # 2. Gradients through outputs and states, then through the WY form.
+            # 2. Go back through outputs and states, then through the WY form.
             written = {"q": q, "k": k, "g": sums, "h": own.h, "do": do, "dh": dh, "dv": dr, **sizes, **runs.tokens}
             if _vector(sums):
                 dq, dk, dv, dbeta, dg, dA = fla.chunk_kda_bwd_wy_dqkg_fused(
@@ -397,7 +395,7 @@ def _vector(sums: Tensor | None) -> bool:
 
 
 def _decays(sums: Tensor | None) -> dict[str, Tensor | None]:
-    """Name the decays as a pass takes them that goes from chunk to chunk."""
+    """Return the decays under the argument name of a pass that goes from chunk to chunk."""
     return {"gk": sums} if _vector(sums) else {"g": sums}
 
 

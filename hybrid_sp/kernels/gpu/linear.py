@@ -214,7 +214,7 @@ class LinearPhases:
         """Compute dq and the gradient of the bonus, both complete."""
         do, dh, tokens, (q, k, v, g, _, bonus), (h, totals), S_in = read
         v, q, by_channel = rows(v), rows(q), _by_channel(g)
-        # 1. The states that enter the segments, with S_in, transposed.
+        # 1. Transpose the states that enter the segments, with the part of S_in.
         S = (h if S_in is None else h + self._carried(totals, S_in)).mT
         gradient = DecayGradient(S, self.segments, v, do, by_channel) if self.gated else None
         # 2. The scan for dq: forward, x, y, z = do, v, k with the states S^T. It keeps r and S for dg.

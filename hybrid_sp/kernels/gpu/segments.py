@@ -1,5 +1,4 @@
-"""The division of a rank's tokens among GPU programs: spans are cut into segments, which a program walks chunk by
-chunk.
+"""The division of a rank's tokens among GPU programs: spans are cut into segments, and these into chunks.
 
 A segment is a piece (`kernels/pieces.py`): tokens of one document in one span. Programs process segments in parallel.
 Within a segment they go from chunk to chunk, with the state in registers. Chunks have C tokens, the last of a segment

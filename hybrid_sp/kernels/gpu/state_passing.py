@@ -156,7 +156,7 @@ def fold_kernel(
             b_S = tl.where(at_start, 0.0, b_S)
         if not REVERSE:
             b_S = tl.where((flags & BEGINS) != 0, 0.0, b_S)
-        # 3. Store it: it enters this segment.
+        # 3. Store the state that enters this segment.
         tl.store(p_S + o_here, b_S, mask=m)
         # 4. Decay it over the segment, and add the state that the segment gives.
         if DECAY == "scalar":

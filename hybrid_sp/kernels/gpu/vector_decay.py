@@ -11,8 +11,7 @@ a bonus; with it the sums in P_t and A exclude g_t.
 A is computed by halving, as in `reference/decay_mask.py`. At each level a chunk is divided into pairs of runs of `half`
 rows. The scores between a right run and its left run are one matrix product. Its factors are q_t exp(sum from the right
 run's start to t) and k_s exp(sum after s to the left run's end). A row is in a right or in a left run, so a level needs
-one factor per row. Here a level is computed for the whole chunk at once, and its mask keeps the scores between paired
-runs.
+one factor per row. Here a level is computed for the whole chunk at once, and its mask keeps the scores in pairs.
 
 In the adjoints, dA = scale * do v^T, and `dq_A` and `dk_A` are the gradients of q and k through A (without its
 diagonal):
@@ -168,7 +167,7 @@ def _keys_backward_kernel(
         b_dk = tl.load(p_d_until + o_t[:, None] * u_t + o_k[None, :], mask=m_tk, other=0.0)
         b_dk *= _decays(b_g, o_c + 1, o_end, C, p_k.dtype.element_ty)
         b_k = tl.load(p_k + o_t[:, None] * k_t + o_k[None, :], mask=m_tk, other=0.0).to(tl.float32)
-        # 3. dg = sums before t of (k exp(R) dk_until) + d_totals.
+        # 3. Compute dg = sums before t of (k exp(R) dk_until) + d_totals.
         b_dg = _sums(b_dk * b_k, o_start, o_c, C, p_k.dtype.element_ty)
         b_dg += tl.load(p_d_totals + o_k, mask=o_k < K, other=0.0)[None, :]
         # 4. Add both to the gradients that `queries_backward` wrote.
@@ -248,7 +247,7 @@ def _queries_backward_kernel(
     o_out = ((i_b * tokens + o_t) * heads + i_h)[:, None] * K
     DTYPE: tl.constexpr = p_q.dtype.element_ty
 
-    # 2. dA = scale * do v^T, its diagonal, and the rest as a factor of products.
+    # 2. Compute dA = scale * do v^T and its diagonal, and round dA for products.
     b_dA = tl.zeros([C, C], tl.float32)
     for i_v in range(0, V, BV):
         o_v = i_v + tl.arange(0, BV)
@@ -271,7 +270,7 @@ def _queries_backward_kernel(
         b_g = tl.load(p_g + o_t[:, None] * g_t + o_k[None, :], mask=m_tk, other=0.0)
         b_q = tl.load(p_q + o_t[:, None] * q_t + o_k[None, :], mask=m_tk, other=0.0).to(tl.float32)
         b_k = tl.load(p_k + o_t[:, None] * k_t + o_k[None, :], mask=m_tk, other=0.0).to(tl.float32)
-        # 4. dq_A and dk_A, level by level.
+        # 4. Compute dq_A and dk_A, level by level.
         b_dq = tl.zeros([C, BK], tl.float32)
         b_dk = tl.zeros([C, BK], tl.float32)
         for i_level in range(LEVELS):
@@ -289,7 +288,7 @@ def _queries_backward_kernel(
         # 5. Add the part of dq through q_since: exp(P) dq_since.
         b_since = tl.load(p_d_since + o_t[:, None] * s_t + o_k[None, :], mask=m_tk, other=0.0)
         b_dq += _decays(b_g, o_start, o_read, C, DTYPE) * b_since
-        # 6. dg and the gradient of the bonus, then the diagonal, which does not decay.
+        # 6. Compute dg and the gradient of the bonus. Then add the diagonal, which does not decay.
         if BONUS:
             b_dg = _sums(b_q * b_dq, o_c + 1, o_end, C, DTYPE)
             b_dg -= _sums(b_k * b_dk, o_c, o_end, C, DTYPE)

@@ -1,5 +1,4 @@
-"""The short causal depthwise convolution of one rank's tokens, and the contribution of earlier tokens. It never
-communicates.
+"""The short causal depthwise convolution on one rank, and the part from the tokens before it, without communication.
 
     y_t = bias + sum over j < W of weight[:, W-1-j] x_(t-j)
 

@@ -207,7 +207,7 @@ class DeltaPhases:
         dh = torch.empty_like(saved.h)
         dS_in = None if S_in is None else torch.zeros_like(S_in)
         for block in self.chunks:
-            # 1. The gradient of the state that each chunk reads: dh = scale * e^T do.
+            # 1. Compute the gradient of the state that each chunk reads: dh = scale * e^T do.
             dh_, scale = _of(block, dh), self.options.scale
             torch.baddbmm(dh_, _of(block, saved.e).mT, block.load(do, do.shape[2]), beta=0, alpha=scale, out=dh_)
             # 2. Carry it back to the start of the span: dS_in = sum over c of D_c^T dh_c.

@@ -144,7 +144,7 @@ class LinearPhases:
         dh = torch.empty_like(saved.h)
         dS_in = None if S_in is None else torch.zeros_like(S_in)
         for block in self.chunks:
-            # 1. The gradient of the state that each chunk reads: dh = scale * (exp(P) q)^T do.
+            # 1. Compute the gradient of the state that each chunk reads: dh = scale * (exp(P) q)^T do.
             d_states = dh[block.chunks]
             flat, q_NCK = d_states.flatten(0, 2), _reading(block, x, heads)
             torch.baddbmm(flat, q_NCK.mT, block.load(do, heads), beta=0, alpha=self.options.scale, out=flat)
