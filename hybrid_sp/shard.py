@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from .comm import collectives, groups
 from .comm.agreement import Agreement
+from .comm.groups import Group
 from .comm.link import Link
 from .comm.pending import Header
 
@@ -85,7 +86,7 @@ class SequenceParallel:
     link      the network for linear="auto"; None measures it
     """
 
-    group: Any
+    group: Group
     layout: str = "contiguous"
     linear: str = "all_gather"
     softmax: str = "all_gather"

@@ -20,7 +20,7 @@ from recipes.config import Recipe
 
 NAMES = """
 SequenceParallel(
-    group: Any,
+    group: Group,
     layout: str = 'contiguous',
     linear: str = 'all_gather',
     softmax: str = 'all_gather',

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .groups import Group, cpu_group, rank, size
 from .link import carried
-from .pending import Header, Pending, note_row
+from .pending import Header, Pending, Work, note_row
 
 _TEXT_BYTES = 1024  # bytes of one rank's text in a comparison
 
@@ -30,7 +30,7 @@ def start_all_gather(x: Tensor, group: Group, header: Header) -> Pending:
     x = x.detach().contiguous()
     ranks = size(group)
 
-    def launch() -> tuple[Any, Callable[[], Tensor]]:
+    def launch() -> tuple[Work, Callable[[], Tensor]]:
         out = x.new_empty(ranks * x.numel())
         return _all_gather_single(out, x.view(-1), group=group, async_op=True), lambda: out.view(ranks, *x.shape)
 
@@ -42,7 +42,7 @@ def start_reduce_scatter(x_P: Tensor, group: Group, header: Header) -> Pending:
     x_P = x_P.detach().contiguous()
     ranks = size(group)
 
-    def launch() -> tuple[Any, Callable[[], Tensor]]:
+    def launch() -> tuple[Work, Callable[[], Tensor]]:
         out = torch.empty_like(x_P[0])
         work = _reduce_scatter_single(out.view(-1), x_P.view(-1), group=group, async_op=True)
         return work, lambda: out
@@ -64,7 +64,7 @@ def start_all_to_all(x: Tensor, sent: Sequence[int], received: Sequence[int], gr
     row = x.new_empty(x.shape[1:])
     assert sum(sent) == len(x) and len(sent) == len(received) == size(group)
 
-    def launch() -> tuple[Any, Callable[[], Tensor]]:
+    def launch() -> tuple[Work, Callable[[], Tensor]]:
         out = x.new_empty(sum(received), *row.shape)
         return dist.all_to_all_single(out, x, list(received), list(sent), group=group, async_op=True), lambda: out
 
@@ -76,7 +76,7 @@ def start_all_reduce(x: Tensor, group: Group, header: Header) -> Pending:
     """Launch a sum of x over ranks, in place."""
     ranks = size(group)
 
-    def launch() -> tuple[Any, Callable[[], Tensor]]:
+    def launch() -> tuple[Work, Callable[[], Tensor]]:
         return dist.all_reduce(x, group=group, async_op=True), lambda: x
 
     return _start("all_reduce", x, group, header, launch, x, 2 * (ranks - 1) * x.nbytes // ranks)
@@ -141,7 +141,7 @@ def _start(
     x: Tensor,
     group: Group,
     header: Header,
-    launch: Callable[[], tuple[Any, Callable[[], Tensor]]],
+    launch: Callable[[], tuple[Work, Callable[[], Tensor]]],
     alone: Tensor,
     received: int,
 ) -> Pending:

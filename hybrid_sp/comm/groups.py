@@ -12,7 +12,7 @@ import torch.distributed as dist
 Group = dist.ProcessGroup | None
 
 # Further groups of the same ranks, by group and backend. They end with their group.
-_twins: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
+_twins: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[str, dist.ProcessGroup]] = weakref.WeakKeyDictionary()
 
 
 def rank(group: Group) -> int:
@@ -30,7 +30,7 @@ def device(group: Group) -> torch.device:
     return torch.device("cuda" if group is not None and "nccl" in str(dist.get_backend_config(group)) else "cpu")
 
 
-def message_group(group: Group) -> Any:
+def message_group(group: Group) -> dist.ProcessGroup:
     """Return the group's twin for messages.
 
     If collectives and messages shared a communicator, two ranks could order them differently.
@@ -38,13 +38,13 @@ def message_group(group: Group) -> Any:
     return _twin(group, str(dist.get_backend_config(group)))
 
 
-def cpu_group(group: Group) -> Any:
+def cpu_group(group: Group) -> dist.ProcessGroup:
     """Return the group, or its twin on gloo if the group cannot send tensors on the CPU."""
     assert group is not None
     return group if torch.device("cpu") in group._device_types else _twin(group, "gloo")
 
 
-def _twin(group: Group, backend: str) -> Any:
+def _twin(group: Group, backend: str) -> dist.ProcessGroup:
     """Return another group of the same ranks. It is made the first time that all of them ask for it."""
     assert group is not None
     twins = _twins.setdefault(group, {})

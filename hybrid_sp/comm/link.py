@@ -8,7 +8,8 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+
+from .pending import Work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ _wire = threading.Lock()
 class _Slowed:
     """The work that is done when the pretended link has carried it."""
 
-    def __init__(self, work: Any, link: Link, messages: int, received: int) -> None:
+    def __init__(self, work: Work, link: Link, messages: int, received: int) -> None:
         self._done: Future[None] = Future()
 
         def carry() -> None:
@@ -65,6 +66,6 @@ class _Slowed:
         self._done.result()
 
 
-def carried(work: Any, messages: int, received: int) -> Any:
+def carried(work: Work, messages: int, received: int) -> Work:
     """Return the work; while a slow link is pretended, return work that is done when that link has carried it."""
     return work if _pretended is None else _Slowed(work, _pretended, messages, received)

@@ -8,7 +8,6 @@ import weakref
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +18,8 @@ from .groups import Group, global_rank, message_group, rank, size
 from .link import carried
 from .pending import Header, Pending, note_row
 
-_exchanges: weakref.WeakKeyDictionary[Any, Iterator[int]] = weakref.WeakKeyDictionary()  # made so far, by group
+# The exchanges made so far, numbered, by group.
+_exchanges: weakref.WeakKeyDictionary[dist.ProcessGroup, Iterator[int]] = weakref.WeakKeyDictionary()
 
 
 def open_exchange(header: Header, plan: str, x: Tensor, group: Group) -> Header:
@@ -28,7 +28,7 @@ def open_exchange(header: Header, plan: str, x: Tensor, group: Group) -> Header:
     Returns the header for the messages. It carries a number that all ranks give this exchange. Two exchanges in flight
     at once may come from two shards, and both shards number their calls from 0.
     """
-    if size(group) == 1:
+    if group is None or size(group) == 1:
         return header
     if header.check:
         compare(header.text(plan, x), group)

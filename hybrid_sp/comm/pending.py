@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -34,13 +34,20 @@ class CommunicationError(RuntimeError):
     """The failure of a collective or a message, by error or timeout; the message names the rank, layer and call."""
 
 
+class Work(Protocol):
+    """The work of a launch that somebody else carries out."""
+
+    def wait(self) -> object:
+        """Return when it is done."""
+
+
 class Pending:
     """The handle of communication in flight. `wait` returns its result, once; a second wait raises RuntimeError."""
 
     def __init__(
         self,
         result: Callable[[], Any],
-        work: Any = None,
+        work: Work | None = None,
         what: str = "",
         header: Header | None = None,
         row: Row | None = None,

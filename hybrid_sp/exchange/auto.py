@@ -12,7 +12,7 @@ import statistics
 import time
 import weakref
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -40,7 +40,7 @@ def fastest(strategies: Mapping[str, Strategy], link: Link, sizes: Sizes) -> Cho
     return Choice(min(seconds, key=lambda name: seconds[name]), link, seconds)
 
 
-_links: weakref.WeakKeyDictionary[Any, Link] = weakref.WeakKeyDictionary()
+_links: weakref.WeakKeyDictionary[Group, Link] = weakref.WeakKeyDictionary()
 
 
 def measure_link(group: Group) -> Link:
