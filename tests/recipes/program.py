@@ -58,6 +58,8 @@ def run_program(
     """
     with tempfile.TemporaryDirectory() as logs:
         request = {"arguments": arguments, "ranks": ranks, "fault": fault, "rank": rank, "nth": nth, "draws": draws}
+        for one in range(ranks):  # a rank may be ended before it comes to open its own
+            Path(logs, str(one)).touch()
         codes = _server().ask({**request, "deadline": deadline, "logs": logs})
         return Outcome(codes=codes, texts=[Path(logs, str(r)).read_text(errors="replace") for r in range(ranks)])
 
