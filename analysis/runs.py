@@ -164,7 +164,7 @@ def read_run(folder: Path) -> Run:
             f"{summary.get('status')}: summary.json says so after {summary.get('steps')} steps; see train.log"
         )
     recipe = _read_yaml(folder / "recipe.yaml")
-    config.check_format(recipe.pop("format", config.FORMAT), folder / "recipe.yaml")
+    config.check_format(recipe.pop("format", config.UNNAMED), folder / "recipe.yaml")
     if missing := [name for name in SECTIONS if not isinstance(recipe.get(name), Mapping)]:
         raise ValueError(f"half-written: recipe.yaml lacks {', '.join(missing)}")
     provenance = _read_json(folder / "provenance.json")

@@ -36,7 +36,7 @@ from torch.distributed.checkpoint import metadata as described
 from torch.distributed.checkpoint.api import CheckpointException
 
 from hybrid_sp.comm import collectives, groups
-from recipes.config import FORMAT, RecipeError, check_format, first_line
+from recipes.config import FORMAT, UNNAMED, RecipeError, check_format, first_line
 from recipes.record import replace_file
 
 MANIFEST = "manifest.json"
@@ -242,7 +242,7 @@ def _fault(path: Path) -> str | None:
         content = json.loads((path / MANIFEST).read_text())
         if content["sha256"] != _seal(content):
             return f"{MANIFEST} was changed"
-        check_format(content.get("format", FORMAT), path / MANIFEST)
+        check_format(content.get("format", UNNAMED), path / MANIFEST)
         files = content["files"]
         if missing := files.keys() - {file.name for file in path.iterdir()}:
             return f"missing files: {', '.join(sorted(missing))}"

@@ -12,6 +12,7 @@ from hybrid_sp.comm.link import Link
 from layers.config import ModelConfig, expand_pattern, pattern_letters
 
 FORMAT = 1  # of recipe.yaml and of checkpoints; raise it for every change that older code would misread
+UNNAMED = 1  # the format of run folders and checkpoints that name none
 NAME_BYTES = 240  # file systems allow 255; the rest is for the suffix of a folder that is moved aside
 
 
@@ -25,7 +26,7 @@ def first_line(error: BaseException) -> str:
 
 
 def check_format(found: Any, path: Path) -> None:
-    """Raise RecipeError if the ``format`` of a file is not `FORMAT`. Callers pass `FORMAT` for a file without one."""
+    """Raise RecipeError if the ``format`` of a file is not `FORMAT`. A run folder without one has `UNNAMED`."""
     if str(found) != str(FORMAT):
         raise RecipeError(
             f"{path} is of format {str(found)!r}, and this version reads format {FORMAT}; "

@@ -22,6 +22,7 @@ from recipes.config import (
     NAME_BYTES,
     STRATEGY_KEYS,
     TEXT_KEYS,
+    UNNAMED,
     Recipe,
     RecipeError,
     check_format,
@@ -59,7 +60,7 @@ def file_name(name: str) -> str:
 
 def load_resolved(path: str | Path) -> Recipe:
     """Read the ``recipe.yaml`` of a run folder; raise RecipeError as `load_recipe` does."""
-    return _recipe([(str(path), _values(Path(path)))])
+    return _recipe([(str(path), _values(Path(path), UNNAMED))])
 
 
 def dump(recipe: Recipe) -> str:
@@ -77,10 +78,10 @@ def _layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict[st
     return [*below, (str(path), values)]
 
 
-def _values(path: Path) -> dict[str, Any]:
-    """Return the values of one file and check its format."""
+def _values(path: Path, unnamed: int = FORMAT) -> dict[str, Any]:
+    """Return the values of one file and check its format, which is `unnamed` if the file names none."""
     values = typed(read(path), Recipe)
-    check_format(values.pop("format", FORMAT), path)
+    check_format(values.pop("format", unnamed), path)
     return values
 
 

@@ -287,3 +287,13 @@ def test_a_link_needs_latency_and_bandwidth(recipe_file: Path) -> None:
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"gone\.yaml: cannot be read .* such as recipes/quickstart\.yaml"):
         load_recipe(tmp_path / "gone.yaml")
+
+
+def test_a_run_folder_that_names_no_format_is_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when a later version reads it, which takes a user's own file without one for its own."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text("train:\n  steps: 3\n")
+    assert load_resolved(path).train.steps == 3
+    monkeypatch.setattr("recipes.config.FORMAT", 2)
+    with pytest.raises(RecipeError, match="is of format '1', and this version reads format 2"):
+        load_resolved(path)
