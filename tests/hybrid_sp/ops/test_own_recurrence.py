@@ -23,9 +23,9 @@ LAYOUTS = ("contiguous", "zigzag")
 
 
 @functools.lru_cache
-def turning_attention() -> Any:
-    (block,) = (one for one in blocks("hybrid_sp/README.md", "python") if "class TurningPhases" in one.code)
-    return block.run()["turning_attention"]
+def dense_attention() -> Any:
+    (block,) = (one for one in blocks("hybrid_sp/README.md", "python") if "class DensePhases" in one.code)
+    return block.run()["dense_attention"]
 
 
 def inputs() -> dict[str, Tensor]:
@@ -33,6 +33,16 @@ def inputs() -> dict[str, Tensor]:
     shapes = {"q": (2, LENGTH, 3, 4), "k": (2, LENGTH, 3, 4), "v": (2, LENGTH, 3, 5), "angle": (2, LENGTH, 3)}
     shapes |= {"initial_state": (2, 3, 4, 5)}
     return {name: torch.randn(shape, dtype=torch.float64).requires_grad_() for name, shape in shapes.items()}
+
+
+def turned(q: Tensor, k: Tensor, v: Tensor, angle: Tensor, **options: Any) -> Any:
+    """The README's operator on matrices that turn channel i with channel i + K/2, by the angle of each token."""
+    cos, sin = (
+        torch.diag_embed(part(angle)[..., None].expand(*angle.shape, k.shape[-1] // 2))
+        for part in (torch.cos, torch.sin)
+    )
+    turn = torch.cat([torch.cat([cos, -sin], -1), torch.cat([sin, cos], -1)], -2)
+    return dense_attention()(q, k, v, turn, **options)
 
 
 def weights(x: Tensor) -> Tensor:
@@ -67,7 +77,7 @@ def check_ranks(group: Any, want: dict[str, Tensor]) -> None:
         shard = hsp.SequenceParallel(group, layout=layout, linear=linear, check="calls").shard(LENGTH)
         x = inputs()
         here = {name: value if name == "initial_state" else shard.take(value) for name, value in x.items()}
-        o, final = turning_attention()(**here, shard=shard, return_final_state=True)
+        o, final = turned(**here, shard=shard, return_final_state=True)
         loss = (o * shard.take(weights(want["o"]))).sum() + (final * weights(final)).sum() / groups.size(group)
         got = {"o": o, "final": final, **dict(zip(x, torch.autograd.grad(loss, list(x.values())), strict=True))}
         got["initial_state"] = collectives.all_reduce(got["initial_state"].clone(), group, tag="test")
@@ -92,7 +102,7 @@ def test_nothing_is_exchanged_by_one_device() -> None:
     del x["initial_state"]
     want = torch.autograd.grad((o * weights(o)).sum(), list(x.values()))
     with hsp.ledger() as book:
-        got = turning_attention()(**x)
+        got = turned(**x)
         grads = torch.autograd.grad((got * weights(got)).sum(), list(x.values()))
     assert not book.calls
     for name, value, expected in zip(["o", *x], (got, *grads), (o, *want), strict=True):
@@ -103,4 +113,4 @@ def test_documents_are_refused() -> None:
     x = inputs()
     shard = hsp.SequenceParallel(None).shard(LENGTH, [0, 5, LENGTH])
     with pytest.raises(ValueError, match="takes no packed documents"):
-        turning_attention()(*(x[name][:1] for name in ("q", "k", "v", "angle")), shard=shard)
+        turned(*(x[name][:1] for name in ("q", "k", "v", "angle")), shard=shard)
