@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from ..kernels.softmax import tiles
 from ..kernels.softmax.tiles import Tile
-from ..shard import Shard
-from .fetch import FetchPlan, Range, held, rows_of_others
+from ..shard import Shard, held
+from .fetch import FetchPlan, Range, rows_of_others
 from .kv import AllGatherKV, FetchKV, KVExchange
 
 

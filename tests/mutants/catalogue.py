@@ -78,15 +78,15 @@ MUTANTS = [
     Mutant(
         name="swapped zigzag spans of states",
         file="hybrid_sp/shard.py",
-        old="for slot, span in enumerate(spans_of(rank, self.sp.size, self.sp.layout)):",
-        new="for slot, span in enumerate(spans_of(rank, self.sp.size, self.sp.layout)[::-1]):",
+        old="for slot, span in enumerate(spans_of(rank, self.sp.size, self.sp.layout))",
+        new="for slot, span in enumerate(spans_of(rank, self.sp.size, self.sp.layout)[::-1])",
         test=f"{PARITY}[2-zigzag-linear]",
     ),
     Mutant(
         name="swapped zigzag spans of keys",
         file="hybrid_sp/shard.py",
-        old="for span in spans_of(rank, self.sp.size, self.sp.layout):\n                tokens =",
-        new="for span in spans_of(rank, self.sp.size, self.sp.layout)[::-1]:\n                tokens =",
+        old="self.spans_at(rank)[:slot]",
+        new="self.spans_at(rank)[slot + 1 :]",
         test=f"{PARITY}[2-zigzag-softmax]",
     ),
     Mutant(
