@@ -299,8 +299,8 @@ MUTANTS = [
     Mutant(
         name="gather for a short window",
         file="hybrid_sp/exchange/visible.py",
-        old="if 0 < missing <= rows_of_others",
-        new="if 0 < missing or rows_of_others",
+        old="0 < missing[rank] <= rows_of_others",
+        new="0 < missing[rank] or rows_of_others",
         test=f"{WINDOW}::test_a_window_receives_what_it_sees_however_long_the_sequence",
     ),
     # Key heads a few at a time.
