@@ -49,15 +49,15 @@ MUTANTS = [
     Mutant(
         name="dropped decay of a span, backward",
         file="hybrid_sp/exchange/affine.py",
-        old="d_after = apply_adjoint(None if transitions is None else transitions[i], d_after) + d_entering[i]",
-        new="d_after = d_after + d_entering[i]",
+        old="apply_adjoint(None if transitions is None else transitions[i], d_leaving[-1]) + d_entering[i]",
+        new="d_leaving[-1] + d_entering[i]",
         test=f"{PARITY}[4-zigzag-linear]",
     ),
     Mutant(
         name="dropped dS_final",
         file="hybrid_sp/exchange/affine.py",
-        old="d_after = torch.zeros_like(d_entering[0]) if d_final is None else d_final",
-        new="d_after = torch.zeros_like(d_entering[0])",
+        old="d_leaving = [torch.zeros_like(d_entering[0]) if d_final is None else d_final]",
+        new="d_leaving = [torch.zeros_like(d_entering[0])]",
         test=f"{PARITY}[2-contiguous-linear]",
     ),
     Mutant(
