@@ -26,8 +26,7 @@ def public_operator(function: Callable[P, R]) -> Callable[P, R]:
 
     Raises ValueError if a keyword that takes no tensor is given one: autograd would not see it.
     """
-    hints = get_type_hints(function)
-    plain = {name for name, hint in hints.items() if Tensor not in (hint, *get_args(hint))}
+    plain = {name for name, hint in get_type_hints(function).items() if Tensor not in (hint, *get_args(hint))}
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -39,7 +39,7 @@ def sum_gradients(parameters: Iterable[Tensor], group: Group, tokens: int) -> in
     total = int(collectives.all_reduce(count, group, tag="tokens").item())
     if total == 0:
         raise ValueError("sum_gradients: no rank has a valid token in this step; its loss has no mean")
-    wide = {p: torch.promote_types(p.dtype, torch.float32) for p in grads}
+    wide = {grad: torch.promote_types(grad.dtype, torch.float32) for grad in grads}
     for dtype in sorted(set(wide.values()), key=str):
         chosen = [grad for grad in grads if wide[grad] == dtype]
         flat = torch.cat([grad.reshape(-1).to(dtype) for grad in chosen])

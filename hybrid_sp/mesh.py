@@ -38,12 +38,12 @@ def init_mesh(dp: int = 1, sp: int = 1, device: str = "cpu", timeout: timedelta 
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     ranks = torch.arange(world).view(dp, sp)
-    made = []
-    for members in (ranks.tolist(), ranks.T.tolist()):
-        own = groups.group_options(str(dist.get_backend_config()), timeout)
-        made.append(dist.new_subgroups_by_enumeration(members, timeout=timeout, pg_options=own)[0])
-    rows, columns = made
-    return DeviceMesh.from_group([columns, rows], device, mesh=ranks, mesh_dim_names=("dp", "sp"))
+    backends = str(dist.get_backend_config())
+    (sp_group, _), (dp_group, _) = (
+        dist.new_subgroups_by_enumeration(members, timeout=timeout, pg_options=groups.group_options(backends, timeout))
+        for members in (ranks.tolist(), ranks.T.tolist())
+    )
+    return DeviceMesh.from_group([dp_group, sp_group], device, mesh=ranks, mesh_dim_names=("dp", "sp"))
 
 
 def _processes() -> int:

@@ -70,27 +70,18 @@ class Call:
         """Record the computation inside as a phase on the ledger, on the device of x; waits inside are excluded."""
         return ledger.computing(name, self.tag, direction, self.number, x.device)
 
-    def launch_forward(self, launch: Callable[[], Pending]) -> None:
-        """Launch, except in the recomputation of a checkpoint that has recorded the result."""
-        if not is_replaying():
-            self._put("forward", launch())
-
-    def forward_result(self) -> Any:
-        return self._take("forward")
-
-    def launch_backward(self, launch: Callable[[], Pending], queue: str = "backward") -> None:
-        self._put(queue, launch())
-
-    def backward_result(self, queue: str = "backward") -> Any:
-        return self._take(queue)
-
-    def _put(self, queue: str, pending: Pending) -> None:
+    def launch(self, queue: str, launch: Callable[[], Pending]) -> None:
+        """Launch into a queue; not forward in the recomputation of a checkpoint that has recorded the result."""
+        if queue == "forward" and is_replaying():
+            return
+        pending = launch()
         if not self.sp.overlaps(self.tag):
             result = pending.wait()
             pending = Pending(lambda: result)
         self._in_flight[queue].append(pending)
 
-    def _take(self, queue: str) -> Any:
+    def result(self, queue: str) -> Any:
+        """Wait for the first in a queue, and return its result."""
         assert self._in_flight[queue], f"nothing is in flight: {queue}"
         return self._in_flight[queue].popleft().wait()
 
@@ -129,16 +120,15 @@ class _Start(torch.autograd.Function):
     ) -> Tensor:
         ctx.call, ctx.exchange = call, exchange
         note = "grad" if any(ctx.needs_input_grad) else "no grad"
-        call.launch_forward(lambda: exchange.launch(call.header("forward", note), state, transition, initial))
+        call.launch("forward", lambda: exchange.launch(call.header("forward", note), state, transition, initial))
         return state.new_empty(0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_token: Tensor) -> tuple[None, None, Tensor, None, Tensor | None]:
-        received = ctx.call.backward_result()
+        received = ctx.call.result("backward")
         with ctx.call.phase("fold", "backward", d_token):
-            grads = ctx.exchange.receive_backward(*received)
-        d_state, d_initial = grads
+            d_state, d_initial = ctx.exchange.receive_backward(*received)
         return None, None, d_state, None, d_initial if ctx.needs_input_grad[4] else None
 
 
@@ -148,7 +138,7 @@ class _Finish(torch.autograd.Function):
         ctx.call, ctx.exchange = call, exchange
 
         def receive() -> tuple[Tensor, Tensor, Tensor | None]:
-            received = call.forward_result()
+            received = call.result("forward")
             with call.phase("fold", "forward", token):
                 return exchange.receive(received)
 
@@ -164,9 +154,10 @@ class _Finish(torch.autograd.Function):
         (kept,) = ctx.saved_tensors
         ctx.call.drain()  # an earlier pass over this graph may have launched, and failed before it waited
         header = ctx.call.header("backward")
-        ctx.call.launch_backward(
+        ctx.call.launch(
+            "backward",
             lambda: ctx.exchange.launch_backward(header, d_entering, d_final, kept).then(
                 lambda received: (received, kept)
-            )
+            ),
         )
         return None, None, d_entering.new_empty(0)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor
@@ -38,16 +38,6 @@ def recorded(receive: Callable[[], tuple[Tensor | None, ...]]) -> tuple[Any, ...
     return tuple(None if x is None else x.detach() for x in result)
 
 
-@contextmanager
-def _recording_to(tape: list[Any], position: int | None) -> Iterator[None]:
-    outer = _recording.tape, _recording.position
-    _recording.tape, _recording.position = tape, position
-    try:
-        yield
-    finally:
-        _recording.tape, _recording.position = outer
-
-
 def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Return the `context_fn` for torch.utils.checkpoint (use_reentrant=False): recomputing communicates nothing.
 
@@ -57,20 +47,22 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContext
     gradients. Reentrant checkpoints, checkpoints without this, and the baselines are correct and communicate again.
     """
     tape: list[Any] = []
-    return _recording_to(tape, None), _Replay(tape)
+    return _Context(tape, None), _Context(tape, 0)
 
 
-class _Replay:
-    """The context of a recomputation. A retained graph may enter it more than once; each time it reads from the
-    start."""
+class _Context:
+    """The context of a recorded forward, or of its recomputation, which reads the tape from `position`.
 
-    def __init__(self, tape: list[Any]) -> None:
-        self._tape = tape
-        self._open: list[AbstractContextManager[None]] = []
+    A retained graph may enter its recomputation more than once.
+    """
+
+    def __init__(self, tape: list[Any], position: int | None) -> None:
+        self._inner = tape, position
+        self._outer: list[tuple[list[Any] | None, int | None]] = []
 
     def __enter__(self) -> None:
-        self._open.append(_recording_to(self._tape, 0))
-        self._open[-1].__enter__()
+        self._outer.append((_recording.tape, _recording.position))
+        _recording.tape, _recording.position = self._inner
 
-    def __exit__(self, *error: Any) -> None:
-        self._open.pop().__exit__(*error)
+    def __exit__(self, *error: object) -> None:
+        _recording.tape, _recording.position = self._outer.pop()

@@ -13,7 +13,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,14 @@ def neighbours(rank: int, ranks: int, layout: str) -> tuple[int, int]:
     own, last = spans_of(rank, ranks, layout), len(spans_of(rank, ranks, layout)) * ranks - 1
     before = sum(span > 0 and span - 1 not in own for span in own)
     return before, sum(span < last and span + 1 not in own for span in own)
+
+
+class Held(NamedTuple):
+    """The consecutive tokens that one rank holds; `first` counts among that rank's tokens."""
+
+    rank: int
+    first: int
+    tokens: int
 
 
 def _shortened(values: Sequence[int]) -> str:
@@ -196,9 +204,9 @@ class Shard:
                     f"{_shortened(self.cu_seqlens)}"
                 )
             self.cu_seqlens = tuple(dict.fromkeys(self.cu_seqlens))
-        if self.length < len(self.bounds) - 1:
+        if self.length < self.span_count:
             raise ValueError(
-                f"a sequence of {self.length} tokens cannot be cut into {len(self.bounds) - 1} spans "
+                f"a sequence of {self.length} tokens cannot be cut into {self.span_count} spans "
                 f'({self.sp.size} ranks, layout "{self.sp.layout}"): use longer sequences or fewer ranks'
             )
 
@@ -221,11 +229,20 @@ class Shard:
     @cached_property
     def owners(self) -> tuple[tuple[int, int], ...]:
         """Return, for every span of the sequence, its rank and its index among that rank's spans."""
-        place = {}
-        for rank in range(self.sp.size):
-            for slot, span in enumerate(spans_of(rank, self.sp.size, self.sp.layout)):
-                place[span] = (rank, slot)
+        place = {
+            span: (rank, slot)
+            for rank in range(self.sp.size)
+            for slot, span in enumerate(spans_of(rank, self.sp.size, self.sp.layout))
+        }
         return tuple(place[span] for span in range(self.span_count))
+
+    @cached_property
+    def _held(self) -> tuple[Held, ...]:
+        """Return, for every span of the sequence, the place of its tokens."""
+        return tuple(
+            Held(rank, sum(b - a for a, b in self.spans_at(rank)[:slot]), end - start)
+            for (rank, slot), (start, end) in zip(self.owners, itertools.pairwise(self.bounds), strict=True)
+        )
 
     def spans_at(self, rank: int) -> list[tuple[int, int]]:
         """Return [(start, end), ...] of a rank's spans, in sequence order."""
@@ -260,7 +277,7 @@ class Shard:
     @property
     def tokens(self) -> int:
         """Count the tokens on this rank (T)."""
-        return sum(end - start for start, end in self.spans)
+        return sum(self.span_lengths)
 
     @property
     def span_lengths(self) -> tuple[int, ...]:
@@ -357,33 +374,31 @@ class Shard:
 
     def join(self, x_P: Tensor, dim: int) -> Tensor:
         """Join the padded parts of all ranks [P, ...] into the whole sequence; `dim` holds the tokens of a part."""
-        pieces = [x_P[0].narrow(dim, 0, 0)] * self.span_count
-        for rank in range(self.sp.size):
-            offset = 0
-            for span in spans_of(rank, self.sp.size, self.sp.layout):
-                tokens = self.bounds[span + 1] - self.bounds[span]
-                pieces[span] = x_P[rank].narrow(dim, offset, tokens)
-                offset += tokens
-        return torch.cat(pieces, dim)
+        return torch.cat([x_P[span.rank].narrow(dim, span.first, span.tokens) for span in self._held], dim)
 
     def split(self, x: Tensor, dim: int) -> Tensor:
         """Split the whole sequence into the padded parts of all ranks [P, ...]: the adjoint of `join`."""
         shape = [self.sp.size, *x.shape]
         shape[dim % x.ndim + 1] = self._longest
-        parts = x.new_zeros(shape)
-        for rank in range(self.sp.size):
-            offset = 0
-            for start, end in self.spans_at(rank):
-                parts[rank].narrow(dim, offset, end - start).copy_(x.narrow(dim, start, end - start))
-                offset += end - start
-        return parts
+        x_P = x.new_zeros(shape)
+        for span, x_span in zip(self._held, x.tensor_split(self.bounds[1:-1], dim), strict=True):
+            x_P[span.rank].narrow(dim, span.first, span.tokens).copy_(x_span)
+        return x_P
+
+
+def held(shard: Shard, first: int, end: int) -> Iterator[Held]:
+    """Yield the pieces of a range of the sequence, each held by one rank, in sequence order."""
+    span = bisect_right(shard.bounds, first) - 1
+    while first < end:
+        whole, stop = shard._held[span], min(end, shard.bounds[span + 1])
+        yield Held(whole.rank, whole.first + first - shard.bounds[span], stop - first)
+        first, span = stop, span + 1
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, shard: Shard, x_local: Tensor, dim: int) -> Tensor:
-        ctx.shard, ctx.dim = shard, dim
-        ctx.call = next(shard.calls)
+        ctx.shard, ctx.dim, ctx.call = shard, dim, next(shard.calls)
         header = shard.header("gather", "forward", ctx.call)
         return shard.join(collectives.start_all_gather(shard.pad(x_local, dim), shard.sp.group, header).wait(), dim)
 

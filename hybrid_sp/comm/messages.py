@@ -65,8 +65,10 @@ def start_shift(x: Tensor, number: int, group: Group, header: Header) -> Pending
         return Pending(lambda: x)
     send = functools.partial(start_send, x, (me + 1) % ranks, number, group, header)
     receive = functools.partial(start_receive, x, (me - 1) % ranks, number, group, header)
-    first, second = (receive(), send()) if me % 2 else (send(), receive())
-    sent, received = (second, first) if me % 2 else (first, second)
+    if me % 2:
+        received, sent = receive(), send()
+    else:
+        sent, received = send(), receive()
 
     def result() -> Tensor:
         out = received.wait()

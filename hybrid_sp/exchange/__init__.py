@@ -9,7 +9,7 @@ from ..overlap import Exchange
 from ..shard import SequenceParallel, Shard
 from . import all_gather, chain, doubling, star
 from .all_gather import AllGatherSum
-from .auto import Choice, fastest, measure_link
+from .auto import Choice, measure_link
 from .strategy import Request, Sizes, Strategy
 
 __all__ = ["EXCHANGES", "AllGatherSum", "Request", "Sizes", "Strategy", "choose", "choose_by", "make_exchange"]
@@ -35,13 +35,14 @@ def choose(sp: SequenceParallel, *, state_bytes: int, transition_bytes: int = 0,
         return Choice(sp.linear)
     if sp.size == 1:
         return Choice("all_gather")
-    sizes = Sizes(sp.size, sp.layout, state_bytes, transition_bytes, final)
-    return choose_by(sp.link or measure_link(sp.group), sizes)
+    link = sp.link or measure_link(sp.group)
+    return choose_by(link, Sizes(sp.size, sp.layout, state_bytes, transition_bytes, final))
 
 
 def choose_by(link: Link, sizes: Sizes) -> Choice:
-    """Choose the fastest strategy on a link."""
-    return fastest(EXCHANGES, link, sizes)
+    """Choose the fastest strategy on a link, baselines left out."""
+    seconds = {name: strategy.seconds(link, sizes) for name, strategy in EXCHANGES.items() if not strategy.baseline}
+    return Choice(min(seconds, key=lambda name: seconds[name]), link, seconds)
 
 
 def make_exchange(shard: Shard, state: Tensor, transition: Tensor | None, request: Request) -> Exchange:
@@ -51,7 +52,7 @@ def make_exchange(shard: Shard, state: Tensor, transition: Tensor | None, reques
     """
     sent = 0 if transition is None or request.known_decays is not None else transition[0].nbytes
     final = request.needs_final_state
-    choice = choose(shard.sp, state_bytes=state[0].nbytes, transition_bytes=sent, final=final)
-    if choice.strategy not in EXCHANGES:
-        raise ValueError(f"linear={choice.strategy!r} exchanges no states; take one of {', '.join(EXCHANGES)}, or auto")
-    return EXCHANGES[choice.strategy].make(shard, request)
+    name = choose(shard.sp, state_bytes=state[0].nbytes, transition_bytes=sent, final=final).strategy
+    if name not in EXCHANGES:
+        raise ValueError(f"linear={name!r} exchanges no states; take one of {', '.join(EXCHANGES)}, or auto")
+    return EXCHANGES[name].make(shard, request)

@@ -72,11 +72,9 @@ def fold_backward(transitions: Tensor | None, d_entering: Sequence[Tensor], d_fi
 
     dS_out(n-1) = dS_final;  dS_out(i-1) = A_i^T dS_out(i) + dS_in(i).
     """
-    d_after = torch.zeros_like(d_entering[0]) if d_final is None else d_final
-    d_leaving = [d_after]
+    d_leaving = [torch.zeros_like(d_entering[0]) if d_final is None else d_final]
     for i in range(len(d_entering) - 1, 0, -1):
-        d_after = apply_adjoint(None if transitions is None else transitions[i], d_after) + d_entering[i]
-        d_leaving.append(d_after)
+        d_leaving.append(apply_adjoint(None if transitions is None else transitions[i], d_leaving[-1]) + d_entering[i])
     return d_leaving[::-1]
 
 

@@ -51,8 +51,8 @@ class AllGather:
         sent = torch.cat([d_entering, d_final.unsqueeze(0)]) if final else d_entering
 
         def unpack(x_Ps: Tensor) -> _Gradients:
-            d_final_sum = x_Ps[:, -1].sum(0) if final else None
-            return _Gradients([x_Ps[owner] for owner in self.shard.owners], d_final_sum, d_final)
+            d_entering_n = [x_Ps[owner] for owner in self.shard.owners]
+            return _Gradients(d_entering_n, x_Ps[:, -1].sum(0), d_final) if final else _Gradients(d_entering_n)
 
         return collectives.start_all_gather(sent, self.shard.sp.group, header).then(unpack)
 
@@ -62,20 +62,18 @@ class AllGather:
         # 4. Fold them from the last span back; keep the gradients of the states that leave this rank's spans.
         d_leaving_n = fold_backward(transitions, received.d_entering, received.d_final)
         d_leaving = torch.stack([d_leaving_n[i] for i in own])
-        d_initial = None
-        if self.request.has_initial_state:
-            d_own = [received.d_entering[i] for i in own]
-            d_final = received.d_final_here if self.request.needs_final_state else None
-            d_initial = fold_initial(transitions, own, d_own, d_final)
-        return d_leaving, d_initial
+        if not self.request.has_initial_state:
+            return d_leaving, None
+        d_own = [received.d_entering[i] for i in own]
+        return d_leaving, fold_initial(transitions, own, d_own, received.d_final_here)
 
 
 class _Gradients(NamedTuple):
     """The gradients of the states that enter all spans, of the final state summed over ranks, and this rank's part."""
 
     d_entering: list[Tensor]
-    d_final: Tensor | None
-    d_final_here: Tensor
+    d_final: Tensor | None = None
+    d_final_here: Tensor | None = None
 
 
 def received(sizes: Sizes, rank: int) -> tuple[int, int]:

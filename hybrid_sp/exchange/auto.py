@@ -1,4 +1,4 @@
-"""The choice of the fastest exchange of states, by a model of the network, and the measurement of the network.
+"""The network that decides which exchange of states is the fastest: its measurement, and the choice it leads to.
 
 A link has a latency l (seconds per message) and a bandwidth w (bytes per second). P ranks hold m spans each, n = m P in
 all. A state has s bytes, and the transition sent with it t bytes. The file of each strategy gives its seconds. If
@@ -11,7 +11,6 @@ import itertools
 import statistics
 import time
 import weakref
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -20,7 +19,6 @@ from ..comm import collectives, groups, messages
 from ..comm.groups import Group
 from ..comm.link import Link
 from ..comm.pending import Header
-from .strategy import Sizes, Strategy
 
 SMALL, LARGE = 8, 1 << 20  # bytes of the two messages that measure a link
 REPEATS = 5
@@ -32,12 +30,6 @@ class Choice(NamedTuple):
     strategy: str
     link: Link | None = None
     seconds: dict[str, float] | None = None
-
-
-def fastest(strategies: Mapping[str, Strategy], link: Link, sizes: Sizes) -> Choice:
-    """Choose by the link, baselines left out."""
-    seconds = {name: one.seconds(link, sizes) for name, one in strategies.items() if not one.baseline}
-    return Choice(min(seconds, key=lambda name: seconds[name]), link, seconds)
 
 
 _links: weakref.WeakKeyDictionary[Group, Link] = weakref.WeakKeyDictionary()

@@ -68,16 +68,17 @@ class Chain:
             return self._cut(torch.zeros_like(self.scan.like) if first is None else first)
         if self.scan.owners[position - 1] == self.scan.here:
             return leaving
-        arriving = self.asked.get(position) or self._ask(position)
-        return (message.wait() for message in arriving)
+        return (message.wait() for message in self.asked.get(position) or self._ask(position))
 
     def _ask(self, position: int) -> list[Pending]:
         """Ask for the value that enters a position, if another rank sends it."""
         source = self.scan.owners[position - 1] if position else self.scan.here
         if source == self.scan.here:
             return []
-        blocks = enumerate(self._cut(self.scan.like))
-        return [self.scan.receive(block, source, self._number(position, i)) for i, block in blocks]
+        return [
+            self.scan.receive(like, source, self._number(position, block))
+            for block, like in enumerate(self._cut(self.scan.like))
+        ]
 
     def _cut(self, x: Tensor) -> Sequence[Tensor]:
         return x.tensor_split(self.blocks, -1)

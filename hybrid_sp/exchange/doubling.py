@@ -13,7 +13,6 @@ sent again.
 from __future__ import annotations
 
 from functools import partial
-from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -41,7 +40,7 @@ class Doubling:
             windows[0] = AffineState(None, self._leaving(0, start))
         # 2. In each round, compose every window with the one that ends d positions before it.
         before: dict[int, AffineState] = {}
-        for d in takewhile(lambda d: d < count, (1 << i for i in range(count))):
+        for d in (1 << r for r in range((count - 1).bit_length())):
             for p, earlier in self._round(d, windows).items():
                 before[p] = compose(before[p], earlier) if p in before else earlier
                 if p + 2 * d < count:  # the next round sends it

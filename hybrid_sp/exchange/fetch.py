@@ -7,16 +7,14 @@ its mirror image carries their gradients back to the owners. The bytes sent do n
 
 from __future__ import annotations
 
-import bisect
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..comm import collectives
 from ..comm.pending import Header, Pending
-from ..shard import Shard
+from ..shard import Shard, held
 
 Range = tuple[int, int]  # tokens [first, end) of the whole sequence
 
@@ -29,26 +27,6 @@ def before(shard: Shard, rank: int, width: int) -> list[Range]:
 def last(shard: Shard, width: int) -> Range:
     """Return the last `width` tokens of the sequence, cut at the begin of its last document."""
     return max(shard.length - width, shard.document_start(shard.length - 1)), shard.length
-
-
-class Held(NamedTuple):
-    """The consecutive tokens that one rank holds; `first` counts among that rank's tokens."""
-
-    rank: int
-    first: int
-    tokens: int
-
-
-def held(shard: Shard, first: int, end: int) -> Iterator[Held]:
-    """Yield the pieces of a range, each held by one rank, in sequence order."""
-    span = bisect.bisect_right(shard.bounds, first) - 1
-    while first < end:
-        rank, slot = shard.owners[span]
-        spans = shard.spans_at(rank)
-        stop = min(end, shard.bounds[span + 1])
-        place = sum(b - a for a, b in spans[:slot]) + first - spans[slot][0]
-        yield Held(rank, place, stop - first)
-        first, span = stop, span + 1
 
 
 def rows_of_others(shard: Shard, rank: int, ranges: Sequence[Range]) -> int:

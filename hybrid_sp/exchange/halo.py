@@ -35,8 +35,7 @@ class Halo:
 
     def receive_backward(self, received: Tensor, kept: Tensor | None) -> tuple[Tensor, None]:
         """Return the gradient of x."""
-        dx, self.own = self.own, None
-        if dx is None:  # only the rows reached the loss
-            dx = received.new_zeros(self.shape)
+        dx = received.new_zeros(self.shape) if self.own is None else self.own  # None: only the rows reached the loss
+        self.own = None
         self.plan.add(dx, received)
         return dx, None

@@ -26,7 +26,7 @@ from ..comm.groups import Group
 from ..comm.link import Link
 from ..comm.pending import Header, Pending
 from ..shard import Shard
-from .affine import AffineState
+from .affine import AffineState, span
 from .strategy import Request, Sizes
 
 
@@ -123,14 +123,13 @@ class ScanExchange:
     def launch_backward(self, header: Header, d_entering: Tensor, d_final: Tensor, kept: Tensor | None) -> Pending:
         """Pass gradients of states on, from those of this rank's entering states."""
         # 1. Reverse the spans, and make each a map x -> A^T x + dS_in.
-        count = self.shard.span_count
-        positions = [count - 1 - i for i in reversed(self.shard.own)]
+        positions = [self.shard.span_count - 1 - i for i in reversed(self.shard.own)]
         transposed = None if kept is None else (kept.mT if kept.ndim == d_entering.ndim else kept).flip(0)
         known, entered = self.request.known_decays, self.request.has_initial_state
         known = None if known is None else known.flip(0)
         scan = self._scan(header, positions, d_entering.flip(0), transposed, known, entered)
         # 2. Start the sum of dS_final at the owner of the last span.
-        summed = _ReduceFinal(scan, d_final) if self.request.needs_final_state else None
+        summed = _reduce_final(scan, d_final) if self.request.needs_final_state else None
         algorithm = self.algorithm(scan)
 
         def run() -> tuple[Tensor, Tensor | None]:
@@ -160,9 +159,7 @@ class ScanExchange:
     ) -> Scan:
         group, owners = self.shard.sp.group, tuple(rank for rank, _ in self.shard.owners)
         header = messages.open_exchange(header, self.name, states, group)
-        maps = [
-            AffineState(None if transitions is None else transitions[slot], state) for slot, state in enumerate(states)
-        ]
+        maps = [span(AffineState(transitions, states), slot) for slot in range(len(states))]
         return Scan(
             owners=owners if header.direction == "forward" else owners[::-1],
             maps=dict(zip(positions, maps, strict=True)),
@@ -177,22 +174,19 @@ class ScanExchange:
         return run_in_background(run, what, header, x.device) if self.background else Pending(run, what=what)
 
 
-class _ReduceFinal:
-    """The sum of dS_final over ranks, at the owner of the position that it enters."""
+def _reduce_final(scan: Scan, d_final: Tensor) -> Pending:
+    """Launch the sum of dS_final at the owner of the position that it enters, in rank order; None elsewhere."""
+    owner = scan.owners[0]
+    if scan.here != owner:
+        return scan.send(d_final, owner, scan.here).then(lambda _: None)
+    ranks = range(groups.size(scan.group))
+    arriving = [Pending(lambda: d_final) if rank == owner else scan.receive(d_final, rank, rank) for rank in ranks]
 
-    def __init__(self, scan: Scan, mine: Tensor) -> None:
-        self.mine, owner = mine, scan.owners[0]
-        ranks = range(groups.size(scan.group))
-        self.here = scan.here == owner
-        self.sends = [] if self.here else [scan.send(mine, owner, scan.here)]
-        self.arriving = [None if rank == owner else scan.receive(mine, rank, rank) for rank in ranks if self.here]
+    def total() -> Tensor:
+        d_finals = [message.wait() for message in arriving]
+        return sum(d_finals[1:], d_finals[0])
 
-    def wait(self) -> Tensor | None:
-        """Return the sum, in the order of the ranks, at the owner; None elsewhere."""
-        for send in self.sends:
-            send.wait()
-        parts = [self.mine if part is None else part.wait() for part in self.arriving]
-        return sum(parts[1:], parts[0]) if self.here else None
+    return Pending(total)
 
 
 def _broadcast_final(scan: Scan, leaving: Tensor | None) -> Tensor:

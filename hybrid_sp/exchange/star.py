@@ -54,20 +54,19 @@ class Star:
 
     def launch_backward(self, header: Header, d_entering: Tensor, d_final: Tensor, kept: Tensor | None) -> Pending:
         """Send the gradients of this rank's entering states, and of the final state, to the centre."""
-        needs_final, m = self.request.needs_final_state, len(self.shard.own)
+        needs_final = self.request.needs_final_state
         sent = torch.cat([d_entering, d_final.unsqueeze(0)]) if needs_final else d_entering
         d_initial = torch.zeros_like(d_entering[0]) if self.request.has_initial_state else None
 
         def fold(rows: Tensor) -> tuple[list[Tensor], None]:
             nonlocal d_initial
-            d_spans, d_last = list(rows), None
-            if needs_final:  # one row per rank, after the rows of the spans
-                d_spans, d_last = d_spans[: self.shard.span_count], rows[self.shard.span_count :].sum(0)
+            d_spans = list(rows[: self.shard.span_count])
+            d_last = rows[self.shard.span_count :].sum(0) if needs_final else None  # one row per rank
             if d_initial is not None:
                 d_initial = fold_initial(kept, range(self.shard.span_count), d_spans, d_last)
             return fold_backward(kept, d_spans, d_last), None
 
-        assert len(sent) == m + needs_final
+        assert len(d_entering) == len(self.shard.own)
         return self._round(header, sent, fold, False, d_entering, lambda own, _: (own, d_initial))
 
     def receive_backward(

@@ -114,8 +114,9 @@ class TokenSizes(NamedTuple):
         """Count the tokens of the longest rank, over the batch: B ceil(L / P). Raises ValueError if a rank would have
         none."""
         if not 1 <= self.ranks <= self.length:
-            few = f"{self.ranks} ranks for a sequence of {self.length} tokens"
-            raise ValueError(f"{few}; take 1 to {self.length} ranks")
+            raise ValueError(
+                f"{self.ranks} ranks for a sequence of {self.length} tokens; take 1 to {self.length} ranks"
+            )
         return self.batch * -(-self.length // self.ranks)
 
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from ..kernels.softmax import tiles
 from ..kernels.softmax.tiles import Tile
-from ..shard import Shard
-from .fetch import FetchPlan, Range, held, rows_of_others
+from ..shard import Shard, held
+from .fetch import FetchPlan, Range, rows_of_others
 from .kv import AllGatherKV, FetchKV, KVExchange
 
 
@@ -110,8 +110,5 @@ def _documents(shard: Shard, rank: int) -> Iterator[Reading]:
 
 def _somebody_needs_all(shard: Shard, wanted: list[list[Range]]) -> bool:
     """Tell whether some rank would receive as many tokens as by the gather, or more: then the gather serves all."""
-    for rank, ranges in enumerate(wanted):
-        missing = shard.length - sum(end - start for start, end in shard.spans_at(rank))
-        if 0 < missing <= rows_of_others(shard, rank, ranges):
-            return True
-    return False
+    missing = [shard.length - sum(end - start for start, end in shard.spans_at(rank)) for rank in range(len(wanted))]
+    return any(0 < missing[rank] <= rows_of_others(shard, rank, ranges) for rank, ranges in enumerate(wanted))

@@ -152,10 +152,7 @@ class _Schedule:
             heads = self.groups[i]
             header = self.call.header("backward" if again else "forward", f"{note} {heads.note}".strip())
             launch = functools.partial(self.mask.keys.launch, header, k[:, :, heads.keys], v[:, :, heads.keys])
-            if again:
-                self.call.launch_backward(launch, "again")
-            else:
-                self.call.launch_forward(launch)
+            self.call.launch("again" if again else "forward", launch)
 
     def _rest(self, i: int, note: str, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
         """Wait for group i, attend to it while the next is in flight, and merge."""
@@ -168,7 +165,7 @@ class _Schedule:
         return [kv] if self.keep else []
 
     def _received(self) -> tuple[Tensor]:
-        return (self.call.forward_result(),)
+        return (self.call.result("forward"),)
 
     def backward(self, do: Tensor, saved: _Saved, kept: Sequence[Tensor], shared: bool) -> _Grads:
         """Return dq, dk and dv in the precision of sums.
@@ -203,7 +200,7 @@ class _Schedule:
     ) -> None:
         """Compute the gradients of group i, and launch their way back to the owners of its keys."""
         q, k, v, o, lse = saved
-        kv = kept[i] if self.keep else self.call.backward_result("again")
+        kv = kept[i] if self.keep else self.call.result("again")
         if not self.keep:
             self._send(i + 1, "again", k, v, again=True)
         d_kv = torch.zeros_like(kv, dtype=lse.dtype)
@@ -216,13 +213,13 @@ class _Schedule:
         self._add(i - 1, grads, shared)
         if shared:
             header = self.call.header("backward", heads.note)
-            self.call.launch_backward(lambda: self.mask.keys.launch_backward(header, d_kv))
+            self.call.launch("backward", lambda: self.mask.keys.launch_backward(header, d_kv))
 
     def _add(self, i: int, grads: _Grads, shared: bool) -> None:
         """Wait for the gradients that other ranks' queries give to group i of the own keys, and add them."""
         if shared and i >= 0:
             heads = self.groups[i].keys
-            self.mask.keys.add(grads[1][:, :, heads], grads[2][:, :, heads], self.call.backward_result())
+            self.mask.keys.add(grads[1][:, :, heads], grads[2][:, :, heads], self.call.result("backward"))
 
 
 class _Attention(torch.autograd.Function):

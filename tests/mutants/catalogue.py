@@ -49,15 +49,15 @@ MUTANTS = [
     Mutant(
         name="dropped decay of a span, backward",
         file="hybrid_sp/exchange/affine.py",
-        old="d_after = apply_adjoint(None if transitions is None else transitions[i], d_after) + d_entering[i]",
-        new="d_after = d_after + d_entering[i]",
+        old="apply_adjoint(None if transitions is None else transitions[i], d_leaving[-1]) + d_entering[i]",
+        new="d_leaving[-1] + d_entering[i]",
         test=f"{PARITY}[4-zigzag-linear]",
     ),
     Mutant(
         name="dropped dS_final",
         file="hybrid_sp/exchange/affine.py",
-        old="d_after = torch.zeros_like(d_entering[0]) if d_final is None else d_final",
-        new="d_after = torch.zeros_like(d_entering[0])",
+        old="d_leaving = [torch.zeros_like(d_entering[0]) if d_final is None else d_final]",
+        new="d_leaving = [torch.zeros_like(d_entering[0])]",
         test=f"{PARITY}[2-contiguous-linear]",
     ),
     Mutant(
@@ -71,22 +71,22 @@ MUTANTS = [
     Mutant(
         name="one rank's dS_final",
         file="hybrid_sp/exchange/all_gather.py",
-        old="x_Ps[:, -1].sum(0) if final",
-        new="x_Ps[0, -1] if final",
+        old="x_Ps[:, -1].sum(0)",
+        new="x_Ps[0, -1]",
         test=f"{PARITY}[2-contiguous-linear]",
     ),
     Mutant(
         name="swapped zigzag spans of states",
         file="hybrid_sp/shard.py",
-        old="for slot, span in enumerate(spans_of(rank, self.sp.size, self.sp.layout)):",
-        new="for slot, span in enumerate(spans_of(rank, self.sp.size, self.sp.layout)[::-1]):",
+        old="for slot, span in enumerate(spans_of(rank, self.sp.size, self.sp.layout))",
+        new="for slot, span in enumerate(spans_of(rank, self.sp.size, self.sp.layout)[::-1])",
         test=f"{PARITY}[2-zigzag-linear]",
     ),
     Mutant(
         name="swapped zigzag spans of keys",
         file="hybrid_sp/shard.py",
-        old="for span in spans_of(rank, self.sp.size, self.sp.layout):\n                tokens =",
-        new="for span in spans_of(rank, self.sp.size, self.sp.layout)[::-1]:\n                tokens =",
+        old="self.spans_at(rank)[:slot]",
+        new="self.spans_at(rank)[slot + 1 :]",
         test=f"{PARITY}[2-zigzag-softmax]",
     ),
     Mutant(
@@ -299,8 +299,8 @@ MUTANTS = [
     Mutant(
         name="gather for a short window",
         file="hybrid_sp/exchange/visible.py",
-        old="if 0 < missing <= rows_of_others",
-        new="if 0 < missing or rows_of_others",
+        old="0 < missing[rank] <= rows_of_others",
+        new="0 < missing[rank] or rows_of_others",
         test=f"{WINDOW}::test_a_window_receives_what_it_sees_however_long_the_sequence",
     ),
     # Key heads a few at a time.

@@ -61,8 +61,8 @@ EXCHANGE_MUTANTS = [
     Mutant(
         name="one rank's dS_final enters the scan",
         file="hybrid_sp/exchange/scan.py",
-        old="sum(parts[1:], parts[0])",
-        new="parts[0]",
+        old="sum(d_finals[1:], d_finals[0])",
+        new="d_finals[0]",
         test=f"{SCAN}[4-contiguous-ring]",
     ),
     Mutant(
