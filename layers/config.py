@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
@@ -133,20 +133,20 @@ def block_specs(config: ModelConfig) -> list[tuple[MixerSpec, BlockContext]]:
     if config.heads % kv_heads:
         raise ValueError(f"heads {config.heads} is not a multiple of kv_heads {kv_heads}; change one of them")
     specs = {name: mixer_spec(name, **options) for name, options in config.mixers.items()}
-    blocks = []
-    for layer, name in enumerate(expand_pattern(config)):
-        context = BlockContext(
-            dim=config.dim,
-            heads=config.heads,
-            kv_heads=kv_heads,
-            layer=layer,
-            depth=config.depth,
-            norm_eps=config.norm_eps,
-            rope_base=config.rope_base,
-            backend=config.backend,
-        )
-        blocks.append((specs.get(name) or mixer_spec(name), context))
-    return blocks
+    first = BlockContext(
+        dim=config.dim,
+        heads=config.heads,
+        kv_heads=kv_heads,
+        layer=0,
+        depth=config.depth,
+        norm_eps=config.norm_eps,
+        rope_base=config.rope_base,
+        backend=config.backend,
+    )
+    return [
+        (specs.get(name) or mixer_spec(name), replace(first, layer=layer))
+        for layer, name in enumerate(expand_pattern(config))
+    ]
 
 
 def mlp_width(config: ModelConfig) -> int:

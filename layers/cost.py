@@ -44,7 +44,6 @@ class Attention:
 
 
 STATE_BYTES = 4  # fp32, in which states and gradients travel
-TRANSITIONS = ("none", "fixed", "scalar", "vector", "matrix")
 
 
 def transition_elements(kind: str, K: int) -> int:
@@ -53,9 +52,9 @@ def transition_elements(kind: str, K: int) -> int:
     none and fixed: 0, since every rank knows the transition; scalar: 1; vector: K; matrix: K * K.
     Another kind raises ValueError.
     """
-    sizes = dict(zip(TRANSITIONS, (0, 0, 1, K, K * K), strict=True))
+    sizes = {"none": 0, "fixed": 0, "scalar": 1, "vector": K, "matrix": K * K}
     if kind not in sizes:
-        raise ValueError(f"transition is {kind!r}; it must be one of {', '.join(TRANSITIONS)}")
+        raise ValueError(f"transition is {kind!r}; it must be one of {', '.join(sizes)}")
     return sizes[kind]
 
 

@@ -84,16 +84,14 @@ class MixerShape:
     @property
     def summary(self) -> Summary:
         """The message about one span that ranks exchange."""
-        transition = "matrix" if self.delta else self.decay
-        gates = self.delta + {"scalar": 1, "vector": self.key}.get(self.decay, 0)
         return Summary(
             heads=self.heads,
             key=self.key,
             value=self.value,
-            transition=transition,
+            transition="matrix" if self.delta else self.decay,
             normalize=self.normalize,
             groups=self.groups,
-            gates=gates,
+            gates=self.delta + {"scalar": 1, "vector": self.key}.get(self.decay, 0),
         )
 
 
@@ -122,7 +120,7 @@ class RecurrentMixer(nn.Module):
     starts from a state and returns the next one.
     """
 
-    def __init__(self, shape: MixerShape, context: BlockContext, rule: nn.Module) -> None:
+    def __init__(self, shape: MixerShape, context: BlockContext, rule: Callable[..., RecurrenceInputs]) -> None:
         super().__init__()
         values = shape.heads * shape.value
         self.shape = shape
