@@ -158,6 +158,6 @@ def model_facts(config: ModelConfig) -> Cost:
     """Count the cost of HybridLM(config) without its memory. A config that HybridLM refuses raises ValueError."""
     with torch.device("meta"):  # takes no memory and draws no random number
         blocks = [Block(spec, context, mlp_width(config)).cost() for spec, context in block_specs(config)]
-    head = Cost(matmul_params=config.vocab * config.dim)
-    embedding = Cost(other_params=0 if config.tie_embeddings else config.vocab * config.dim)
-    return sum(blocks, start=embedding + head + Cost(other_params=config.dim))
+    head = config.vocab * config.dim
+    embedding = 0 if config.tie_embeddings else head
+    return sum(blocks, start=Cost(matmul_params=head, other_params=embedding + config.dim))

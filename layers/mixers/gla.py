@@ -46,8 +46,9 @@ class GLARule(nn.Module):
     def __init__(self, spec: GLASpec, dim: int, keys: int) -> None:
         super().__init__()
         self.temperature = spec.temperature
-        halves = nn.Linear(dim, spec.gate_rank, bias=False), nn.Linear(spec.gate_rank, keys)
-        self.low_rank: Sequence[nn.Linear] = nn.ModuleList(halves)  # type: ignore[assignment]
+        self.low_rank: Sequence[nn.Linear] = nn.ModuleList(  # type: ignore[assignment]
+            [nn.Linear(dim, spec.gate_rank, bias=False), nn.Linear(spec.gate_rank, keys)]
+        )
 
     def forward(
         self, x_BTD: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, positions_T: Tensor

@@ -46,8 +46,10 @@ class KDASpec(MixerSpec):
             gate=torch.sigmoid,
             gate_rank=self.gate_rank or value,
         )
-        down = nn.Linear(context.dim, shape.gate_rank, bias=False)
-        up = nn.Linear(shape.gate_rank, shape.heads * shape.key, bias=False)
-        steps = TimeStep(nn.Sequential(down, up), shape.heads, shape.key)
+        project = nn.Sequential(
+            nn.Linear(context.dim, shape.gate_rank, bias=False),
+            nn.Linear(shape.gate_rank, shape.heads * shape.key, bias=False),
+        )
+        steps = TimeStep(project, shape.heads, shape.key)
         rule = DeltaRule(context.dim, shape.heads, steps, negative=self.negative_eigenvalues)
         return RecurrentMixer(shape, context, rule)
