@@ -63,7 +63,6 @@ class Sweep:
     parallel: int = 1  # runs at a time
 
 
-KEYS = tuple(key.name for key in fields(Sweep))
 OWN_KEYS = ("name", "nproc", "parallel")  # key=value sets these on the sweep itself, and all other keys on every run
 
 
@@ -110,9 +109,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
         refuse_text(layers, f"sweep file {path}")
         sweep = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Sweep), *layers))
     except OmegaConfBaseException as error:
-        raise ValueError(
-            f"sweep file {path}: {config.first_line(error)}; a sweep has the keys {', '.join(KEYS)}"
-        ) from None
+        keys = ", ".join(key.name for key in fields(Sweep))
+        raise ValueError(f"sweep file {path}: {config.first_line(error)}; a sweep has the keys {keys}") from None
     assert isinstance(sweep, Sweep)
     _check(sweep, path)
     return sweep
@@ -397,24 +395,23 @@ def _tail(log: Path) -> list[str]:
     return list(own)[-TAIL:]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Run the command; return its exit code: 0 all finished, 1 some failed, 2 not started, 130 interrupted."""
     parser = argparse.ArgumentParser(prog="python -m recipes.sweep", description="Train every cell of a sweep file.")
     parser.add_argument("file", help="a sweep file, such as recipes/ablations/hybrid_ratio.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="name, nproc, parallel, or a recipe key")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and run nothing")
-    words = list(sys.argv[1:] if argv is None else argv)
-    arguments = parser.parse_intermixed_args(words)
+    chosen = parser.parse_intermixed_args(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt, like Ctrl-C
     started = time.monotonic()
     try:
-        sweep = load(arguments.file, arguments.overrides)
-        cells = plan(sweep, arguments.file)
-        if arguments.dry_run:
-            _show_plan(sweep, arguments.file, cells)
+        sweep = load(chosen.file, chosen.overrides)
+        cells = plan(sweep, chosen.file)
+        if chosen.dry_run:
+            _show_plan(sweep, chosen.file, cells)
             return 0
-        shown = " ".join(["python -m recipes.sweep", *words])
-        return report(run(sweep, arguments.file, cells, shown), time.monotonic() - started)
+        outcomes = run(sweep, chosen.file, cells, shown=" ".join(["python -m recipes.sweep", *arguments]))
+        return report(outcomes, time.monotonic() - started)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -424,4 +421,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main(sys.argv[1:]))

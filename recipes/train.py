@@ -384,8 +384,11 @@ def _stop_signals() -> Iterator[list[int]]:
         asked.append(number)
         signal.signal(number, before[signal.Signals(number)])
 
-    heard = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
-    before = {number: signal.signal(number, ask) for number in heard}
+    before = {
+        number: signal.signal(number, ask)
+        for number in STOP_SIGNALS
+        if signal.getsignal(number) != signal.SIG_IGN  # nohup ignores SIGHUP
+    }
     try:
         yield asked
     finally:
