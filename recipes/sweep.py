@@ -11,6 +11,7 @@ import argparse
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -144,9 +145,8 @@ def plan(sweep: Sweep, path: str | Path) -> list[Cell]:
     """
     base = base_recipe(sweep, path)
     product = [dict(zip(sweep.axes, values, strict=True)) for values in itertools.product(*sweep.axes.values())]
-    points = product + [point | {SEED: str(seed)} for seed in sweep.seeds.values for point in [_seeded(sweep, product)]]
     groups: dict[str, tuple[config.Recipe, list[dict[str, str]]]] = {}
-    for point in points:
+    for point in product + _seeded(sweep, product):
         recipe = _resolve(base, sweep, point)
         groups.setdefault(_experiment(recipe), (recipe, []))[1].append(point)
     names = [_name(_shared(members)) for _, members in groups.values()]
@@ -172,26 +172,29 @@ def base_recipe(sweep: Sweep, path: str | Path) -> Path:
     return Path(os.path.relpath(Path(path).parent / sweep.base))
 
 
-def _seeded(sweep: Sweep, product: list[dict[str, str]]) -> dict[str, str]:
+def _seeded(sweep: Sweep, product: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Return the cell of `seeds` once for each of its values."""
     wanted = sweep.seeds.cell
     found = [point for point in product if wanted.items() <= point.items()]
-    if len(found) != 1:
+    if sweep.seeds.values and len(found) != 1:
         raise ValueError(
             f"seeds.cell {wanted} names {len(found)} cells; give it one value for each of {list(sweep.axes)}"
         )
-    return found[0]
+    return [found[0] | {SEED: str(seed)} for seed in sweep.seeds.values]
 
 
 def _shared(members: list[dict[str, str]]) -> dict[str, str]:
-    return {key: value for key, value in members[0].items() if all(m.get(key) == value for m in members)}
+    return {key: value for key, value in members[0].items() if all(member.get(key) == value for member in members)}
 
 
 def _name(point: Mapping[str, str]) -> str:
     """Name the folder of a cell."""
     short = [key.rpartition(".")[2] for key in point]
-    keys = [key.replace(".", "-") if short.count(last) > 1 else last for key, last in zip(point, short, strict=True)]
-    pairs = (f"{key}-{value}" for key, value in zip(keys, point.values(), strict=True))
-    return file_name("_".join("".join(c if c.isalnum() else "-" for c in pair) for pair in pairs)) or "all"
+    pairs = (
+        f"{key if short.count(last) > 1 else last}-{value}"
+        for (key, value), last in zip(point.items(), short, strict=True)
+    )
+    return file_name("_".join(re.sub(r"[\W_]", "-", pair) for pair in pairs)) or "all"
 
 
 def _overrides(sweep: Sweep, point: Mapping[str, str], name: str) -> tuple[str, ...]:
@@ -281,7 +284,7 @@ def run(
                     else:
                         say(cell, f"running, output in {cell.folder / LOG}")
                         live[start(command(sweep, path, cell, module), cell, held)] = (cell, time.monotonic())
-                for process in [p for p in live if p.poll() is not None]:
+                for process in [process for process in live if process.poll() is not None]:
                     cell, began = live.pop(process)
                     outcomes[cell.name] = outcome = _ended(cell, process.returncode, time.monotonic() - began)
                     say(cell, f"{outcome.state} after {outcome.seconds:.0f} s: {outcome.note}")
