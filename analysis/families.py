@@ -13,12 +13,15 @@ from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
+import torch
+
 from analysis import tables, traffic
 from analysis.points import Point, group_runs, kinds
 from analysis.runs import Run
 from analysis.tables import Table
 from layers.config import ModelConfig, block_specs, expand_pattern, model_facts
 from layers.cost import Cost
+from layers.recurrence import RecurrentMixer
 from layers.registry import BlockContext, MixerSpec, mixer_cost
 
 FAMILIES = (
@@ -35,14 +38,15 @@ Block = tuple[str, MixerSpec, BlockContext]
 
 def family(spec: MixerSpec, context: BlockContext) -> str:
     """Name the mixer's family: the kind of its decay, or softmax, the delta rule or polynomial features instead."""
-    facts = mixer_cost(spec, context)
+    with torch.device("meta"):
+        mixer = spec.build(context)
+    facts = mixer.cost()
     if facts.attention:
         return "softmax"
     (summary,) = facts.summaries
     if summary.transition == "matrix":
         return "delta rule"
-    shape = getattr(spec, "shape", None)
-    if shape is not None and shape(context).features is not None:
+    if isinstance(mixer, RecurrentMixer) and mixer.shape.features is not None:
         return "polynomial features"
     return DECAYS[summary.transition]
 

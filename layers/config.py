@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
@@ -133,20 +133,20 @@ def block_specs(config: ModelConfig) -> list[tuple[MixerSpec, BlockContext]]:
     if config.heads % kv_heads:
         raise ValueError(f"heads {config.heads} is not a multiple of kv_heads {kv_heads}; change one of them")
     specs = {name: mixer_spec(name, **options) for name, options in config.mixers.items()}
-    blocks = []
-    for layer, name in enumerate(expand_pattern(config)):
-        context = BlockContext(
-            dim=config.dim,
-            heads=config.heads,
-            kv_heads=kv_heads,
-            layer=layer,
-            depth=config.depth,
-            norm_eps=config.norm_eps,
-            rope_base=config.rope_base,
-            backend=config.backend,
-        )
-        blocks.append((specs.get(name) or mixer_spec(name), context))
-    return blocks
+    first = BlockContext(
+        dim=config.dim,
+        heads=config.heads,
+        kv_heads=kv_heads,
+        layer=0,
+        depth=config.depth,
+        norm_eps=config.norm_eps,
+        rope_base=config.rope_base,
+        backend=config.backend,
+    )
+    return [
+        (specs.get(name) or mixer_spec(name), replace(first, layer=layer))
+        for layer, name in enumerate(expand_pattern(config))
+    ]
 
 
 def mlp_width(config: ModelConfig) -> int:
@@ -158,6 +158,6 @@ def model_facts(config: ModelConfig) -> Cost:
     """Count the cost of HybridLM(config) without its memory. A config that HybridLM refuses raises ValueError."""
     with torch.device("meta"):  # takes no memory and draws no random number
         blocks = [Block(spec, context, mlp_width(config)).cost() for spec, context in block_specs(config)]
-    head = Cost(matmul_params=config.vocab * config.dim)
-    embedding = Cost(other_params=0 if config.tie_embeddings else config.vocab * config.dim)
-    return sum(blocks, start=embedding + head + Cost(other_params=config.dim))
+    head = config.vocab * config.dim
+    embedding = 0 if config.tie_embeddings else head
+    return sum(blocks, start=Cost(matmul_params=head, other_params=embedding + config.dim))

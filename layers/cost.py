@@ -24,11 +24,6 @@ class Attention:
     window: int | None = None
 
     @property
-    def pair_flops(self) -> int:
-        """The FLOPs of one visible pair of a query and a key: q k^T and p v."""
-        return 4 * self.heads * self.width
-
-    @property
     def cache(self) -> int:
         """The numbers that decoding keeps per token, a key and a value per head, in the model's dtype."""
         return 2 * self.kv_heads * self.width
@@ -37,14 +32,14 @@ class Attention:
         """Count the keys that the last of `length` tokens sees."""
         return length if self.window is None else min(length, self.window)
 
-    def pairs(self, length: int) -> int:
-        """Count the visible pairs of a query and a key in a sequence of `length` tokens."""
+    def flops(self, length: int) -> int:
+        """Count the FLOPs over `length` tokens: q k^T and p v of every visible pair of a query and a key."""
         keys = self.keys(length)
-        return keys * (keys + 1) // 2 + (length - keys) * keys
+        pairs = keys * (keys + 1) // 2 + (length - keys) * keys
+        return 4 * self.heads * self.width * pairs
 
 
 STATE_BYTES = 4  # fp32, in which states and gradients travel
-TRANSITIONS = ("none", "fixed", "scalar", "vector", "matrix")
 
 
 def transition_elements(kind: str, K: int) -> int:
@@ -53,9 +48,9 @@ def transition_elements(kind: str, K: int) -> int:
     none and fixed: 0, since every rank knows the transition; scalar: 1; vector: K; matrix: K * K.
     Another kind raises ValueError.
     """
-    sizes = dict(zip(TRANSITIONS, (0, 0, 1, K, K * K), strict=True))
+    sizes = {"none": 0, "fixed": 0, "scalar": 1, "vector": K, "matrix": K * K}
     if kind not in sizes:
-        raise ValueError(f"transition is {kind!r}; it must be one of {', '.join(TRANSITIONS)}")
+        raise ValueError(f"transition is {kind!r}; it must be one of {', '.join(sizes)}")
     return sizes[kind]
 
 
@@ -121,12 +116,8 @@ class Cost:
 
     def flops(self, length: int) -> int:
         """Count the FLOPs of the forward pass over a sequence of `length` tokens."""
-        pairs = sum(part.pair_flops * part.pairs(length) for part in self.attention)
-        return (2 * self.matmul_params + self.recurrence_flops) * length + pairs
-
-    def flops_per_token(self, length: int) -> float:
-        """Average the FLOPs of the forward pass over the tokens of a sequence of `length` tokens."""
-        return self.flops(length) / length
+        attention = sum(part.flops(length) for part in self.attention)
+        return (2 * self.matmul_params + self.recurrence_flops) * length + attention
 
     def state_bytes(self, batch: int, length: int, dtype: torch.dtype = torch.float32) -> int:
         """Count the bytes of the decoding cache of `batch` sequences of `length` tokens, for a model of this dtype."""

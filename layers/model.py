@@ -33,8 +33,9 @@ class HybridLM(nn.Module):
         self.config, self.recompute = config, frozenset(recompute)
         if not self.recompute <= set(range(config.depth)):
             raise ValueError(f"recompute {sorted(self.recompute)} names blocks beyond 0 to {config.depth - 1}")
-        blocks = [Block(spec, context, mlp_width(config)) for spec, context in block_specs(config)]
-        self.blocks: Sequence[Block] = nn.ModuleList(blocks)  # type: ignore[assignment]
+        self.blocks: Sequence[Block] = nn.ModuleList(  # type: ignore[assignment]
+            Block(spec, context, mlp_width(config)) for spec, context in block_specs(config)
+        )
         self.embedding = nn.Embedding(config.vocab, config.dim)
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.head = nn.Linear(config.dim, config.vocab, bias=False)

@@ -20,12 +20,12 @@ def keep_wide(*names: str) -> Apply:
     """
 
     def apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        gates = [p for name, p in module.named_parameters() if name in names]
+        gates = [gate for name, gate in module.named_parameters() if name in names]
 
-        def cast(x: Tensor) -> Tensor:
-            y = fn(x)
-            kept = y.dtype.itemsize < 4 and any(x is p or x is p.grad for p in gates)
-            return x.to(y.device, torch.float32) if kept else y
+        def cast(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            kept = result.dtype.itemsize < 4 and any(tensor is gate or tensor is gate.grad for gate in gates)
+            return tensor.to(result.device, torch.float32) if kept else result
 
         return nn.Module._apply(module, cast, recurse)
 

@@ -17,8 +17,8 @@ def channels(sizes: Sizes) -> int:
 
 def cut_heads(x_BTC: Tensor, sizes: Sizes) -> list[Tensor]:
     """Cut x_BTC into one [B, T, heads, width] tensor per pair (heads, width), in the order of the channels."""
-    parts = x_BTC.split([heads * width for heads, width in sizes], dim=-1)
-    return [rearrange(x, "b t (h d) -> b t h d", h=h) for x, (h, _) in zip(parts, sizes, strict=True)]
+    cuts = x_BTC.split([heads * width for heads, width in sizes], dim=-1)
+    return [rearrange(cut, "b t (h d) -> b t h d", h=heads) for cut, (heads, _) in zip(cuts, sizes, strict=True)]
 
 
 class HeadProjection(nn.Module):

@@ -63,11 +63,6 @@ class MixerShape:
         return [(self.key_heads, width), (self.key_heads, width), (self.heads, self.value)]
 
     @property
-    def projected(self) -> Sizes:
-        """The (heads, width) of all outputs of the first projection: query, key, value, and a gate of one matrix."""
-        return [*self.qkv, *([(self.heads, self.value)] if self.gate and not self.gate_rank else [])]
-
-    @property
     def norm_heads(self) -> int:
         """The number of heads in one output norm; 0 with a normaliser, which replaces the norm."""
         if self.normalize:
@@ -75,26 +70,6 @@ class MixerShape:
         if self.group_norm:
             return self.heads // self.key_heads
         return self.heads if self.joint_norm else 1
-
-    @property
-    def norm_weights(self) -> int:
-        """The number of heads whose channels the weight of the output norm has."""
-        return self.heads if self.group_norm else self.norm_heads
-
-    @property
-    def summary(self) -> Summary:
-        """The message about one span that ranks exchange."""
-        transition = "matrix" if self.delta else self.decay
-        gates = self.delta + {"scalar": 1, "vector": self.key}.get(self.decay, 0)
-        return Summary(
-            heads=self.heads,
-            key=self.key,
-            value=self.value,
-            transition=transition,
-            normalize=self.normalize,
-            groups=self.groups,
-            gates=gates,
-        )
 
 
 class RecurrenceInputs(NamedTuple):
@@ -122,21 +97,24 @@ class RecurrentMixer(nn.Module):
     starts from a state and returns the next one.
     """
 
-    def __init__(self, shape: MixerShape, context: BlockContext, rule: nn.Module) -> None:
+    def __init__(self, shape: MixerShape, context: BlockContext, rule: Callable[..., RecurrenceInputs]) -> None:
         super().__init__()
         values = shape.heads * shape.value
         self.shape = shape
         self.backend = context.backend_of("delta_rule" if shape.delta else "linear_attention")
-        self.project = HeadProjection(context.dim, shape.projected)
+        gates = [(shape.heads, shape.value)] if shape.gate and not shape.gate_rank else []
+        self.project = HeadProjection(context.dim, [*shape.qkv, *gates])
         if shape.conv:
             self.conv = ShortConv(channels(shape.qkv), shape.conv, bias=shape.conv_bias)
         self.rule = rule
         self.norm: nn.Module = nn.Identity()
         if shape.norm_heads:
-            self.norm = HeadNorm(shape.norm_heads, shape.norm_weights, shape.value, context.norm_eps)
+            weights = shape.heads if shape.group_norm else shape.norm_heads
+            self.norm = HeadNorm(shape.norm_heads, weights, shape.value, context.norm_eps)
         if shape.gate_rank:
-            halves = nn.Linear(context.dim, shape.gate_rank, bias=False), nn.Linear(shape.gate_rank, values, bias=False)
-            self.gate = nn.Sequential(*halves)
+            self.gate = nn.Sequential(
+                nn.Linear(context.dim, shape.gate_rank, bias=False), nn.Linear(shape.gate_rank, values, bias=False)
+            )
         self.output = nn.Linear(values, context.dim, bias=False)
 
     def init_cache(self, batch: int) -> LayerCache:
@@ -153,10 +131,19 @@ class RecurrentMixer(nn.Module):
         shape = self.shape
         matrix = shape.heads * shape.value * shape.key
         normaliser = shape.heads * shape.key if shape.normalize else 0
+        summary = Summary(
+            heads=shape.heads,
+            key=shape.key,
+            value=shape.value,
+            transition="matrix" if shape.delta else shape.decay,
+            normalize=shape.normalize,
+            groups=shape.groups,
+            gates=shape.delta + {"scalar": 1, "vector": shape.key}.get(shape.decay, 0),
+        )
         return count_parameters(self) + Cost(
             recurrence_flops=(6 if shape.delta else 4) * matrix + 2 * normaliser,  # S + k^T v, q S, with delta k S; q z
             state=matrix + normaliser,
-            summaries=(shape.summary,),
+            summaries=(summary,),
             halos=(self.conv.halo,) if shape.conv else (),
         )
 

@@ -81,9 +81,12 @@ class Mixer(Protocol):
 
 
 class MixerSpec(Protocol):
-    """Define the interface of a spec, a frozen dataclass that holds a mixer's options and builds the mixer."""
+    """Define the interface of a spec, a frozen dataclass that holds a mixer's options and builds the mixer.
 
-    letter: ClassVar[str]  # in pattern strings: L linear, N normal (softmax) attention
+    A spec inherits it, and with it the letter of linear mixers.
+    """
+
+    letter: ClassVar[str] = "L"  # in pattern strings: L linear, N normal (softmax) attention
 
     def build(self, context: BlockContext) -> Mixer: ...
 

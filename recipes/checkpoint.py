@@ -143,7 +143,9 @@ def _metadata(path: Path) -> described.Metadata:
             metadata: described.Metadata = _Unpickler(file).load()
         if not (
             isinstance(metadata, described.Metadata)
-            and all(isinstance(d, described.TensorStorageMetadata) for d in metadata.state_dict_metadata.values())
+            and all(
+                isinstance(entry, described.TensorStorageMetadata) for entry in metadata.state_dict_metadata.values()
+            )
             and all(Path(file.relative_path).name == file.relative_path for file in metadata.storage_data.values())
         ):
             raise pickle.UnpicklingError("it describes more than tensors in this folder")

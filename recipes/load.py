@@ -123,8 +123,8 @@ def _nearest(key: str) -> str:
     """Find the valid key that is most like ``key``, by its last part and by the whole key."""
 
     def likeness(name: str) -> float:
-        parts = (name.rpartition(".")[2], key.rpartition(".")[2]), (name, key)
-        return sum(difflib.SequenceMatcher(None, a, b).ratio() for a, b in parts)
+        pairs = (name.rpartition(".")[2], key.rpartition(".")[2]), (name, key)
+        return sum(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
 
     return max((name for name, _ in leaves(OmegaConf.to_container(SCHEMA))), key=likeness)
 

@@ -44,7 +44,7 @@ class Optimizer:
             {"params": [p for p in self.masters.values() if p.ndim >= 2], "weight_decay": config.weight_decay},
             {"params": [p for p in self.masters.values() if p.ndim < 2], "weight_decay": 0.0},
         ]
-        self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas)
+        self.adamw = torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr, betas=config.betas)
         # Create the moments now, before the first step, so that a checkpoint can be read into them.
         for p in self.masters.values():
             moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}

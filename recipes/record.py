@@ -107,11 +107,9 @@ def read_recipe(folder: Path) -> Recipe:
 def say(text: str, stream: Any = None) -> None:
     """Print to stdout or ``stream``; a reader that is gone, full or limited to ASCII does not end the run."""
     stream = sys.stdout if stream is None else stream
+    encoding = stream.encoding or "utf-8"
     try:
-        try:
-            print(text, file=stream, flush=True)
-        except UnicodeEncodeError:
-            print(text.encode("ascii", "backslashreplace").decode(), file=stream, flush=True)
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
     except OSError:
         os.dup2(
             os.open(os.devnull, os.O_WRONLY), stream.fileno()
@@ -259,11 +257,13 @@ class Record:
                     sys.stderr,
                 )
         if self._tracker is not None:
-            own = {key: value for key, value in line.items() if key not in ("kind", "step")}
+            curves = {
+                key if "/" in key else f"{line['kind']}/{key}": value
+                for key, value in line.items()
+                if key not in ("kind", "step")
+            }
             try:
-                self._tracker.log(
-                    {key if "/" in key else f"{line['kind']}/{key}": value for key, value in own.items()}, line["step"]
-                )
+                self._tracker.log(curves, line["step"])
             except Exception as error:
                 self._tracker = None
                 say(
@@ -313,8 +313,12 @@ def _outcome(lines: list[dict[str, Any]]) -> dict[str, Any]:
         outcome |= {"tokens": lines[-1]["tokens"], "train_loss": sum(losses[-20:]) / len(losses[-20:])}
     if validations:
         bits, unigram = validations[-1]["bits_per_byte"], validations[-1]["unigram_bits_per_byte"]
-        outcome |= {"validation_loss": validations[-1]["loss"], "bits_per_byte": bits, "unigram_bits_per_byte": unigram}
-        outcome["below_unigram"] = below_unigram(bits, unigram)
+        outcome |= {
+            "validation_loss": validations[-1]["loss"],
+            "bits_per_byte": bits,
+            "unigram_bits_per_byte": unigram,
+            "below_unigram": below_unigram(bits, unigram),
+        }
     return outcome
 
 
@@ -331,18 +335,19 @@ def _validated(bits: float, unigram: float) -> str:
 
 def _closing(folder: Path, summary: dict[str, Any], sample: str | None = None) -> str:
     """Return the last words of a run: its result, a sample of the model and a list of its files."""
-    tokens, time_taken = summary.get("tokens", 0), _clock(summary["seconds"])
-    text = f"{summary['status']:<10} {summary['steps']} steps, {tokens:,} tokens in {time_taken}"
+    text = (
+        f"{summary['status']:<10} {summary['steps']} steps, {summary.get('tokens', 0):,} tokens "
+        f"in {_clock(summary['seconds'])}"
+    )
     if "bits_per_byte" in summary:
         text += f"; {_validated(summary['bits_per_byte'], summary['unigram_bits_per_byte'])}"
     if summary["status"] == "stopped":
         return f"{text}\nto go on    the same command again"
     if sample is not None:
         text += f"\n\n{sample}\n"
-    files = [path for name in FILES if (path := folder / name).exists()]
     latest = (folder / "checkpoints" / "latest").read_text().strip()
-    lines = [*map(str, files), str(folder / "checkpoints" / latest)]
-    return f"{text}\nfiles      " + "\n           ".join(lines) + f"\nmore text  python -m recipes.generate {folder}"
+    files = [str(path) for name in (*FILES, f"checkpoints/{latest}") if (path := folder / name).exists()]
+    return f"{text}\nfiles      " + "\n           ".join(files) + f"\nmore text  python -m recipes.generate {folder}"
 
 
 def draw_loss(lines: list[dict[str, Any]], picture: Path, title: str) -> None:

@@ -64,8 +64,11 @@ def split_files(files: str | None, validation: str | None = None, test: str | No
         if validation or test:
             raise RecipeError("data.validation and data.test need data.files; the standard library has its own split")
         return _standard_library()
-    keys = {"validation": validation, "test": test}
-    named = {part: _found(f"data.{part}", pattern) for part, pattern in keys.items() if pattern is not None}
+    named = {
+        part: _found(f"data.{part}", pattern)
+        for part, pattern in (("validation", validation), ("test", test))
+        if pattern is not None
+    }
     taken: dict[str, str] = {}
     for part, pieces in named.items():
         for path in (os.path.realpath(piece.path) for piece in pieces):
@@ -84,7 +87,7 @@ def split_files(files: str | None, validation: str | None = None, test: str | No
     held = {part: named.get(part) or by_name[part] for part in by_name}
     unused = [piece for part in named for piece in by_name[part]]  # a key overrides the names of these files
     shares = [] if held["validation"] else [part for part in ("test", "validation") if not held[part]]
-    train.sort(key=lambda piece: (_hash(piece.name), piece.name))
+    train.sort(key=_hash_and_name)
     due = sum(map(len, train)) // HELD_OUT
     for part in shares:
         train, held[part] = _cut(train, due)
@@ -102,12 +105,11 @@ def split_files(files: str | None, validation: str | None = None, test: str | No
 def _standard_library() -> Split:
     root = Path(sysconfig.get_path("stdlib"))
     library = (path for path in root.rglob("*.py") if not SKIPPED_FOLDERS.intersection(path.relative_to(root).parts))
-    pieces = _pieces([path for path in library if path.is_file()], root)
-    by_hash = sorted(pieces, key=lambda piece: (_hash(piece.name), piece.name))
-    held_out = {piece.name for piece in by_hash[: max(1, len(by_hash) // HELD_OUT)]}
+    pieces = sorted(_pieces([path for path in library if path.is_file()], root), key=_hash_and_name)
+    held_out = max(1, len(pieces) // HELD_OUT)
     return Split(
-        train=_in_order(piece for piece in pieces if piece.name not in held_out),
-        validation=_in_order(piece for piece in pieces if piece.name in held_out),
+        train=_in_order(pieces[held_out:]),
+        validation=_in_order(pieces[:held_out]),
         test=(),
         files=len(pieces),
         rule=f"one in {HELD_OUT}, by hash",
@@ -116,10 +118,8 @@ def _standard_library() -> Split:
 
 def _found(key: str, pattern: str) -> list[Piece]:
     """Find the files of a path or a glob, or all files below a folder; leave out empty ones."""
-    if os.path.isfile(pattern):
-        names = [pattern]
-    else:
-        names = glob.glob(f"{glob.escape(pattern)}/**" if os.path.isdir(pattern) else pattern, recursive=True)
+    wildcard = f"{glob.escape(pattern)}/**" if os.path.isdir(pattern) else pattern
+    names = [pattern] if os.path.isfile(pattern) else glob.glob(wildcard, recursive=True)
     paths = [Path(name) for name in sorted(names) if os.path.isfile(name)]
     pieces = _pieces(paths, Path(os.path.commonpath([path.parent for path in paths]))) if paths else []
     if not any(map(len, pieces)):
@@ -175,5 +175,5 @@ def _in_order(pieces: Iterable[Piece]) -> tuple[Piece, ...]:
     return tuple(sorted(pieces, key=lambda piece: (piece.name, piece.start)))
 
 
-def _hash(name: str) -> bytes:
-    return hashlib.sha256(name.encode(errors="surrogateescape")).digest()
+def _hash_and_name(piece: Piece) -> tuple[bytes, str]:
+    return hashlib.sha256(piece.name.encode(errors="surrogateescape")).digest(), piece.name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import hybrid_sp as hsp
@@ -43,8 +43,7 @@ class Strategy:
         linear = {
             name: {"exchange": choice.strategy, "seconds": choice.seconds} for name, choice in self.linear.items()
         }
-        link = self.link and {"latency": self.link.latency, "bandwidth": self.link.bandwidth}
-        return {"linear": linear, "softmax": self.softmax, "link": link}
+        return {"linear": linear, "softmax": self.softmax, "link": self.link and asdict(self.link)}
 
     def __str__(self) -> str:
         kinds = [f"{name} {choice.strategy}{_times(choice)}" for name, choice in self.linear.items()]

@@ -11,6 +11,7 @@ import argparse
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -63,7 +64,6 @@ class Sweep:
     parallel: int = 1  # runs at a time
 
 
-KEYS = tuple(key.name for key in fields(Sweep))
 OWN_KEYS = ("name", "nproc", "parallel")  # key=value sets these on the sweep itself, and all other keys on every run
 
 
@@ -110,9 +110,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
         refuse_text(layers, f"sweep file {path}")
         sweep = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Sweep), *layers))
     except OmegaConfBaseException as error:
-        raise ValueError(
-            f"sweep file {path}: {config.first_line(error)}; a sweep has the keys {', '.join(KEYS)}"
-        ) from None
+        keys = ", ".join(key.name for key in fields(Sweep))
+        raise ValueError(f"sweep file {path}: {config.first_line(error)}; a sweep has the keys {keys}") from None
     assert isinstance(sweep, Sweep)
     _check(sweep, path)
     return sweep
@@ -146,9 +145,8 @@ def plan(sweep: Sweep, path: str | Path) -> list[Cell]:
     """
     base = base_recipe(sweep, path)
     product = [dict(zip(sweep.axes, values, strict=True)) for values in itertools.product(*sweep.axes.values())]
-    points = product + [point | {SEED: str(seed)} for seed in sweep.seeds.values for point in [_seeded(sweep, product)]]
     groups: dict[str, tuple[config.Recipe, list[dict[str, str]]]] = {}
-    for point in points:
+    for point in product + _seeded(sweep, product):
         recipe = _resolve(base, sweep, point)
         groups.setdefault(_experiment(recipe), (recipe, []))[1].append(point)
     names = [_name(_shared(members)) for _, members in groups.values()]
@@ -174,26 +172,29 @@ def base_recipe(sweep: Sweep, path: str | Path) -> Path:
     return Path(os.path.relpath(Path(path).parent / sweep.base))
 
 
-def _seeded(sweep: Sweep, product: list[dict[str, str]]) -> dict[str, str]:
+def _seeded(sweep: Sweep, product: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Return the cell of `seeds` once for each of its values."""
     wanted = sweep.seeds.cell
     found = [point for point in product if wanted.items() <= point.items()]
-    if len(found) != 1:
+    if sweep.seeds.values and len(found) != 1:
         raise ValueError(
             f"seeds.cell {wanted} names {len(found)} cells; give it one value for each of {list(sweep.axes)}"
         )
-    return found[0]
+    return [found[0] | {SEED: str(seed)} for seed in sweep.seeds.values]
 
 
 def _shared(members: list[dict[str, str]]) -> dict[str, str]:
-    return {key: value for key, value in members[0].items() if all(m.get(key) == value for m in members)}
+    return {key: value for key, value in members[0].items() if all(member.get(key) == value for member in members)}
 
 
 def _name(point: Mapping[str, str]) -> str:
     """Name the folder of a cell."""
     short = [key.rpartition(".")[2] for key in point]
-    keys = [key.replace(".", "-") if short.count(last) > 1 else last for key, last in zip(point, short, strict=True)]
-    pairs = (f"{key}-{value}" for key, value in zip(keys, point.values(), strict=True))
-    return file_name("_".join("".join(c if c.isalnum() else "-" for c in pair) for pair in pairs)) or "all"
+    pairs = (
+        f"{key if short.count(last) > 1 else last}-{value}"
+        for (key, value), last in zip(point.items(), short, strict=True)
+    )
+    return file_name("_".join(re.sub(r"[\W_]", "-", pair) for pair in pairs)) or "all"
 
 
 def _overrides(sweep: Sweep, point: Mapping[str, str], name: str) -> tuple[str, ...]:
@@ -283,7 +284,7 @@ def run(
                     else:
                         say(cell, f"running, output in {cell.folder / LOG}")
                         live[start(command(sweep, path, cell, module), cell, held)] = (cell, time.monotonic())
-                for process in [p for p in live if p.poll() is not None]:
+                for process in [process for process in live if process.poll() is not None]:
                     cell, began = live.pop(process)
                     outcomes[cell.name] = outcome = _ended(cell, process.returncode, time.monotonic() - began)
                     say(cell, f"{outcome.state} after {outcome.seconds:.0f} s: {outcome.note}")
@@ -397,24 +398,23 @@ def _tail(log: Path) -> list[str]:
     return list(own)[-TAIL:]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Run the command; return its exit code: 0 all finished, 1 some failed, 2 not started, 130 interrupted."""
     parser = argparse.ArgumentParser(prog="python -m recipes.sweep", description="Train every cell of a sweep file.")
     parser.add_argument("file", help="a sweep file, such as recipes/ablations/hybrid_ratio.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="name, nproc, parallel, or a recipe key")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and run nothing")
-    words = list(sys.argv[1:] if argv is None else argv)
-    arguments = parser.parse_intermixed_args(words)
+    chosen = parser.parse_intermixed_args(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt, like Ctrl-C
     started = time.monotonic()
     try:
-        sweep = load(arguments.file, arguments.overrides)
-        cells = plan(sweep, arguments.file)
-        if arguments.dry_run:
-            _show_plan(sweep, arguments.file, cells)
+        sweep = load(chosen.file, chosen.overrides)
+        cells = plan(sweep, chosen.file)
+        if chosen.dry_run:
+            _show_plan(sweep, chosen.file, cells)
             return 0
-        shown = " ".join(["python -m recipes.sweep", *words])
-        return report(run(sweep, arguments.file, cells, shown), time.monotonic() - started)
+        outcomes = run(sweep, chosen.file, cells, shown=" ".join(["python -m recipes.sweep", *arguments]))
+        return report(outcomes, time.monotonic() - started)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -424,4 +424,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main(sys.argv[1:]))

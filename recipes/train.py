@@ -80,7 +80,7 @@ def dry_run(recipe: Recipe) -> str:
     validate(recipe, processes())
     facts, length, dtype = model_facts(recipe.model), recipe.data.length, getattr(torch, recipe.train.dtype)
     cost = (
-        f"cost       {facts.flops_per_token(length) / 1e6:,.2f} million FLOPs per token forward; "
+        f"cost       {facts.flops(length) / length / 1e6:,.2f} million FLOPs per token forward; "
         f"{facts.state_bytes(1, length, dtype):,} bytes of decoding cache after {length} tokens"
     )
     lines = [*describe(recipe, data.read_corpus(recipe.data)), cost]
@@ -384,8 +384,11 @@ def _stop_signals() -> Iterator[list[int]]:
         asked.append(number)
         signal.signal(number, before[signal.Signals(number)])
 
-    heard = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
-    before = {number: signal.signal(number, ask) for number in heard}
+    before = {
+        number: signal.signal(number, ask)
+        for number in STOP_SIGNALS
+        if signal.getsignal(number) != signal.SIG_IGN  # nohup ignores SIGHUP
+    }
     try:
         yield asked
     finally:

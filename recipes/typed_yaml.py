@@ -52,8 +52,9 @@ def read(path: Path) -> yaml.MappingNode:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        hint = "give the path of a recipe, such as recipes/quickstart.yaml"
-        raise RecipeError(f"{path}: cannot be read ({error}); {hint}") from error
+        raise RecipeError(
+            f"{path}: cannot be read ({error}); give the path of a recipe, such as recipes/quickstart.yaml"
+        ) from error
     try:
         node = _parse(text)
     except yaml.YAMLError as error:
@@ -132,10 +133,10 @@ def refuse_text(values: Any, source: str) -> None:
             )
         if values.lstrip("\\") == "???":
             raise RecipeError(f"{source}: {values!r} stands for a missing value; write the value itself")
-        with suppress(UnicodeEncodeError):
-            values.encode()
-            return
-        raise RecipeError(f"{source}: {values!r} is not UTF-8; rename the file, or name a folder or a glob above it")
+        if values.encode(errors="ignore").decode() != values:
+            raise RecipeError(
+                f"{source}: {values!r} is not UTF-8; rename the file, or name a folder or a glob above it"
+            )
     if isinstance(values, Mapping):
         values = [*values.keys(), *values.values()]
     for value in values if isinstance(values, list) else ():

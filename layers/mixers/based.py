@@ -11,46 +11,34 @@ w is at least 1/2, so the weighted mean needs no output norm.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from layers.recurrence import MixerShape, RecurrenceInputs, RecurrentMixer
-from layers.registry import BlockContext, register
+from layers.mixers.linear import linear_rule
+from layers.recurrence import MixerShape, RecurrentMixer
+from layers.registry import BlockContext, MixerSpec, at_least, register
 
 
 @register("based")
 @dataclass(frozen=True, kw_only=True)
-class BasedSpec:
-    letter: ClassVar[str] = "L"
-
+class BasedSpec(MixerSpec):
     feature_dim: int = 16
 
     def __post_init__(self) -> None:
-        if self.feature_dim <= 0:
-            raise ValueError(f"feature_dim of based is {self.feature_dim}; it must be greater than 0")
+        at_least(1, "based", feature_dim=self.feature_dim)
 
-    def shape(self, context: BlockContext) -> MixerShape:
-        features = 1 + self.feature_dim + pairs(self.feature_dim)
-        return MixerShape(
+    def build(self, context: BlockContext) -> RecurrentMixer:
+        shape = MixerShape(
             heads=context.heads,
-            key=features,
+            key=1 + self.feature_dim + pairs(self.feature_dim),
             value=context.width(),
             features=self.feature_dim,
             normalize=True,
             scale=1.0,
         )
-
-    def build(self, context: BlockContext) -> RecurrentMixer:
-        return RecurrentMixer(self.shape(context), context, BasedRule())
-
-
-class BasedRule(nn.Module):
-    def forward(
-        self, x_BTD: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, positions_T: Tensor
-    ) -> RecurrenceInputs:
-        return RecurrenceInputs(taylor_features(q_BTHK), taylor_features(k_BTHK), v_BTHV)
+        return RecurrentMixer(shape, context, partial(linear_rule, taylor_features))
 
 
 def taylor_features(x_BTHK: Tensor) -> Tensor:

@@ -10,20 +10,17 @@ SiLU. Then q and k are divided by their length. The norm is per head.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch.nn.functional as F
 
 from layers.delta import DeltaRule
 from layers.recurrence import MixerShape, RecurrentMixer
-from layers.registry import BlockContext, at_least, register
+from layers.registry import BlockContext, MixerSpec, at_least, register
 
 
 @register("delta_net")
 @dataclass(frozen=True, kw_only=True)
-class DeltaNetSpec:
-    letter: ClassVar[str] = "L"
-
+class DeltaNetSpec(MixerSpec):
     expand_k: float = 1.0
     expand_v: float = 1.0
     conv: int = 4  # tokens that the short convolution reads
@@ -33,8 +30,8 @@ class DeltaNetSpec:
     def __post_init__(self) -> None:
         at_least(2, "delta_net", conv=self.conv)
 
-    def shape(self, context: BlockContext) -> MixerShape:
-        return MixerShape(
+    def build(self, context: BlockContext) -> RecurrentMixer:
+        shape = MixerShape(
             heads=context.heads,
             key=context.width(self.expand_k, option="expand_k"),
             value=context.width(self.expand_v, option="expand_v"),
@@ -42,7 +39,5 @@ class DeltaNetSpec:
             delta=True,
             gate=F.silu if self.output_gate else None,
         )
-
-    def build(self, context: BlockContext) -> RecurrentMixer:
         rule = DeltaRule(context.dim, context.heads, steps=None, negative=self.negative_eigenvalues)
-        return RecurrentMixer(self.shape(context), context, rule)
+        return RecurrentMixer(shape, context, rule)

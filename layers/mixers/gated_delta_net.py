@@ -10,22 +10,19 @@ SiLU. Then q and k are divided by their length. The norm is per head. Values hav
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import nn
 
 from layers.delta import DeltaRule
 from layers.recurrence import MixerShape, RecurrentMixer
-from layers.registry import BlockContext, at_least, register
+from layers.registry import BlockContext, MixerSpec, at_least, register
 from layers.timestep import TimeStep
 
 
 @register("gated_delta_net")
 @dataclass(frozen=True, kw_only=True)
-class GatedDeltaNetSpec:
-    letter: ClassVar[str] = "L"
-
+class GatedDeltaNetSpec(MixerSpec):
     expand_k: float = 0.75  # of one key head for each value head
     expand_v: float = 1.5
     key_heads: int = 0  # value head h reads key head h // (heads // key_heads); 0: as many as heads
@@ -36,8 +33,8 @@ class GatedDeltaNetSpec:
         at_least(0, "gated_delta_net", key_heads=self.key_heads)
         at_least(2, "gated_delta_net", conv=self.conv)
 
-    def shape(self, context: BlockContext) -> MixerShape:
-        return MixerShape(
+    def build(self, context: BlockContext) -> RecurrentMixer:
+        shape = MixerShape(
             heads=context.heads,
             key=context.width(self.expand_k, option="expand_k"),
             value=context.width(self.expand_v, option="expand_v"),
@@ -47,8 +44,6 @@ class GatedDeltaNetSpec:
             delta=True,
             gate=F.silu,
         )
-
-    def build(self, context: BlockContext) -> RecurrentMixer:
         steps = TimeStep(nn.Linear(context.dim, context.heads, bias=False), context.heads)
         rule = DeltaRule(context.dim, context.heads, steps, negative=self.negative_eigenvalues)
-        return RecurrentMixer(self.shape(context), context, rule)
+        return RecurrentMixer(shape, context, rule)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,30 +18,25 @@ from torch import Tensor, nn
 
 from layers.precision import keep_wide
 from layers.recurrence import MixerShape, RecurrenceInputs, RecurrentMixer
-from layers.registry import BlockContext, register
+from layers.registry import BlockContext, MixerSpec, at_least, register
 
 
 @register("gla")
 @dataclass(frozen=True, kw_only=True)
-class GLASpec:
-    letter: ClassVar[str] = "L"
-
+class GLASpec(MixerSpec):
     expand_k: float = 0.5
     expand_v: float = 1.0
     gate_rank: int = 16  # of W_1 W_2
     temperature: float = 16.0
 
     def __post_init__(self) -> None:
-        for option in ("gate_rank", "temperature"):
-            if getattr(self, option) <= 0:
-                raise ValueError(f"{option} of gla is {getattr(self, option)}; it must be greater than 0")
-
-    def shape(self, context: BlockContext) -> MixerShape:
-        key, value = context.width(self.expand_k, option="expand_k"), context.width(self.expand_v, option="expand_v")
-        return MixerShape(heads=context.heads, key=key, value=value, decay="vector", gate=F.silu)
+        at_least(1, "gla", gate_rank=self.gate_rank)
+        if self.temperature <= 0:
+            raise ValueError(f"temperature of gla is {self.temperature}; it must be greater than 0")
 
     def build(self, context: BlockContext) -> RecurrentMixer:
-        shape = self.shape(context)
+        key, value = context.width(self.expand_k, option="expand_k"), context.width(self.expand_v, option="expand_v")
+        shape = MixerShape(heads=context.heads, key=key, value=value, decay="vector", gate=F.silu)
         return RecurrentMixer(shape, context, GLARule(self, context.dim, shape.heads * shape.key))
 
 
@@ -52,8 +46,9 @@ class GLARule(nn.Module):
     def __init__(self, spec: GLASpec, dim: int, keys: int) -> None:
         super().__init__()
         self.temperature = spec.temperature
-        halves = nn.Linear(dim, spec.gate_rank, bias=False), nn.Linear(spec.gate_rank, keys)
-        self.low_rank: Sequence[nn.Linear] = nn.ModuleList(halves)  # type: ignore[assignment]
+        self.low_rank: Sequence[nn.Linear] = nn.ModuleList(  # type: ignore[assignment]
+            [nn.Linear(dim, spec.gate_rank, bias=False), nn.Linear(spec.gate_rank, keys)]
+        )
 
     def forward(
         self, x_BTD: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, positions_T: Tensor

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -25,28 +24,24 @@ from torch import Tensor, nn
 
 from layers.precision import keep_wide
 from layers.recurrence import MixerShape, RecurrenceInputs, RecurrentMixer
-from layers.registry import BlockContext, register, unknown
+from layers.registry import BlockContext, MixerSpec, register, unknown
 
 LOWER_BOUNDS = ("learned", "fixed", "none")
 
 
 @register("hgrn2")
 @dataclass(frozen=True, kw_only=True)
-class HGRN2Spec:
-    letter: ClassVar[str] = "L"
-
+class HGRN2Spec(MixerSpec):
     lower_bound: str = "learned"
 
     def __post_init__(self) -> None:
         if self.lower_bound not in LOWER_BOUNDS:
             raise unknown("lower bound", self.lower_bound, LOWER_BOUNDS)
 
-    def shape(self, context: BlockContext) -> MixerShape:
-        width = context.width()
-        return MixerShape(heads=context.heads, key=width, value=width, decay="vector", joint_norm=True)
-
     def build(self, context: BlockContext) -> RecurrentMixer:
-        return RecurrentMixer(self.shape(context), context, HGRN2Rule(self, context))
+        width = context.width()
+        shape = MixerShape(heads=context.heads, key=width, value=width, decay="vector", joint_norm=True)
+        return RecurrentMixer(shape, context, HGRN2Rule(self, context))
 
 
 class HGRN2Rule(nn.Module):

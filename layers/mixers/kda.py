@@ -11,22 +11,19 @@ SiLU. Then q and k are divided by their length. The norm is per head.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import nn
 
 from layers.delta import DeltaRule
 from layers.recurrence import MixerShape, RecurrentMixer
-from layers.registry import BlockContext, at_least, register
+from layers.registry import BlockContext, MixerSpec, at_least, register
 from layers.timestep import TimeStep
 
 
 @register("kda")
 @dataclass(frozen=True, kw_only=True)
-class KDASpec:
-    letter: ClassVar[str] = "L"
-
+class KDASpec(MixerSpec):
     expand_k: float = 1.0
     expand_v: float = 1.0
     gate_rank: int = 0  # rank of the products of two matrices; 0: the width of a value
@@ -37,9 +34,9 @@ class KDASpec:
         at_least(0, "kda", gate_rank=self.gate_rank)
         at_least(2, "kda", conv=self.conv)
 
-    def shape(self, context: BlockContext) -> MixerShape:
+    def build(self, context: BlockContext) -> RecurrentMixer:
         value = context.width(self.expand_v, option="expand_v")
-        return MixerShape(
+        shape = MixerShape(
             heads=context.heads,
             key=context.width(self.expand_k, option="expand_k"),
             value=value,
@@ -49,11 +46,10 @@ class KDASpec:
             gate=torch.sigmoid,
             gate_rank=self.gate_rank or value,
         )
-
-    def build(self, context: BlockContext) -> RecurrentMixer:
-        shape = self.shape(context)
-        down = nn.Linear(context.dim, shape.gate_rank, bias=False)
-        up = nn.Linear(shape.gate_rank, shape.heads * shape.key, bias=False)
-        steps = TimeStep(nn.Sequential(down, up), shape.heads, shape.key)
+        project = nn.Sequential(
+            nn.Linear(context.dim, shape.gate_rank, bias=False),
+            nn.Linear(shape.gate_rank, shape.heads * shape.key, bias=False),
+        )
+        steps = TimeStep(project, shape.heads, shape.key)
         rule = DeltaRule(context.dim, shape.heads, steps, negative=self.negative_eigenvalues)
         return RecurrentMixer(shape, context, rule)

@@ -9,38 +9,30 @@ The norm is over all heads together. Head 0 never forgets, and deeper blocks for
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from layers.recurrence import MixerShape, RecurrenceInputs, RecurrentMixer
-from layers.registry import BlockContext, register
+from layers.registry import BlockContext, MixerSpec, register
 
 
 @register("lightning")
 @dataclass(frozen=True, kw_only=True)
-class LightningSpec:
-    letter: ClassVar[str] = "L"
-
-    def shape(self, context: BlockContext) -> MixerShape:
+class LightningSpec(MixerSpec):
+    def build(self, context: BlockContext) -> RecurrentMixer:
         width = context.width()
-        return MixerShape(
+        shape = MixerShape(
             heads=context.heads, key=width, value=width, decay="fixed", gate=torch.sigmoid, joint_norm=True
         )
+        slope = 8 / context.heads * (1 - context.layer / context.depth)
+        return RecurrentMixer(shape, context, partial(lightning_rule, slope))
 
-    def build(self, context: BlockContext) -> RecurrentMixer:
-        return RecurrentMixer(self.shape(context), context, LightningRule(context))
 
-
-class LightningRule(nn.Module):
-    def __init__(self, context: BlockContext) -> None:
-        super().__init__()
-        self.slope = 8 / context.heads * (1 - context.layer / context.depth)
-
-    def forward(
-        self, x_BTD: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, positions_T: Tensor
-    ) -> RecurrenceInputs:
-        head_H = torch.arange(q_BTHK.shape[2], device=x_BTD.device, dtype=torch.float64)
-        return RecurrenceInputs(F.silu(q_BTHK), F.silu(k_BTHK), v_BTHV, -self.slope * head_H)
+def lightning_rule(
+    slope: float, x_BTD: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, positions_T: Tensor
+) -> RecurrenceInputs:
+    head_H = torch.arange(q_BTHK.shape[2], device=x_BTD.device, dtype=torch.float64)
+    return RecurrenceInputs(F.silu(q_BTHK), F.silu(k_BTHK), v_BTHV, -slope * head_H)

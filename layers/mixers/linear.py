@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import partial
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from layers.recurrence import MixerShape, RecurrenceInputs, RecurrentMixer
-from layers.registry import BlockContext, register, unknown
+from layers.registry import BlockContext, MixerSpec, register, unknown
 
 FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
@@ -29,9 +29,7 @@ FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @register("linear")
 @dataclass(frozen=True, kw_only=True)
-class LinearSpec:
-    letter: ClassVar[str] = "L"
-
+class LinearSpec(MixerSpec):
     feature_map: str = "identity"
     normalize: bool = False
 
@@ -44,19 +42,17 @@ class LinearSpec:
                 "'identity' can be; set normalize to false, or feature_map to elu+1, relu or softmax"
             )
 
-    def shape(self, context: BlockContext) -> MixerShape:
-        return MixerShape(heads=context.heads, key=context.width(), value=context.width(), normalize=self.normalize)
-
     def build(self, context: BlockContext) -> RecurrentMixer:
-        return RecurrentMixer(self.shape(context), context, LinearRule(FEATURE_MAPS[self.feature_map]))
+        shape = MixerShape(heads=context.heads, key=context.width(), value=context.width(), normalize=self.normalize)
+        return RecurrentMixer(shape, context, partial(linear_rule, FEATURE_MAPS[self.feature_map]))
 
 
-class LinearRule(nn.Module):
-    def __init__(self, feature_map: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.feature_map = feature_map
-
-    def forward(
-        self, x_BTD: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, positions_T: Tensor
-    ) -> RecurrenceInputs:
-        return RecurrenceInputs(self.feature_map(q_BTHK), self.feature_map(k_BTHK), v_BTHV)
+def linear_rule(
+    feature_map: Callable[[Tensor], Tensor],
+    x_BTD: Tensor,
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    positions_T: Tensor,
+) -> RecurrenceInputs:
+    return RecurrenceInputs(feature_map(q_BTHK), feature_map(k_BTHK), v_BTHV)

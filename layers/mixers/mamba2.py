@@ -11,22 +11,19 @@ the channels of a group.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers.recurrence import MixerShape, RecurrenceInputs, RecurrentMixer
-from layers.registry import BlockContext, at_least, register
+from layers.registry import BlockContext, MixerSpec, at_least, register
 from layers.timestep import TimeStep
 
 
 @register("mamba2")
 @dataclass(frozen=True, kw_only=True)
-class Mamba2Spec:
-    letter: ClassVar[str] = "L"
-
+class Mamba2Spec(MixerSpec):
     expand: float = 2.0
     state: int = 128  # channels of B and C in a head
     groups: int = 1
@@ -36,8 +33,8 @@ class Mamba2Spec:
         at_least(1, "mamba2", state=self.state, groups=self.groups)
         at_least(2, "mamba2", conv=self.conv)
 
-    def shape(self, context: BlockContext) -> MixerShape:
-        return MixerShape(
+    def build(self, context: BlockContext) -> RecurrentMixer:
+        shape = MixerShape(
             heads=context.heads,
             key=self.state,
             value=context.width(self.expand),
@@ -50,9 +47,7 @@ class Mamba2Spec:
             gate_first=True,
             group_norm=True,
         )
-
-    def build(self, context: BlockContext) -> RecurrentMixer:
-        return RecurrentMixer(self.shape(context), context, Mamba2Rule(context))
+        return RecurrentMixer(shape, context, Mamba2Rule(context))
 
 
 class Mamba2Rule(nn.Module):

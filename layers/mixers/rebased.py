@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,22 +19,19 @@ from torch import Tensor, nn
 
 from layers.mixers.based import pairs, squares
 from layers.recurrence import MixerShape, RecurrenceInputs, RecurrentMixer
-from layers.registry import BlockContext, register
+from layers.registry import BlockContext, MixerSpec, at_least, register
 
 
 @register("rebased")
 @dataclass(frozen=True, kw_only=True)
-class ReBasedSpec:
-    letter: ClassVar[str] = "L"
-
+class ReBasedSpec(MixerSpec):
     feature_dim: int = 16
 
     def __post_init__(self) -> None:
-        if self.feature_dim <= 1:  # the norm of one channel is 0
-            raise ValueError(f"feature_dim of rebased is {self.feature_dim}; it must be at least 2")
+        at_least(2, "rebased", feature_dim=self.feature_dim)  # the norm of one channel is 0
 
-    def shape(self, context: BlockContext) -> MixerShape:
-        return MixerShape(
+    def build(self, context: BlockContext) -> RecurrentMixer:
+        shape = MixerShape(
             heads=context.heads,
             key=pairs(self.feature_dim),
             value=context.width(),
@@ -43,9 +39,7 @@ class ReBasedSpec:
             normalize=True,
             scale=1 / self.feature_dim,
         )
-
-    def build(self, context: BlockContext) -> RecurrentMixer:
-        return RecurrentMixer(self.shape(context), context, ReBasedRule(context, self.feature_dim))
+        return RecurrentMixer(shape, context, ReBasedRule(context, self.feature_dim))
 
 
 class ReBasedRule(nn.Module):

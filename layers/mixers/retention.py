@@ -9,40 +9,31 @@ The norm is per head. Values are twice as wide as keys.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from layers.recurrence import MixerShape, RecurrenceInputs, RecurrentMixer
-from layers.registry import BlockContext, register
+from layers.registry import BlockContext, MixerSpec, register
 from layers.rotary import rotate
 
 
 @register("retention")
 @dataclass(frozen=True, kw_only=True)
-class RetentionSpec:
-    letter: ClassVar[str] = "L"
-
+class RetentionSpec(MixerSpec):
     expand_v: float = 2.0
 
-    def shape(self, context: BlockContext) -> MixerShape:
-        value = context.width(self.expand_v, option="expand_v")
-        return MixerShape(heads=context.heads, key=context.width(even=True), value=value, decay="fixed", gate=F.silu)
-
     def build(self, context: BlockContext) -> RecurrentMixer:
-        return RecurrentMixer(self.shape(context), context, RetentionRule(context))
+        value = context.width(self.expand_v, option="expand_v")
+        shape = MixerShape(heads=context.heads, key=context.width(even=True), value=value, decay="fixed", gate=F.silu)
+        return RecurrentMixer(shape, context, partial(retention_rule, context.rope_base))
 
 
-class RetentionRule(nn.Module):
-    def __init__(self, context: BlockContext) -> None:
-        super().__init__()
-        self.rope_base = context.rope_base
-
-    def forward(
-        self, x_BTD: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, positions_T: Tensor
-    ) -> RecurrenceInputs:
-        q_BTHK, k_BTHK = rotate(positions_T, self.rope_base, q_BTHK, k_BTHK)
-        head_H = torch.arange(q_BTHK.shape[2], device=x_BTD.device, dtype=torch.float64)
-        return RecurrenceInputs(q_BTHK, k_BTHK, v_BTHV, torch.log1p(-torch.exp2(-5 - head_H)))
+def retention_rule(
+    rope_base: float, x_BTD: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, positions_T: Tensor
+) -> RecurrenceInputs:
+    q_BTHK, k_BTHK = rotate(positions_T, rope_base, q_BTHK, k_BTHK)
+    head_H = torch.arange(q_BTHK.shape[2], device=x_BTD.device, dtype=torch.float64)
+    return RecurrenceInputs(q_BTHK, k_BTHK, v_BTHV, torch.log1p(-torch.exp2(-5 - head_H)))

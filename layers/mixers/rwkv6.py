@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,23 +28,19 @@ from hybrid_sp.shard import Shard
 from layers.cache import LayerCache, require_one_device
 from layers.cost import Cost, Halo, Summary, count_parameters
 from layers.precision import keep_wide
-from layers.registry import BlockContext, register
+from layers.registry import BlockContext, MixerSpec, at_least, register
 
 MIXED = "wkvrg"  # the five inputs, in the order of mix, mix_down and mix_up
 
 
 @register("rwkv6")
 @dataclass(frozen=True, kw_only=True)
-class RWKV6Spec:
-    letter: ClassVar[str] = "L"
-
+class RWKV6Spec(MixerSpec):
     shift_rank: int = 32
     decay_rank: int = 64
 
     def __post_init__(self) -> None:
-        for option in ("shift_rank", "decay_rank"):
-            if getattr(self, option) <= 0:
-                raise ValueError(f"{option} of rwkv6 is {getattr(self, option)}; it must be greater than 0")
+        at_least(1, "rwkv6", shift_rank=self.shift_rank, decay_rank=self.decay_rank)
 
     def build(self, context: BlockContext) -> RWKV6Mixer:
         return RWKV6Mixer(self, context)

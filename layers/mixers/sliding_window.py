@@ -11,22 +11,18 @@ A list of names mixes it with a recurrence, as Based does (arXiv 2402.18668).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from layers.mixers.softmax import SoftmaxMixer
-from layers.registry import BlockContext, register
+from layers.registry import BlockContext, MixerSpec, at_least, register
 
 
 @register("sliding_window")
 @dataclass(frozen=True, kw_only=True)
-class SlidingWindowSpec:
-    letter: ClassVar[str] = "L"
-
+class SlidingWindowSpec(MixerSpec):
     window: int = 128
 
     def __post_init__(self) -> None:
-        if self.window <= 0:
-            raise ValueError(f"window of sliding_window is {self.window}; it must be greater than 0")
+        at_least(1, "sliding_window", window=self.window)
 
     def build(self, context: BlockContext) -> SoftmaxMixer:
         return SoftmaxMixer(context, self.window)

@@ -21,13 +21,13 @@ from hybrid_sp.shard import Shard
 from layers.cache import LayerCache
 from layers.cost import Attention, Cost, count_parameters
 from layers.projection import HeadProjection
-from layers.registry import BlockContext, register
+from layers.registry import BlockContext, MixerSpec, register
 from layers.rotary import rotate, token_positions
 
 
 @register("softmax")
 @dataclass(frozen=True, kw_only=True)
-class SoftmaxSpec:
+class SoftmaxSpec(MixerSpec):
     letter: ClassVar[str] = "N"
 
     def build(self, context: BlockContext) -> SoftmaxMixer:

@@ -42,15 +42,15 @@ MODEL_MUTANTS = [
     Mutant(
         name="a gate widened after it was rounded",
         file="layers/precision.py",
-        old="return x.to(y.device, torch.float32) if kept else y",
-        new="return y.to(y.device, torch.float32) if kept else y",
+        old="return tensor.to(result.device, torch.float32) if kept else result",
+        new="return result.to(result.device, torch.float32) if kept else result",
         test=f"{PRECISION}::test_what_makes_decays_stays_fp32_and_the_rest_is_narrow[torch.bfloat16-rwkv6]",
     ),
     Mutant(
         name="a gate's gradient rounded",
         file="layers/precision.py",
-        old="any(x is p or x is p.grad for p in gates)",
-        new="any(x is p for p in gates)",
+        old="any(tensor is gate or tensor is gate.grad for gate in gates)",
+        new="any(tensor is gate for gate in gates)",
         test=f"{PRECISION}::test_what_makes_decays_stays_fp32_and_the_rest_is_narrow[torch.bfloat16-hgrn2]",
     ),
     Mutant(

@@ -205,15 +205,15 @@ PROGRAM_MUTANTS = [
     Mutant(
         name="files are shared out by where they lie",
         file="recipes/split.py",
-        old="    train.sort(key=lambda piece: (_hash(piece.name), piece.name))\n",
-        new="    train.sort(key=lambda piece: _hash(str(piece.path)))\n",
+        old="    train.sort(key=_hash_and_name)\n",
+        new="    train.sort(key=lambda piece: hashlib.sha256(bytes(piece.path)).digest())\n",
         test=f"{SPLIT}::test_shares_are_of_bytes_wherever_the_text_lies[thirty]",
     ),
     Mutant(
         name="the standard library is split like other text",
         file="recipes/split.py",
-        old="piece for piece in pieces if piece.name in held_out)",
-        new="piece for piece in pieces if piece.name in held_out or _part_by_name(piece.name))",
+        old="validation=_in_order(pieces[:held_out])",
+        new="validation=_in_order([*pieces[:held_out], *filter(lambda piece: _part_by_name(piece.name), pieces)])",
         test=f"{SPLIT}::test_the_standard_library_keeps_its_rule",
     ),
     Mutant(
