@@ -40,8 +40,9 @@ class Sheet:
             "ha": "left",
             "va": "center",
             "linespacing": 1.35,
+            "zorder": 9,
         }
-        self.axes.text(x, y, words, **given | {"zorder": 9} | options)
+        self.axes.text(x, y, words, **given | options)
 
     def box(
         self, x: float, y: float, width: float, height: float, words: str = "", *, rounded: float = 0, **options: Any
