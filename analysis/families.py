@@ -33,7 +33,7 @@ LEGEND = (
     "share. State: numbers that one layer keeps of a sequence, over all heads; a window or softmax layer keeps keys "
     "and values. Convolution: tokens that a short convolution (or rwkv6's token shift) reads."
 )
-Block = tuple[str, MixerSpec, BlockContext]
+Block = tuple[MixerSpec, BlockContext]
 
 
 def family(spec: MixerSpec, context: BlockContext) -> str:
@@ -95,12 +95,12 @@ def table(points: Sequence[Point]) -> Table:
 def _mixers(model: ModelConfig, kind: str | None) -> list[Block]:
     """Return the last block of each linear mixer; for None, the last softmax block."""
     blocks = zip(expand_pattern(model), block_specs(model), strict=True)
-    found = {name: (name, spec, context) for name, (spec, context) in blocks if (spec.letter == "N") == (kind is None)}
-    return list(found.values())
+    last = {name: block for name, block in blocks if (block[0].letter == "N") == (kind is None)}
+    return list(last.values())
 
 
 def _each(blocks: Iterable[Block], fact: Callable[[MixerSpec, BlockContext], str]) -> str:
-    return " and ".join(dict.fromkeys(fact(spec, context) for _, spec, context in blocks))
+    return " and ".join(dict.fromkeys(fact(*block) for block in blocks))
 
 
 def read(file: Path) -> list[Run]:
@@ -113,7 +113,7 @@ def read(file: Path) -> list[Run]:
 
 def as_text(table: Table) -> str:
     """Return the table and the legend of its columns as Markdown."""
-    return f"{tables.as_markdown(table)}\n{LEGEND}\n"
+    return f"{tables.as_markdown(table)}\n\n{LEGEND}\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,6 +19,7 @@ ABREAST = 4  # columns of loss curves in one row
 BINS = 25  # windows over a run; the figure averages the training loss in each
 
 
+@rc_context(plots.STYLE)
 def loss_against_ratio(points: Sequence[Point]) -> bytes:
     """Draw validation loss against the share of softmax blocks, a line per kind of linear block.
 
@@ -27,35 +28,34 @@ def loss_against_ratio(points: Sequence[Point]) -> bytes:
     mixed = [point for point in points if point.linear is not None]
     pure = [point for point in points if point.linear is None]
     shares = sorted({point.softmax for point in mixed})
-    with rc_context(plots.STYLE):
-        figure = Figure(figsize=(6.6, 4.3), layout="constrained")
-        axes = figure.add_subplot()
-        for kind, look in zip(kinds(mixed), plots.looks(len(kinds(mixed))), strict=True):
-            line = [point for point in mixed if point.linear == kind]
-            _line_with_spread(axes, line, shares, kind, look)
-        for point in pure:
-            seeds = f", mean of {len(point.runs)} seeds" if len(point.runs) > 1 else ""
-            label = f"softmax in every block{seeds} ({point.bits_per_byte:.3f})"
-            axes.axhline(
-                point.bits_per_byte, color=plots.SOFTMAX.color, linestyle=plots.SOFTMAX.line, linewidth=1.3, label=label
-            )
-            if len(point.runs) > 1:
-                axes.axhspan(point.low, point.high, color="0.85", zorder=0)
-        axes.set_xticks(range(len(shares)), [_share_label(share) for share in shares])
-        axes.set_xlim(-0.4, max(len(shares) - 1, 0) + 0.4)
-        axes.set_xlabel("softmax blocks / all blocks")
-        axes.set_ylabel("validation loss (bits per byte)")
-        axes.margins(y=0.12)
-        as_nats_and_back = (lambda bits: bits * math.log(2), lambda nats: nats / math.log(2))
-        nats = axes.secondary_yaxis("right", functions=as_nats_and_back)
-        nats.set_ylabel("validation loss (nats per byte)")
-        nats.yaxis.set_major_formatter("{x:.3g}")
-        axes.grid(axis="x", visible=False)
-        axes.set_title(_title(points), loc="left")
-        figure.legend(loc="outside lower center", ncols=2)
-        return plots.png(figure)
+    figure = Figure(figsize=(6.6, 4.3), layout="constrained")
+    axes = figure.add_subplot()
+    for kind, look in zip(kinds(mixed), plots.looks(len(kinds(mixed))), strict=True):
+        _line_with_spread(axes, [point for point in mixed if point.linear == kind], shares, kind, look)
+    for point in pure:
+        seeds = f", mean of {len(point.runs)} seeds" if len(point.runs) > 1 else ""
+        label = f"softmax in every block{seeds} ({point.bits_per_byte:.3f})"
+        axes.axhline(
+            point.bits_per_byte, color=plots.SOFTMAX.color, linestyle=plots.SOFTMAX.line, linewidth=1.3, label=label
+        )
+        if len(point.runs) > 1:
+            axes.axhspan(point.low, point.high, color="0.85", zorder=0)
+    ends = {Fraction(0): "0\n(all linear)", Fraction(1): "1\n(all softmax)"}
+    axes.set_xticks(range(len(shares)), [ends.get(share, str(share)) for share in shares])
+    axes.set_xlim(-0.4, max(len(shares) - 1, 0) + 0.4)
+    axes.set(xlabel="softmax blocks / all blocks", ylabel="validation loss (bits per byte)")
+    axes.margins(y=0.12)
+    as_nats_and_back = (lambda bits: bits * math.log(2), lambda nats: nats / math.log(2))
+    nats = axes.secondary_yaxis("right", functions=as_nats_and_back)
+    nats.set_ylabel("validation loss (nats per byte)")
+    nats.yaxis.set_major_formatter("{x:.3g}")
+    axes.grid(axis="x", visible=False)
+    axes.set_title(_title(points), loc="left")
+    figure.legend(loc="outside lower center", ncols=2)
+    return plots.png(figure)
 
 
+@rc_context(plots.STYLE)
 def loss_by_kind(points: Sequence[Point]) -> bytes:
     """Draw the validation loss of every kind of linear block, a row each, the best at the top, a mark per share.
 
@@ -65,65 +65,64 @@ def loss_by_kind(points: Sequence[Point]) -> bytes:
     best = {kind: min(point.bits_per_byte for point in mixed if point.linear == kind) for kind in kinds(points)}
     rows = sorted(best, key=best.__getitem__, reverse=True)  # from the bottom up
     shares = sorted({point.softmax for point in mixed})
-    with rc_context(plots.STYLE):
-        figure = Figure(figsize=(6.6, 1.6 + 0.27 * len(rows)), layout="constrained")
-        axes = figure.add_subplot()
-        for share, look in zip(shares, plots.looks(len(shares)), strict=True):
-            marks = [point for point in mixed if point.softmax == share]
-            axes.plot(
-                [point.bits_per_byte for point in marks],
-                [rows.index(point.linear) for point in marks if point.linear is not None],
-                color=look.color,
-                marker=look.marker,
-                linestyle="none",
-                label=f"softmax share {share}",
-            )
-        for point in points:
-            if point.linear is None:
-                label = f"softmax in every block ({point.bits_per_byte:.3f})"
-                axes.axvline(point.bits_per_byte, color=plots.SOFTMAX.color, linestyle=plots.SOFTMAX.line, label=label)
-        axes.set_yticks(range(len(rows)), rows)
-        axes.set_ylim(-0.6, len(rows) - 0.4)
-        axes.set_xlabel("validation loss (bits per byte)")
-        axes.set_title(_title(points), loc="left", x=-0.2)
-        figure.legend(loc="outside lower center", ncols=len(shares) + 1)
-        return plots.png(figure)
+    figure = Figure(figsize=(6.6, 1.6 + 0.27 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    for share, look in zip(shares, plots.looks(len(shares)), strict=True):
+        marks = [point for point in mixed if point.softmax == share]
+        axes.plot(
+            [point.bits_per_byte for point in marks],
+            [rows.index(point.linear) for point in marks if point.linear is not None],
+            color=look.color,
+            marker=look.marker,
+            linestyle="none",
+            label=f"softmax share {share}",
+        )
+    for point in points:
+        if point.linear is None:
+            label = f"softmax in every block ({point.bits_per_byte:.3f})"
+            axes.axvline(point.bits_per_byte, color=plots.SOFTMAX.color, linestyle=plots.SOFTMAX.line, label=label)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set(ylim=(-0.6, len(rows) - 0.4), xlabel="validation loss (bits per byte)")
+    axes.set_title(_title(points), loc="left", x=-0.2)
+    figure.legend(loc="outside lower center", ncols=len(shares) + 1)
+    return plots.png(figure)
 
 
 def _line_with_spread(
     axes: Axes, line: Sequence[Point], shares: Sequence[Fraction], kind: str, look: plots.Look
 ) -> None:
-    x = [shares.index(point.softmax) for point in line]
-    mean = [point.bits_per_byte for point in line]
-    drawn: Any = {"color": look.color, "marker": look.marker, "linestyle": look.line, "markersize": 6}
-    axes.plot(x, mean, label=f"{kind} + softmax", **drawn)
-    repeated = [(i, point) for i, point in zip(x, line, strict=True) if len(point.runs) > 1]
-    for i, point in repeated:
-        below, above = point.bits_per_byte - point.low, point.high - point.bits_per_byte
-        axes.errorbar(
-            [i],
-            [point.bits_per_byte],
-            yerr=[[below], [above]],
-            color=look.color,
-            capsize=5,
-            elinewidth=1.4,
-            capthick=1.4,
-            linestyle="none",
-            label=f"lowest to highest of {len(point.runs)} seeds ({kind} {point.softmax})",
-        )
-
-
-def _share_label(share: Fraction) -> str:
-    return {Fraction(0): "0\n(all linear)", Fraction(1): "1\n(all softmax)"}.get(share, str(share))
+    places = [shares.index(point.softmax) for point in line]
+    axes.plot(
+        places,
+        [point.bits_per_byte for point in line],
+        color=look.color,
+        marker=look.marker,
+        linestyle=look.line,
+        markersize=6,
+        label=f"{kind} + softmax",
+    )
+    for place, point in zip(places, line, strict=True):
+        if len(point.runs) > 1:
+            axes.errorbar(
+                place,
+                point.bits_per_byte,
+                yerr=[[point.bits_per_byte - point.low], [point.high - point.bits_per_byte]],
+                color=look.color,
+                capsize=5,
+                elinewidth=1.4,
+                capthick=1.4,
+                linestyle="none",
+                label=f"lowest to highest of {len(point.runs)} seeds ({kind} {point.softmax})",
+            )
 
 
 def _title(points: Sequence[Point]) -> str:
-    unigram = points[0].runs[0].unigram_bits_per_byte
-    tokens = points[0].runs[0].tokens
-    count = f"{tokens / 1e6:.2f} million" if tokens >= 1e6 else f"{tokens:,}"
-    return f"Loss after {count} bytes; unigram entropy {unigram:.3f} bits per byte (not drawn)"
+    run = points[0].runs[0]
+    count = f"{run.tokens / 1e6:.2f} million" if run.tokens >= 1e6 else f"{run.tokens:,}"
+    return f"Loss after {count} bytes; unigram entropy {run.unigram_bits_per_byte:.3f} bits per byte (not drawn)"
 
 
+@rc_context(plots.STYLE)
 def loss_curves(runs: Sequence[Run]) -> bytes:
     """Draw training and validation loss of every run against bytes read.
 
@@ -135,47 +134,43 @@ def loss_curves(runs: Sequence[Run]) -> bytes:
     looks = dict(zip(shares, plots.looks(len(shares)), strict=True))
     unit, scale = ("million bytes", 1e6) if max(run.tokens for run in runs) >= 1e6 else ("thousand bytes", 1e3)
     unigram = runs[0].unigram_bits_per_byte
-    with rc_context(plots.STYLE):
-        abreast, bands = min(len(columns), ABREAST), math.ceil(len(columns) / ABREAST)
-        figure = Figure(figsize=(4.3 * abreast + 0.4, 6.4 * bands), layout="constrained")
-        cells = figure.subplots(2 * bands, abreast, sharex=True, sharey=True, squeeze=False)
-        grid = [[cells[2 * (j // ABREAST) + way][j % ABREAST] for j in range(len(columns))] for way in (0, 1)]
-        for empty in cells[-2:, (len(columns) - 1) % ABREAST + 1 :].flat:
-            empty.set_visible(False)
-        for j, kind in enumerate(columns):
-            for run in (run for run in runs if run.linear in (kind, None)):
-                look = looks[run.softmax] if run.linear is not None else plots.SOFTMAX
-                label = f"softmax share {run.softmax}"
-                x, y = _windows(run.train)
-                drawn: Any = {"color": look.color, "linestyle": look.line, "linewidth": 1.2}
-                grid[0][j].plot([t / scale for t in x], y, **drawn)
-                grid[1][j].plot(
-                    [point.tokens / scale for point in run.validation],
-                    [point.bits_per_byte for point in run.validation],
-                    marker=look.marker,
-                    markersize=4.5,
-                    label=label,
-                    **drawn,
-                )
-            for axes in (grid[0][j], grid[1][j]):
-                axes.axhline(unigram, color="0.45", linewidth=1.0, linestyle="-")
-            grid[0][j].set_title(f"{kind or 'softmax'}: training", loc="left")
-            grid[1][j].set_title(f"{kind or 'softmax'}: validation", loc="left")
-            grid[1][j].set_xlabel(f"training text read ({unit})")
-        for axes in cells[:, 0]:
-            axes.set_ylabel("loss (bits per byte)")
-            axes.text(0.0, unigram, " unigram entropy", va="bottom", ha="left", fontsize=8.5, color="0.3")
-        lines = {line.get_label(): line for axes in grid[1] for line in axes.get_lines() if line.get_marker() != "None"}
-        figure.legend(handles=list(lines.values()), loc="outside lower center", ncols=len(lines))
-        lowest = min(point.bits_per_byte for run in runs for point in run.validation)
-        grid[0][0].set_ylim(lowest - 0.25, unigram + 0.5)
-        return plots.png(figure)
+    abreast, bands = min(len(columns), ABREAST), math.ceil(len(columns) / ABREAST)
+    figure = Figure(figsize=(4.3 * abreast + 0.4, 6.4 * bands), layout="constrained")
+    cells = figure.subplots(2 * bands, abreast, sharex=True, sharey=True, squeeze=False)
+    grid = [[cells[2 * (j // ABREAST) + way][j % ABREAST] for j in range(len(columns))] for way in (0, 1)]
+    for empty in cells[-2:, (len(columns) - 1) % ABREAST + 1 :].flat:
+        empty.set_visible(False)
+    for j, kind in enumerate(columns):
+        for run in (run for run in runs if run.linear in (kind, None)):
+            look = looks[run.softmax] if run.linear is not None else plots.SOFTMAX
+            drawn: Any = {"color": look.color, "linestyle": look.line, "linewidth": 1.2}
+            tokens, losses = _windows(run.train)
+            grid[0][j].plot([count / scale for count in tokens], losses, **drawn)
+            grid[1][j].plot(
+                [point.tokens / scale for point in run.validation],
+                [point.bits_per_byte for point in run.validation],
+                marker=look.marker,
+                markersize=4.5,
+                label=f"softmax share {run.softmax}",
+                **drawn,
+            )
+        for axes in (grid[0][j], grid[1][j]):
+            axes.axhline(unigram, color="0.45", linewidth=1.0, linestyle="-")
+        grid[0][j].set_title(f"{kind or 'softmax'}: training", loc="left")
+        grid[1][j].set_title(f"{kind or 'softmax'}: validation", loc="left")
+        grid[1][j].set_xlabel(f"training text read ({unit})")
+    for axes in cells[:, 0]:
+        axes.set_ylabel("loss (bits per byte)")
+        axes.text(0.0, unigram, " unigram entropy", va="bottom", ha="left", fontsize=8.5, color="0.3")
+    lines = {line.get_label(): line for axes in grid[1] for line in axes.get_lines() if line.get_marker() != "None"}
+    figure.legend(handles=list(lines.values()), loc="outside lower center", ncols=len(lines))
+    grid[0][0].set_ylim(min(point.bits_per_byte for run in runs for point in run.validation) - 0.25, unigram + 0.5)
+    return plots.png(figure)
 
 
 def _windows(train: Sequence[TrainPoint]) -> tuple[list[float], list[float]]:
     """Average the loss, in bits per byte, over windows of steps, at the last step of each."""
     size = max(1, math.ceil(len(train) / BINS))
     groups = [train[i : i + size] for i in range(0, len(train), size)]
-    x = [float(group[-1].tokens) for group in groups]
-    y = [sum(point.loss for point in group) / len(group) / math.log(2) for group in groups]
-    return x, y
+    losses = [sum(point.loss for point in group) / len(group) / math.log(2) for group in groups]
+    return [float(group[-1].tokens) for group in groups], losses

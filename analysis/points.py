@@ -67,17 +67,17 @@ def group_runs(runs: Sequence[Run], axes: Sequence[str] = ()) -> list[Point]:
             raise ValueError(
                 f"runs {names} have the same mixers, strategy and seed {seeds}; report them from separate folders"
             )
-    keys = sorted(groups, key=lambda key: (key[0] is None, key[0] or "", key[1]))
-    return [
+    points = [
         Point(
-            linear=key[0],
-            softmax=key[1],
-            strategy=dict(key[2]),
-            axes=dict(key[3]),
-            runs=tuple(sorted(groups[key], key=lambda run: run.seed)),
+            linear=linear,
+            softmax=softmax,
+            strategy=dict(strategy),
+            axes=dict(values),
+            runs=tuple(sorted(members, key=lambda run: run.seed)),
         )
-        for key in keys
+        for (linear, softmax, strategy, values), members in groups.items()
     ]
+    return sorted(points, key=lambda point: (point.linear is None, point.linear or "", point.softmax))
 
 
 def kinds(found: Sequence[Point]) -> list[str]:

@@ -92,9 +92,8 @@ def build(folder: Folder, command: str) -> Report:
             f"the runs in {folder.path} differ in strategy ({', '.join(found[0].strategy)}) and in "
             f"{', '.join(varied)}, of which this report compares one; give each strategy a folder of its own"
         )
-    name = str(folder.plan["name"]) if folder.plan else folder.path.name
     return Report(
-        name=name,
+        name=str(folder.plan["name"]) if folder.plan else folder.path.name,
         facts=tuple(_facts(runs, found)),
         warnings=tuple(_warnings(folder)),
         commands=tuple([str(folder.plan["command"])] if folder.plan else []) + (command,),
@@ -259,7 +258,7 @@ def as_page(report: Report) -> str:
 
     warnings = "".join(f"<p>{escape(line)}</p>" for line in report.warnings)
     settings = "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in report.settings.items())
-    parts = [
+    sections = [
         f"<h1>{escape(report.name)}: {escape(report.question)}</h1>",
         f'<p class="sub">{escape(report.settings["training"])}; {escape(report.settings["sequence cut over"])}</p>',
         f'<div class="warning"><strong>Incomplete or uneven</strong>{warnings}</div>' if warnings else "",
@@ -283,23 +282,23 @@ def as_page(report: Report) -> str:
         f'<meta name="viewport" content="width=device-width"><title>{escape(report.name)}</title>',
         f"<style>{CSS}</style></head>\n<body>",
     ]
-    return "\n".join([*head, *filter(None, parts), "</body>\n</html>\n"])
+    return "\n".join([*head, *filter(None, sections), "</body>\n</html>\n"])
 
 
 def as_text(report: Report) -> str:
     """Return the report's sentences and tables as Markdown."""
-    parts = [f"# {report.name}"]
+    sections = [f"# {report.name}"]
     if report.warnings:
-        parts.append("Incomplete or uneven:\n\n" + "\n".join(f"- {line}" for line in report.warnings))
-    parts += [
+        sections.append("Incomplete or uneven:\n\n" + "\n".join(f"- {line}" for line in report.warnings))
+    sections += [
         "\n".join(f"- {fact}" for fact in report.facts),
-        tables.as_markdown(report.main).rstrip(),
-        tables.as_markdown(report.losses).rstrip(),
-        *[f"{text}\n\n{tables.as_markdown(table).rstrip()}" for text, table in report.costs],
+        tables.as_markdown(report.main),
+        tables.as_markdown(report.losses),
+        *[f"{text}\n\n{tables.as_markdown(table)}" for text, table in report.costs],
         "\n".join(f"- {key}: {value}" for key, value in report.settings.items()),
         "```\n" + "\n".join(report.commands) + "\n```",
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(sections) + "\n"
 
 
 def write(report: Report, runs: Sequence[Run], out: Path) -> list[Path]:
@@ -343,7 +342,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(tables.as_markdown(report.main if report.strategic else report.losses))
+    print(tables.as_markdown(report.main if report.strategic else report.losses), end="\n\n")
     print(*report.facts, sep="\n")
     for warning in report.warnings:
         print(f"warning: {warning}", file=sys.stderr)

@@ -158,16 +158,16 @@ def read_run(folder: Path) -> Run:
     if not (folder / "summary.json").is_file():
         last = max((point.step for point in train), default=0)
         raise ValueError(f"unfinished: there is no summary.json, and the last step in metrics.jsonl is {last}")
-    summary = _read_json(folder / "summary.json")
+    summary = _read(folder / "summary.json")
     if summary.get("status") != "finished":
         raise ValueError(
             f"{summary.get('status')}: summary.json says so after {summary.get('steps')} steps; see train.log"
         )
-    recipe = _read_yaml(folder / "recipe.yaml")
+    recipe = _read(folder / "recipe.yaml")
     config.check_format(recipe.pop("format", config.UNNAMED), folder / "recipe.yaml")
     if missing := [name for name in SECTIONS if not isinstance(recipe.get(name), Mapping)]:
         raise ValueError(f"half-written: recipe.yaml lacks {', '.join(missing)}")
-    provenance = _read_json(folder / "provenance.json")
+    provenance = _read(folder / "provenance.json")
     told = dict(_flatten(provenance))
     if missing := [key for key, kind in PROVENANCE.items() if key not in told or not isinstance(told[key], kind)]:
         raise ValueError(f"half-written: provenance.json lacks {', '.join(missing)}")
@@ -224,28 +224,18 @@ def _linear_kind(model: Mapping[str, Any], letters: str) -> str | None:
 
 def _is_modified(folder: Path, provenance: Mapping[str, Any]) -> bool:
     patch = folder / "diff.patch"
-    new_code = [name for name in provenance.get("untracked", []) if name.endswith((".py", ".yaml"))]
-    return bool(new_code) or (patch.is_file() and patch.stat().st_size > 0)
+    new_code = any(name.endswith((".py", ".yaml")) for name in provenance.get("untracked", []))
+    return new_code or (patch.is_file() and patch.stat().st_size > 0)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _read(file: Path) -> dict[str, Any]:
+    """Read the named values of a file of JSON or YAML."""
     try:
-        record = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"half-written: {file.name} cannot be read ({error})") from None
-    return _named(record, file)
-
-
-def _read_yaml(file: Path) -> dict[str, Any]:
-    try:
-        record = OmegaConf.to_container(OmegaConf.load(file))
+        yaml = file.suffix == ".yaml"
+        record: Any = OmegaConf.to_container(OmegaConf.load(file)) if yaml else json.loads(file.read_text())
     except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"half-written: {file.name} cannot be read ({reason})") from None
-    return _named(record, file)
-
-
-def _named(record: Any, file: Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ValueError(f"half-written: {file.name} holds {type(record).__name__} instead of named values")
     return record
@@ -254,7 +244,7 @@ def _named(record: Any, file: Path) -> dict[str, Any]:
 def _read_plan(file: Path) -> dict[str, Any] | None:
     if not file.exists():
         return None
-    plan = _read_json(file)
+    plan = _read(file)
     cells = plan.get("cells")
     if not (isinstance(cells, list) and all(isinstance(cell, dict) and "name" in cell for cell in cells)):
         raise ValueError(f"half-written: {file.name} names no cells, so runs that were never started cannot be named")
@@ -270,10 +260,9 @@ def _read_metrics(file: Path) -> tuple[tuple[TrainPoint, ...], tuple[ValidationP
     """
     if not file.is_file():
         raise ValueError("half-written: there is no metrics.jsonl")
-    lines = file.read_text(errors="replace").splitlines()
     train: dict[int, TrainPoint] = {}
     validation: dict[int, ValidationPoint] = {}
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(file.read_text(errors="replace").splitlines(), start=1):
         try:
             row = json.loads(line)
             step, tokens, loss = int(row["step"]), int(row["tokens"]), float(row["loss"])
@@ -290,8 +279,9 @@ def _read_metrics(file: Path) -> tuple[tuple[TrainPoint, ...], tuple[ValidationP
                     memory_mb=row.get("memory_mb"),
                 )
             elif row["kind"] == "validation":
-                bits = float(row["bits_per_byte"])
-                validation[step] = ValidationPoint(step=step, tokens=tokens, loss=loss, bits_per_byte=bits)
+                validation[step] = ValidationPoint(
+                    step=step, tokens=tokens, loss=loss, bits_per_byte=float(row["bits_per_byte"])
+                )
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"half-written: line {number} of metrics.jsonl cannot be read ({error})") from None
     return tuple(train[step] for step in sorted(train)), tuple(validation[step] for step in sorted(validation))
@@ -320,8 +310,8 @@ def value_of(run: Run, key: str) -> str:
     The value is empty if the recipe lacks the key, and for options of mixers if no block is linear.
     """
     value: Any = {} if run.linear is None and key.startswith("model.mixers") else run.recipe
-    for part in key.split("."):
-        value = value.get(part, "") if isinstance(value, Mapping) else ""
+    for name in key.split("."):
+        value = value.get(name, "") if isinstance(value, Mapping) else ""
     return _text(value)
 
 

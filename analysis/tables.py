@@ -30,7 +30,7 @@ def as_markdown(table: Table) -> str:
         return f"| {' | '.join(cells)} |"
 
     rule = [("-" * (width - 1) + ":") if r else "-" * width for width, r in zip(widths, right, strict=True)]
-    return "\n".join([line(table.header), line(rule), *map(line, table.rows)]) + "\n"
+    return "\n".join([line(table.header), line(rule), *map(line, table.rows)])
 
 
 def as_csv(table: Table) -> str:

@@ -133,26 +133,22 @@ def volume(facts: Cost, cut: Setting, rank: int = 0, again: bool = False) -> Vol
     are other forms of the operator.
     """
     forward = backward = repeated = 0
-    ranks: dict[str, Any] = {"P": cut.P, "B": cut.B, "spans": cut.spans}
     for one in facts.summaries:
         there, back = _linear(one, cut, rank)
         forward, backward = forward + there, backward + back
         repeated += there * (cut.linear in BASELINES["linear"])
-    halos = [(one.tokens, one.channels) for one in facts.halos]
+    halos = [(one.tokens, one.channels, False) for one in facts.halos]
     for keys in facts.attention:
         if keys.window is not None and _as_halo(keys, cut):
-            halos.append((keys.window - 1, 2 * keys.kv_heads * keys.width))
-            if not cut.keep_kv:
-                halo = {**ranks, "rank": rank, "tokens": halos[-1][0], "channels": halos[-1][1]}
-                backward += halo_forward(**halo, element_bytes=cut.kv_bytes)
+            halos.append((keys.window - 1, 2 * keys.kv_heads * keys.width, not cut.keep_kv))
             continue
         there, back = _softmax(keys, cut)
         forward, backward = forward + there, backward + back
         repeated += there * (cut.softmax != "all_gather")
-    for tokens, channels in halos:
-        halo = {**ranks, "rank": rank, "tokens": tokens, "channels": channels}
-        forward += halo_forward(**halo, element_bytes=cut.kv_bytes)
-        backward += halo_backward(**halo)
+    for tokens, channels, twice in halos:
+        halo: Any = {"P": cut.P, "B": cut.B, "spans": cut.spans, "rank": rank, "tokens": tokens, "channels": channels}
+        there = halo_forward(**halo, element_bytes=cut.kv_bytes)
+        forward, backward = forward + there, backward + halo_backward(**halo) + there * twice
     return Volume(forward=cut.wide * (forward + again * repeated), backward=cut.wide * backward)
 
 
@@ -178,8 +174,10 @@ def _softmax(keys: Attention, cut: Setting) -> tuple[int, int]:
     """Compute the bytes of a softmax layer, unless its window travels as a halo."""
     queries, kv_width = keys.heads * keys.width, keys.kv_heads * keys.width
     numbers = (queries, kv_width, kv_width, queries)
-    heads = {"heads": keys.heads, "groups": keys.kv_heads}
-    sizes = TokenSizes(cut.P, cut.layout, cut.B, cut.L, *numbers, cut.kv_bytes, keep_kv=cut.keep_kv, **heads)
+    sizes = TokenSizes(
+        cut.P, cut.layout, cut.B, cut.L, *numbers, cut.kv_bytes,
+        keep_kv=cut.keep_kv, heads=keys.heads, groups=keys.kv_heads,
+    )  # fmt: skip
     return SOFTMAX[cut.softmax].received(sizes)
 
 
@@ -211,8 +209,7 @@ def break_even_tokens(
 
 def cost_tables(points: Sequence[Point]) -> tuple[tuple[str, Table], ...]:
     """Return the report's two tables, one layer by kind of exchange and whole steps, with a sentence above each."""
-    cut = setting(points[0].runs[0])
-    if cut.P == 1:
+    if setting(points[0].runs[0]).P == 1:
         return ()
     return (_layer_table(points), _step_table(points))
 
@@ -284,8 +281,7 @@ def _step_table(points: Sequence[Point]) -> tuple[str, Table]:
     rows = []
     for point in points:
         run = point.runs[0]
-        counted, exchanges = median(row.received_bytes for row in run.train), exchanged(run)
-        cut = setting(run)
+        cut, counted, exchanges = setting(run), median(row.received_bytes for row in run.train), exchanged(run)
         gradients = cut.wide * gradient_all_reduce(P=cut.world, parameters=run.parameters)
         rows.append(
             (

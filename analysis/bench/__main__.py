@@ -51,8 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmarks that are named, one after the other."""
     parser = _parser()
     options = parser.parse_args(argv)
-    unknown = [name for name in options.names if name not in BENCHES]
-    if unknown:
+    if unknown := [name for name in options.names if name not in BENCHES]:
         parser.error(f"unknown benchmark {', '.join(unknown)}; known: {', '.join(BENCHES)}")
     keep_freed_memory()
     facts = provenance(options.commit)

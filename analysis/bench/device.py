@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from analysis.bench.stopwatch import Stopwatch, Timed
+from analysis.bench.stopwatch import Stopwatch
 from hybrid_sp.backends import interpreted
 
 
@@ -43,17 +43,10 @@ class Ceilings(NamedTuple):
 
 def ceilings(watch: Stopwatch, dtype: torch.dtype, copied: int, side: int, repetitions: int) -> Ceilings:
     """Measure a copy of `copied` bytes within the device, and a product of two random square matrices."""
-    copy, matmul = _copy(copied, watch.device), _matmul(side, dtype, watch.device)
-    return Ceilings(2 * copied / watch.median(copy, repetitions), 2 * side**3 / watch.median(matmul, repetitions))
-
-
-def _copy(size: int, device: torch.device) -> Timed:
-    source = torch.randint(0, 100, (size,), dtype=torch.int8, device=device)
+    source = torch.randint(0, 100, (copied,), dtype=torch.int8, device=watch.device)
     target = torch.empty_like(source)
-    return lambda: target.copy_(source)
-
-
-def _matmul(side: int, dtype: torch.dtype, device: torch.device) -> Timed:
-    a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
-    out = torch.empty_like(a)
-    return lambda: torch.mm(a, b, out=out)
+    left, right = (torch.randn(side, side, dtype=dtype, device=watch.device) for _ in range(2))
+    product = torch.empty_like(left)
+    copy = watch.median(lambda: target.copy_(source), repetitions)
+    matmul = watch.median(lambda: torch.mm(left, right, out=product), repetitions)
+    return Ceilings(2 * copied / copy, 2 * side**3 / matmul)

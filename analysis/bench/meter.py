@@ -44,7 +44,7 @@ class Meter(TorchDispatchMode):
         return result
 
     def _note(self, leaves: Iterable[Any], new: bool) -> None:
-        for x in leaves:
-            if isinstance(x, Tensor):
-                storage = x.untyped_storage()
+        for leaf in leaves:
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
                 self._bytes.setdefault(StorageWeakRef(storage), storage.nbytes() if new else 0)

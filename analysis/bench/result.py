@@ -84,8 +84,8 @@ def write(result: Result, facts: Mapping[str, Any], folder: Path) -> str:
         numbers=frozenset({"measured"}),
     )
     closing = f"`{facts['command']}` at commit {facts['commit']}, torch {torch.__version__}{device}."
-    parts = [f"## {result.title}", *result.body, *([claims] if result.claims else []), closing]
-    report = "\n\n".join(part if isinstance(part, str) else as_markdown(part).rstrip() for part in parts)
+    sections = [f"## {result.title}", *result.body, *([claims] if result.claims else []), closing]
+    report = "\n\n".join(as_markdown(one) if isinstance(one, Table) else one for one in sections)
     values = {**facts, **result.facts, "unit": result.unit, "rows": result.rows, "claims": result.claims}
     (folder / "report.md").write_text(report + "\n")
     (folder / "results.json").write_text(json.dumps(values, default=asdict, indent=1) + "\n")

@@ -38,10 +38,10 @@ def time_in_turns(cases: Mapping[int, Mapping[str, Timed]], repetitions: int) ->
     return rows
 
 
-def forward_backward(fn: Callable[..., Tensor], inputs: Sequence[Tensor], d_o: Tensor) -> Timed:
-    """Return a function that calls fn on copies of the inputs and computes all their gradients."""
-    leaves = [x.clone().requires_grad_() for x in inputs]
-    return lambda: torch.autograd.grad(fn(*leaves), leaves, d_o)
+def forward_backward(operator: Callable[..., Tensor], inputs: Sequence[Tensor], d_o: Tensor) -> Timed:
+    """Return a function that calls the operator on copies of the inputs and computes all their gradients."""
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    return lambda: torch.autograd.grad(operator(*leaves), leaves, d_o)
 
 
 class Budget:

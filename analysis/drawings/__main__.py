@@ -10,7 +10,10 @@ from pathlib import Path
 from analysis.drawings import hybrid, imports
 
 ROOT = Path(__file__).parents[2]
-DRAWINGS = {"imports": (imports, "hybrid_sp/imports.png"), "hybrid": (hybrid, "analysis/results/figures/hybrid.png")}
+DRAWINGS = {
+    "imports": (imports.draw, "hybrid_sp/imports.png"),
+    "hybrid": (hybrid.draw, "analysis/results/figures/hybrid.png"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,10 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown := [name for name in options.names if name not in DRAWINGS]:
         parser.error(f"unknown drawing {', '.join(unknown)}; known: {', '.join(DRAWINGS)}")
     for name in options.names or DRAWINGS:
-        drawing, place = DRAWINGS[name]
+        draw, place = DRAWINGS[name]
         file = options.out / place
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(drawing.draw().png(drawing.description()))
+        file.write_bytes(draw().png())
         print(file)
     return 0
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterable, Iterator
+from graphlib import CycleError, TopologicalSorter
+from importlib.util import resolve_name
 from pathlib import Path
 
 ENGINE = Path(__file__).parents[2] / "hybrid_sp"
@@ -36,7 +38,7 @@ def arrows(package: Path = ENGINE) -> set[Arrow]:
     known = wings(package)
     found = set()
     for file in package.rglob("*.py"):
-        above = [package.name, *file.parent.relative_to(package).parts]
+        above = ".".join([package.name, *file.parent.relative_to(package).parts])
         for name in _modules(ast.parse(file.read_text()), above):
             first, *rest = name.split(".")
             if first == package.name and rest:
@@ -62,33 +64,30 @@ def level(wing: str) -> int:
 def downward(names: Iterable[str], found: Iterable[Arrow]) -> list[str]:
     """Sort wings from the highest level to the lowest, so that every arrow leads to a later one.
 
-    Within a level an importer comes before the wings that it imports; otherwise the order is alphabetical. Raises
-    ValueError if an arrow leads upward, or if wings of one level import each other.
+    Within a level an importer comes before the wings that it imports. Raises ValueError if an arrow leads upward, or if
+    wings of one level import each other.
     """
-    found, left = set(found), sorted(names, key=lambda name: (-level(name), name))
     if wrong := upward(found):
         raise ValueError(f"imports lead upward: {', '.join(' -> '.join(arrow) for arrow in wrong)}")
-    order: list[str] = []
-    while left:
-        free = [name for name in left if not any((other, name) in found for other in left)]
-        free = [name for name in free if level(name) == level(left[0])]
-        if not free:
-            raise ValueError(f"wings of one level import each other: {', '.join(left)}")
-        order.append(free[0])
-        left.remove(free[0])
-    return order
+    importers: dict[str, list[str]] = {name: [] for name in sorted(names)}
+    for importer, imported in sorted(found):
+        importers[imported].append(importer)
+    try:
+        order = [*TopologicalSorter(importers).static_order()]
+    except CycleError as error:
+        raise ValueError(f"wings of one level import each other: {', '.join(sorted({*error.args[1]}))}") from None
+    return sorted(order, key=level, reverse=True)
 
 
 def _wing(file: Path, package: Path) -> str:
     return file.relative_to(package).parts[0].removesuffix(".py")
 
 
-def _modules(tree: ast.AST, above: list[str]) -> Iterator[str]:
+def _modules(tree: ast.AST, above: str) -> Iterator[str]:
     """Yield the dotted names that a file imports; `above` is the package of the file."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = above[: len(above) + 1 - node.level] if node.level else []
-            module = [*base, *([node.module] if node.module else [])]
-            yield from (".".join([*module, alias.name]) for alias in node.names)
+            module = resolve_name("." * node.level + (node.module or ""), above)
+            yield from (f"{module}.{alias.name}" for alias in node.names)

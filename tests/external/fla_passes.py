@@ -21,8 +21,8 @@ from torch import Tensor
 
 import hybrid_sp as hsp
 from hybrid_sp.comm import groups
-from hybrid_sp.kernels.gpu import fla_delta as adapter
-from hybrid_sp.ops import delta_rule as delta
+from hybrid_sp.kernels.gpu import fla_delta
+from hybrid_sp.ops import delta_rule
 from tests.external.program import Errors, report
 from tests.hybrid_sp.cases import LONG_DOCUMENTS, SHORT_DOCUMENTS, Case, measured, truth
 from tests.support.interpreter import patch_once
@@ -52,7 +52,7 @@ def interpret() -> None:
         warnings.simplefilter("ignore")  # that there is no GPU
         from fla.ops.common import chunk_delta_h
     chunk_delta_h.range = lambda *bounds: (Index(i) for i in range(*bounds))
-    delta.select_backend = lambda *_: "fla"
+    delta_rule.select_backend = lambda *_: "fla"
 
 
 def cases(world: int) -> list[Named]:
@@ -104,7 +104,7 @@ def rank_errors(group: Any, named: list[Named], wanted: list[dict[str, Tensor]])
     torch.set_num_threads(1)
     found: Errors = {}
     for (name, case, chunk), want in zip(named, wanted, strict=True):
-        adapter.CHUNK = chunk
+        fla_delta.CHUNK = chunk
         shard = hsp.SequenceParallel(group, layout=case.layout).shard(case.length, case.documents)
         with hsp.ledger() as book:
             got = measured(case, group, dtype_of(name))

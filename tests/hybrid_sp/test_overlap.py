@@ -20,7 +20,7 @@ from hybrid_sp.exchange import EXCHANGES, choose
 from hybrid_sp.kernels.reference.delta import DeltaPhases
 from hybrid_sp.kernels.reference.linear import LinearPhases
 from hybrid_sp.kernels.softmax import tiled
-from hybrid_sp.ops import short_conv as halo
+from hybrid_sp.ops import short_conv
 from tests.support.ranks import run_ranks
 
 KINDS = ("linear", "delta", "softmax")
@@ -179,7 +179,7 @@ def test_gradient_of_the_initial_state_alone_leaves_nothing_in_flight(exchange: 
 LOCAL_BACKWARD = [
     (LinearPhases, "intra_backward"),
     (DeltaPhases, "intra_backward"),
-    (halo.kernel, "local_backward"),
+    (short_conv.kernel, "local_backward"),
 ]
 
 
@@ -222,7 +222,7 @@ def fail_between(group: Any, kind: str, exchange: str) -> int:
         raise ArithmeticError("between start and finish")
 
     places = [(LinearPhases, "intra_forward"), (DeltaPhases, "intra_forward"), (tiled, "attend")]
-    places.append((halo.kernel, "local_forward"))
+    places.append((short_conv.kernel, "local_forward"))
     kernels = [getattr(module, name) for module, name in places]
     for module, name in places:
         setattr(module, name, broken)

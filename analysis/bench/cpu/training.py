@@ -42,10 +42,13 @@ def model(sizes: Sizes, out: Path) -> Result:
 def _tokens_per_second(folder: Path, processes: int, sizes: Sizes) -> float:
     """Train in a fresh run folder and return the median speed of all steps except the first."""
     threads = 2 // processes
-    command = [sys.executable, "-m", "recipes.train", str(ROOT / "recipes/quickstart.yaml")]
-    command += [f"out={folder.parent.absolute()}", f"name={folder.name}", f"data.length={sizes.model_length}"]
-    command += [f"train.steps={sizes.model_steps}", f"train.threads={threads}", "train.batch=1", "train.device=cpu"]
-    command += ["train.validation_sequences=1", "train.sample=0", "optim.warmup=0", "wandb.mode=disabled"]
-    launch([*command, "checkpoint.resume=never"], loopback(processes), threads)
+    command = [
+        sys.executable, "-m", "recipes.train", str(ROOT / "recipes/quickstart.yaml"),
+        f"out={folder.parent.absolute()}", f"name={folder.name}", f"data.length={sizes.model_length}",
+        f"train.steps={sizes.model_steps}", f"train.threads={threads}", "train.batch=1", "train.device=cpu",
+        "train.validation_sequences=1", "train.sample=0", "optim.warmup=0", "wandb.mode=disabled",
+        "checkpoint.resume=never",
+    ]  # fmt: skip
+    launch(command, loopback(processes), threads)
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return statistics.median([line["tokens_per_second"] for line in metrics if line["kind"] == "train"][1:])

@@ -55,7 +55,7 @@ def _ours(decay: str) -> Callable[..., Tensor]:
 def _softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if q.device.type == "cuda" else nullcontext():
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
@@ -65,7 +65,7 @@ def draw_inputs(heads: int, length: int, width: int, dtype: torch.dtype, device:
     make = torch.Generator(device).manual_seed(0)
     q, k, v, do = (torch.randn(1, length, heads, width, dtype=dtype, device=device, generator=make) for _ in range(4))
     gate = F.logsigmoid(torch.randn(1, length, heads, width, device=device, generator=make)) / 16  # as GLA starts
-    plain = [x.requires_grad_() for x in (q, k, v)]
+    plain = [leaf.requires_grad_() for leaf in (q, k, v)]
     scalar = gate[..., 0].contiguous().requires_grad_()
     forms = dict.fromkeys(("none", "fixed", "softmax"), plain)
     return forms | {"scalar": [*plain, scalar], "vector": [*plain, gate.requires_grad_()]}, do

@@ -52,6 +52,10 @@ class Cell:
     peak_bytes: int = 0
 
     @property
+    def name(self) -> str:
+        return f"{self.contender.name}, H={self.heads}, {self.passes}"
+
+    @property
     def seconds(self) -> float:
         return statistics.median(self.values)
 
@@ -82,10 +86,8 @@ def kernels(sizes: Sizes, out: Path) -> Result:
     steps = train_step.measure_steps(shape, watch, dtype, Budget(shape.seconds[2]), notes)
     _report_progress("phases of a layer")
     phases = overlap_model.measure_phases(shape, watch, dtype, Budget(shape.seconds[3]), notes)
+    measured: list[Cell | train_step.Step | overlap_model.Phase] = [*cells, *steps, *phases]
     where = "" if device.type == "cuda" else ", without a CUDA device: it shows that the program works, and no more"
-    named = [(f"{c.contender.name}, H={c.heads}, {c.passes}", c.length, c.values) for c in cells]
-    named += [(step.name, step.length, step.values) for step in steps]
-    named += [(phase.name, phase.length, phase.values) for phase in phases]
     return Result(
         title=(
             f"kernels, {str(dtype).removeprefix('torch.')}, B=1, K=V={shape.width}, decays in fp32; ceilings: copy "
@@ -103,11 +105,11 @@ def kernels(sizes: Sizes, out: Path) -> Result:
             *overlap_model.phase_tables(phases, shape),
             *(["\n".join(f"- {note}" for note in notes)] if notes else []),
         ],
-        rows=[Row(contender=name, length=length, values=values) for name, length, values in named],
+        rows=[Row(contender=one.name, length=one.length, values=one.values) for one in measured],
         claims=[*goals(cells, limits, shape.width, dtype.itemsize), *differences] if device.type == "cuda" else [],
         facts={
             "ceilings": limits._asdict(),
-            "peak_bytes": {f"{c.contender.name}, H={c.heads}, {c.passes}, T={c.length}": c.peak_bytes for c in cells},
+            "peak_bytes": {f"{cell.name}, T={cell.length}": cell.peak_bytes for cell in cells},
             "steps": [step.facts() for step in steps],
             "notes": notes,
         },
@@ -154,7 +156,7 @@ def measure_operators(
             if length <= (one.until or length)
         ]
         done = _measure_in_turns(todo, shape.repetitions, watch, Budget(budget.left / (len(grid) - number)), notes)
-        times = (f"{c.contender.name}, {c.passes} {c.seconds * 1e3:.3f} ms" for c in done)
+        times = (f"{cell.contender.name}, {cell.passes} {cell.seconds * 1e3:.3f} ms" for cell in done)
         _report_progress(f"H={heads}, T={length}: {'; '.join(times)}")
         cells += done
         del forms, do, todo

@@ -60,33 +60,27 @@ def measure_phases(
             if budget.over:
                 notes.append(f"not measured, out of time: phases, decay {decay}, T={length}")
                 continue
-            phases = {
-                (phase, direction): Phase(decay=decay, length=length, phase=phase, direction=direction)
-                for direction in DIRECTIONS
-                for phase in PHASES
-            }
-            _measure(phases, decay, length, shape, watch, dtype, budget)
-            done += phases.values()
+            done += _measure(decay, length, shape, watch, dtype, budget)
     return done
 
 
 def _measure(
-    phases: dict[tuple[str, str], Phase],
-    decay: str,
-    length: int,
-    shape: KernelSizes,
-    watch: Stopwatch,
-    dtype: torch.dtype,
-    budget: Budget,
-) -> None:
+    decay: str, length: int, shape: KernelSizes, watch: Stopwatch, dtype: torch.dtype, budget: Budget
+) -> list[Phase]:
+    phases = [
+        Phase(decay=decay, length=length, phase=phase, direction=direction)
+        for direction in DIRECTIONS
+        for phase in PHASES
+    ]
     heads, device = shape.model["heads"], watch.device
     width = shape.model["dim"] // heads
     q, k, v, do = (torch.randn(1, length, heads, width, dtype=dtype, device=device) for _ in range(4))
     initial = torch.randn(1, heads, width, width, device=device)
-    leaves = [x.requires_grad_() for x in (q, k, v, initial)]
+    leaves = [leaf.requires_grad_() for leaf in (q, k, v, initial)]
+    log_decay = None
     if decay == "scalar":
-        leaves.append((-torch.rand(1, length, heads, device=device) / 16).requires_grad_())
-    log_decay = leaves[4] if decay == "scalar" else None
+        log_decay = (-torch.rand(1, length, heads, device=device) / 16).requires_grad_()
+        leaves.append(log_decay)
 
     def run() -> None:
         o, _ = hsp.linear_attention(
@@ -105,9 +99,10 @@ def _measure(
         for piece in book.phases:
             at = piece.name, piece.direction
             times[at] = times.get(at, 0.0) + piece.end - piece.begin
-        for at, phase in phases.items():
+        for phase in phases:
             if repetition:  # the first warms up
-                phase.values.append(times[at])
+                phase.values.append(times[phase.phase, phase.direction])
+    return phases
 
 
 def phase_tables(done: list[Phase], shape: KernelSizes) -> Iterator[str | Table]:
@@ -148,8 +143,8 @@ def _exposed(done: list[Phase], shape: KernelSizes) -> Table:
                 cells = [decay, str(length), str(ranks), str(spans)]
                 for rate in LINKS.values():
                     exchange = [bytes_ / rate for bytes_ in received(summary, ranks, layout)]
-                    exposed = [max(0.0, x - work) for x, work in zip(exchange, hidden, strict=True)]
-                    cells += [" + ".join(f"{x * 1e3:.3f}" for x in times) for times in (exchange, exposed)]
+                    exposed = [max(0.0, there - work) for there, work in zip(exchange, hidden, strict=True)]
+                    cells += [" + ".join(f"{took * 1e3:.3f}" for took in times) for times in (exchange, exposed)]
                 rows.append(tuple(cells))
     links = [name for link in LINKS for name in (f"exchange, {link}", "exposed")]
     header = ("decay", "tokens per rank", "ranks", "spans a rank", *links)

@@ -91,8 +91,7 @@ class UninitializedLM(HybridLM):
 
 
 def _measure(name: str, model: HybridLM, length: int, repetitions: int, watch: Stopwatch, budget: Budget) -> Step:
-    vocab, depth = model.config.vocab, model.config.depth
-    tokens, labels = (torch.randint(vocab, (1, length), device=watch.device) for _ in range(2))
+    tokens, labels = (torch.randint(model.config.vocab, (1, length), device=watch.device) for _ in range(2))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=watch.device.type == "cuda")
 
     def run() -> None:
@@ -102,7 +101,7 @@ def _measure(name: str, model: HybridLM, length: int, repetitions: int, watch: S
         optimizer.zero_grad(set_to_none=True)
 
     for every in RECOMPUTED.values():
-        model.recompute = frozenset(range(0, depth, every)) if every else frozenset()
+        model.recompute = frozenset(range(0, model.config.depth, every)) if every else frozenset()
         if _fits(run):
             break
         optimizer.zero_grad(set_to_none=True)

@@ -47,11 +47,11 @@ def launch(command: Sequence[str], network: Network, threads: int = 1) -> None:
             time.sleep(0.1)
             codes = [process.poll() for process, _ in processes]
         if any(codes):
-            texts = [f"{' '.join(command)} failed"]
+            said = [f"{' '.join(command)} failed"]
             for rank, (_, output) in enumerate(processes):
                 output.seek(0)
-                texts.append(f"rank {rank}, exit code {codes[rank]}:\n{output.read()[-4000:]}")
-            raise RuntimeError("\n".join(texts))
+                said.append(f"rank {rank}, exit code {codes[rank]}:\n{output.read()[-4000:]}")
+            raise RuntimeError("\n".join(said))
 
 
 def _free_port() -> int:

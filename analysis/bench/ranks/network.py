@@ -77,8 +77,7 @@ def impossible() -> str | None:
     """Return the reason that stops this process from making namespaces, or None if it can make them."""
     if os.geteuid() != 0:
         return "network namespaces need root"
-    missing = [program for program in ("ip", "tc", "sysctl") if shutil.which(program) is None]
-    if missing:
+    if missing := [program for program in ("ip", "tc", "sysctl") if shutil.which(program) is None]:
         return f"network namespaces need iproute2 and sysctl: no {' and no '.join(missing)} here"
     try:
         with hosts(1, 1.0, "hsp-probe"):  # a kernel may have namespaces and lack veth, bridges or tbf
@@ -105,11 +104,10 @@ def hosts(count: int, megabits: float, base: str = "hsp") -> Iterator[list[Host]
         _ip("-n", switch, "link", "add", "bridge0", "type", "bridge")
         _ip("-n", switch, "link", "set", "bridge0", "up")
         for i, name in enumerate(names):
-            port = f"port{i}"
-            _ip("-n", name, "link", "add", "net0", "type", "veth", "peer", "name", port, "netns", switch)
+            _ip("-n", name, "link", "add", "net0", "type", "veth", "peer", "name", f"port{i}", "netns", switch)
             _ip("-n", name, "addr", "add", f"{_address(i)}/24", "dev", "net0")
             _ip("-n", name, "link", "set", "net0", "up")
-            _ip("-n", switch, "link", "set", port, "master", "bridge0", "up")
+            _ip("-n", switch, "link", "set", f"port{i}", "master", "bridge0", "up")
             shape = ["root", "tbf", "rate", f"{megabits:g}mbit", "burst", str(burst), "latency", QUEUE]
             # Otherwise TCP restarts slowly after a pause, and the rate is not the limit.
             _run(["ip", "netns", "exec", name, "sysctl", "-qw", "net.ipv4.tcp_slow_start_after_idle=0"])

@@ -135,8 +135,7 @@ def _take_samples_on_rank(question: dict[str, Any], group: Group) -> dict[str, A
     contenders = [Contender(**one) for one in question["contenders"]]
     calls = {one.name: _prepare(one, group) for one in contenders}
     samples: dict[str, list[tuple[PassTiming, PassTiming]]] = {one.name: [] for one in contenders}
-    network = slowed(Link(**question["link"])) if question["link"] else contextlib.nullcontext()
-    with network:
+    with slowed(Link(**question["link"])) if question["link"] else contextlib.nullcontext():
         for repetition in range(-1, question["repetitions"]):
             for one in contenders:
                 first, end = (-1, question["repetitions"]) if one.repetitions is None else (0, one.repetitions)
@@ -169,12 +168,12 @@ def _prepare(one: Contender, group: Group) -> Callable[[], tuple[PassTiming, Pas
 
     def sample() -> tuple[PassTiming, PassTiming]:
         shard = sp.shard(one.length)
-        x = [leaf.detach().requires_grad_() for leaf in leaves]
-        named = {name: value.detach().requires_grad_() for name, value in extra.items()}
+        qkv = [leaf.detach().requires_grad_() for leaf in leaves]
+        others = {name: value.detach().requires_grad_() for name, value in extra.items()}
         collectives.barrier(group)
         with hsp.ledger() as there:
             begin = time.perf_counter()
-            o = OPERATORS[one.layer](*x, **named, shard=shard)
+            o = OPERATORS[one.layer](*qkv, **others, shard=shard)
             middle = time.perf_counter()
         with hsp.ledger() as back:
             o.backward(d_o)

@@ -47,8 +47,8 @@ def overlap(sizes: Sizes, out: Path) -> Result:
             work = total_off - gather
             shorter = min(gather, work)
             times = [f"{seconds * 1e3:.1f}" for seconds in (gather, work, left, total_off, total_on)]
-            saved = f"{(total_off - total_on) / shorter:.2f}"
-            lines.append((name, *times[:3], f"{left / gather:.2f}", *times[3:], saved))
+            saved = (total_off - total_on) / shorter
+            lines.append((name, *times[:3], f"{left / gather:.2f}", *times[3:], f"{saved:.2f}"))
             claims += [
                 Claim(what=f"{name}: part of the gather that is waited for", measured=left / gather, at_most=0.2),
                 Claim(what=f"{name}: ms of the gather or the work", measured=shorter * 1e3, at_least=50),

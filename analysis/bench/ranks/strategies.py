@@ -49,11 +49,10 @@ def strategies(sizes: Sizes, out: Path) -> Result:
         "received, backward",
         "collectives and messages",
     )
-    heads, width = contenders[0].heads, contenders[0].width
     return Result(
         title=(
             f"strategies, {RANKS} ranks of one thread, {sizes.rank_length} tokens, forward + backward, fp32, B=1, "
-            f"H={heads}, K=V={width}; {network.words}"
+            f"H={contenders[0].heads}, K=V={contenders[0].width}; {network.words}"
         ),
         unit="seconds",
         body=[
@@ -101,8 +100,8 @@ def _cells(one: Contender, samples: Samples) -> tuple[str, ...]:
         f"{median(own) * 1e3:.1f}",
         f"{min(times):.1f} to {max(times):.1f}",
         f"{one.length / median(own):,.0f}",
-        " + ".join(f"{x:.1f}" for x in exposed),
-        *(f"{x:,}" for x in received),
+        " + ".join(f"{waited:.1f}" for waited in exposed),
+        *(f"{size:,}" for size in received),
         str(int(median(own, methodcaller("total", "calls")))),
     )
 

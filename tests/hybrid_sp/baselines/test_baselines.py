@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import hybrid_sp as hsp
-from hybrid_sp.baselines import left_product as quadratic
+from hybrid_sp.baselines import left_product
 from hybrid_sp.comm import collectives, groups
 from tests.hybrid_sp.cases import (
     LONG_DOCUMENTS,
@@ -62,12 +62,12 @@ def wanted(case: Case) -> dict[str, Tensor]:
 
 def check_in_tiles(group: Any, cases: list[tuple[Case, dict[str, Tensor]]]) -> None:
     """With tiles that the spans here have several of."""
-    tiles = quadratic.QUERIES, quadratic.KEYS
-    quadratic.QUERIES, quadratic.KEYS = 8, 12
+    tiles = left_product.QUERIES, left_product.KEYS
+    left_product.QUERIES, left_product.KEYS = 8, 12
     try:
         check_cases(group, cases, 8, 64)
     finally:
-        quadratic.QUERIES, quadratic.KEYS = tiles
+        left_product.QUERIES, left_product.KEYS = tiles
 
 
 def check_heads(baseline: str, world: int, layout: str, turn: int = 0, of: int = 1) -> None:

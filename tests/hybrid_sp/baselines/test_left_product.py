@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybrid_sp.baselines import left_product as quadratic
+from hybrid_sp.baselines import left_product
 from tests.support.oracle import assert_close
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quadratic, "QUERIES", 4)
-    monkeypatch.setattr(quadratic, "KEYS", 6)
+    monkeypatch.setattr(left_product, "QUERIES", 4)
+    monkeypatch.setattr(left_product, "KEYS", 6)
 
 
 def normal(*shape: int) -> Iterator[Tensor]:
@@ -44,9 +44,9 @@ def test_a_run_over_itself(tokens: int) -> None:
     expected = torch.autograd.grad(want, (q, k, v, g), do.detach())
     with torch.no_grad():
         o = torch.zeros_like(v)
-        quadratic.causal_forward(o, q, k, v, g)
+        left_product.causal_forward(o, q, k, v, g)
         grads = tuple(torch.zeros_like(x) for x in (q, k, v))
-        dg = quadratic.causal_backward(grads, do, q, k, v, g)
+        dg = left_product.causal_backward(grads, do, q, k, v, g)
     assert_close("o", o, want, 1e-13)
     for name, got, grad in zip("qkvg", (*grads, dg), expected, strict=True):
         assert_close(f"d{name}", got, grad, 1e-13)
@@ -60,9 +60,9 @@ def test_a_run_over_another() -> None:
     expected = torch.autograd.grad(want, (q, k, v, read, written), do.detach())
     with torch.no_grad():
         o = torch.zeros_like(q)
-        quadratic.full_forward(o, q, k, v, read, written)
+        left_product.full_forward(o, q, k, v, read, written)
         grads = tuple(torch.zeros_like(x) for x in (q, k, v))
-        d_sides = quadratic.full_backward(grads, do, q, k, v, read, written)
+        d_sides = left_product.full_backward(grads, do, q, k, v, read, written)
     assert_close("o", o, want, 1e-13)
     for name, got, grad in zip(("dq", "dk", "dv", "d_read", "d_written"), (*grads, *d_sides), expected, strict=True):
         assert_close(name, got, grad, 1e-13)
@@ -71,8 +71,8 @@ def test_a_run_over_another() -> None:
 def test_sums_of_decays_and_their_adjoints() -> None:
     g, d = next(normal(1, 2, 6)).requires_grad_(), next(normal(1, 2, 6))
     for forward, backward, run in (
-        (quadratic.through, quadratic.through_backward, lambda t: slice(0, t + 1)),
-        (quadratic.after, quadratic.after_backward, lambda t: slice(t + 1, 6)),
+        (left_product.through, left_product.through_backward, lambda t: slice(0, t + 1)),
+        (left_product.after, left_product.after_backward, lambda t: slice(t + 1, 6)),
     ):
         want = torch.stack([g[..., run(t)].sum(-1) for t in range(6)], -1)
         assert_close(forward.__name__, forward(g), want, 1e-14)

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import hybrid_sp as hsp
-from hybrid_sp.baselines import left_product as quadratic
-from hybrid_sp.baselines import ring_attention as ring
+from hybrid_sp.baselines import left_product, ring_attention
 from hybrid_sp.comm import groups, messages
 from hybrid_sp.comm.pending import CommunicationError, Header, Pending
 from tests.hybrid_sp.baselines.test_baselines import LAYERS, leaves, loss
@@ -24,7 +23,7 @@ def logged(group: Any, overlap: bool) -> list[str]:
     """Launches of hops by number, visits, and waits, of one call forward and backward."""
     log: list[str] = []
     shift = messages.start_shift
-    visits = {name: getattr(ring, name) for name in ("attend_tiles", "attend_tiles_backward")}
+    visits = {name: getattr(ring_attention, name) for name in ("attend_tiles", "attend_tiles_backward")}
 
     def launched(x: torch.Tensor, number: int, *args: Any) -> Pending:
         log.append(f"launch {number}")
@@ -48,12 +47,12 @@ def logged(group: Any, overlap: bool) -> list[str]:
     try:
         messages.start_shift = launched
         for name in visits:
-            setattr(ring, name, noted(name))
+            setattr(ring_attention, name, noted(name))
         hsp.softmax_attention(x, x, x, shard=sp.shard(12)).sum().backward()
     finally:
         messages.start_shift = shift
         for name, visit in visits.items():
-            setattr(ring, name, visit)
+            setattr(ring_attention, name, visit)
     return log
 
 
@@ -85,8 +84,8 @@ def fail_on_the_way(group: Any) -> list[int]:
 
         return run
 
-    places = [(ring, "attend_tiles"), (ring, "attend_tiles_backward")]
-    places += [(quadratic, "causal_forward"), (quadratic, "causal_backward")]
+    places = [(ring_attention, "attend_tiles"), (ring_attention, "attend_tiles_backward")]
+    places += [(left_product, "causal_forward"), (left_product, "causal_backward")]
     for case in LAYERS[-2:]:
         for module, name in places:
             shard, x = leaves(case, group)

@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import hybrid_sp as hsp
-from hybrid_sp.comm import collectives, groups, messages
-from hybrid_sp.comm import ledger as timeline
+from hybrid_sp.comm import collectives, groups, ledger, messages
 from hybrid_sp.comm.ledger import Ledger, Part, Phase, Row, Wait
 from hybrid_sp.comm.pending import Header, Pending
 from hybrid_sp.comm.trace import rank_events, write_trace
@@ -87,13 +86,13 @@ class Clock:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
-        patch.setattr(timeline, "clock", lambda: self.now)
+        patch.setattr(ledger, "clock", lambda: self.now)
 
     def wait(self, seconds: float = 10.0) -> None:
         self.now += seconds
 
 
-def over_a_slow_link(group: Any) -> dict[str, dict[Part, timeline.Times]]:
+def over_a_slow_link(group: Any) -> dict[str, dict[Part, ledger.Times]]:
     """A gather of 2 s beside local work of 3 s, each way."""
     found = {}
     with pytest.MonkeyPatch.context() as patch:
@@ -124,7 +123,7 @@ def over_a_slow_link(group: Any) -> dict[str, dict[Part, timeline.Times]]:
 
 
 def test_times_say_what_was_hidden() -> None:
-    hidden, seen = timeline.Times(compute=3, in_flight=3, exposed=0), timeline.Times(compute=3, in_flight=2, exposed=2)
+    hidden, seen = ledger.Times(compute=3, in_flight=3, exposed=0), ledger.Times(compute=3, in_flight=2, exposed=2)
     for found in run_ranks(over_a_slow_link, 2):
         for overlap, times in found.items():
             want = hidden if "linear" in overlap or overlap == "True" else seen
@@ -149,11 +148,11 @@ def test_waits_and_phases_within_cut_a_phase(monkeypatch: pytest.MonkeyPatch) ->
     clock = Clock(monkeypatch)
     names = {"tag": "linear", "direction": "backward", "call": 3}
     with hsp.ledger() as book:
-        with timeline.computing("outer", **names):
+        with ledger.computing("outer", **names):
             clock.wait(1)
             Pending(lambda: None, clock, "a gather", Header(**names)).wait()
             clock.wait(2)
-            with timeline.computing("inner", "softmax", "forward", 4):
+            with ledger.computing("inner", "softmax", "forward", 4):
                 clock.wait(4)
             clock.wait(8)
         clock.wait(16)
@@ -167,17 +166,17 @@ def test_waits_and_phases_within_cut_a_phase(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_phase_costs_nothing_while_no_ledger_is_open() -> None:
-    one, other = (timeline.computing("intra", "linear", "forward", 0) for _ in range(2))
+    one, other = (ledger.computing("intra", "linear", "forward", 0) for _ in range(2))
     assert type(one) is type(other) is contextlib.nullcontext
 
 
 def test_what_a_thread_aside_waits_for_is_not_exposed(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     with hsp.ledger() as book:
-        with timeline.computing("outer", "linear", "forward", 0):
-            with timeline.background_thread():
+        with ledger.computing("outer", "linear", "forward", 0):
+            with ledger.background_thread():
                 Pending(lambda: None, clock, "a message", Header(tag="linear")).wait()
-            thread = threading.Thread(target=lambda: timeline.note_wait(book_wait))
+            thread = threading.Thread(target=lambda: ledger.note_wait(book_wait))
             book_wait = Wait(what="x", tag="linear", direction="forward", call=0, begin=0, end=1)
             thread.start()
             thread.join()
@@ -210,7 +209,7 @@ def sent_to_one_who_is_late(group: Any) -> list[Wait] | float:
     header = messages.open_exchange(Header(tag="test"), "one message", x, group)
     if groups.rank(group) == 1:
         collectives.barrier(group)
-        there = timeline.clock()
+        there = ledger.clock()
         messages.start_receive(x, 0, 0, group, header).wait()
         return there
     with hsp.ledger() as book:
@@ -246,15 +245,15 @@ class FakeEvent:
 
     def record(self, stream: str) -> None:
         assert stream == "the stream of cuda:0"
-        self.at = timeline.clock() + self.late - 100
+        self.at = ledger.clock() + self.late - 100
         self.recorded.append(self)
 
     def synchronize(self) -> None:
-        if timeline.clock() < self.at + 100:
+        if ledger.clock() < self.at + 100:
             TIMES.now = self.at + 100
 
     def elapsed_time(self, later: FakeEvent) -> float:
-        assert timeline.clock() >= max(self.at, later.at) + 100, "not waited for"
+        assert ledger.clock() >= max(self.at, later.at) + 100, "not waited for"
         return 1e3 * (later.at - self.at)
 
 
@@ -267,12 +266,12 @@ def test_on_cuda_moments_are_events_until_the_ledger_is_read(monkeypatch: pytest
     device = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the stream of {device}")
-    assert timeline.moment(device) == 0, "no ledger is open"
+    assert ledger.moment(device) == 0, "no ledger is open"
     with hsp.ledger() as book:
-        with timeline.computing("intra", "linear", "forward", 0, device):
+        with ledger.computing("intra", "linear", "forward", 0, device):
             clock.wait(1)
-        here = Row(**NAMES, launched=timeline.moment(device))
-        timeline.note_row(here)
+        here = Row(**NAMES, launched=ledger.moment(device))
+        ledger.note_row(here)
         clock.wait(2)
         monkeypatch.setattr(FakeEvent, "late", 20.0)  # another stream, which the next read must wait for
         Pending(lambda: None, clock, "a gather", Header(tag="linear"), here, device).wait()
@@ -327,9 +326,9 @@ def traced(group: Any) -> list[dict[str, Any]]:
 
 
 def test_the_trace_of_all_ranks_is_in_the_trace_event_format(tmp_path: Path) -> None:
-    begin = timeline.clock()
+    begin = ledger.clock()
     events = run_ranks(traced, 2)
-    seconds = timeline.clock() - begin
+    seconds = ledger.clock() - begin
     write_trace(tmp_path / "trace.json", events)
     slices = valid_events(tmp_path / "trace.json")
     for rank in (0, 1):

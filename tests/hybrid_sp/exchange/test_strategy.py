@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import hybrid_sp as hsp
-from hybrid_sp import shard as names
 from hybrid_sp.baselines import BASELINES
 from hybrid_sp.comm.groups import Group
 from hybrid_sp.comm.link import Link
@@ -24,8 +23,8 @@ FORMS: dict[str, int] = {"none": 0, "fixed": 0, "scalar": 1, "vector": K, "matri
 
 
 def test_names_are_those_of_the_registries() -> None:
-    assert tuple(EXCHANGES) == names.STATE_EXCHANGES
-    assert {kind: tuple(strategies) for kind, strategies in BASELINES.items()} == names.BASELINES
+    assert tuple(EXCHANGES) == hsp.shard.STATE_EXCHANGES
+    assert {kind: tuple(strategies) for kind, strategies in BASELINES.items()} == hsp.shard.BASELINES
     every = [*EXCHANGES.values(), kv.STRATEGY, *BASELINES["linear"].values(), BASELINES["softmax"]["ring"]]
     assert len({strategy.label for strategy in every}) == len(every)
 

@@ -31,7 +31,7 @@ from triton.runtime.jit import create_function_from_signature
 
 import hybrid_sp as hsp
 from hybrid_sp import backends
-from hybrid_sp.kernels.gpu import launch as door
+from hybrid_sp.kernels.gpu import launch
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a program may have, by compute capability
@@ -168,10 +168,10 @@ def build_all(jobs: Sequence[Job]) -> list[Built]:
 def record() -> Recorder:
     """From now on this process launches nothing: operators run their kernels' launchers, on CPU tensors."""
     assert not backends.interpreted(), "TRITON_INTERPRET=1 makes kernels that cannot be compiled"
-    early = [name for name, module in sys.modules.items() if getattr(module, "launch", None) is door.launch]
-    assert early == [door.__name__], f"{early} have the real `launch` already"
+    early = [name for name, module in sys.modules.items() if getattr(module, "launch", None) is launch.launch]
+    assert early == [launch.__name__], f"{early} have the real `launch` already"
     recorder = Recorder()
-    door.launch, backends.interpreted = recorder, lambda: True
+    launch.launch, backends.interpreted = recorder, lambda: True
     return recorder
 
 

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hybrid_sp.kernels.gpu import launch as door
+from hybrid_sp.kernels.gpu import launch
 from tests.hybrid_sp.kernels.aot import build_all, record
 
 
@@ -51,13 +51,13 @@ if __name__ == "__main__":
     recorder = record()
     x, y = torch.zeros(128, 128, dtype=torch.bfloat16), torch.zeros(128, 128)
     for numbers in ((128, 256), (144, 512)):  # the same to a compiler: multiples of 16
-        door.launch(spilling_kernel, (1,), x, y, *numbers, num_warps=1, num_stages=1, WIDTH=64)
-        door.launch(crowding_kernel, (1,), x, y, *numbers, num_warps=8, num_stages=9, WIDTH=128)
-    door.launch(broken_kernel, (1,), x, num_warps=1, num_stages=1, WIDTH=100)
-    door.launch(broken_kernel, (3, 0), y, num_warps=1, num_stages=1, WIDTH=64)  # an empty grid launches nothing
+        launch.launch(spilling_kernel, (1,), x, y, *numbers, num_warps=1, num_stages=1, WIDTH=64)
+        launch.launch(crowding_kernel, (1,), x, y, *numbers, num_warps=8, num_stages=9, WIDTH=128)
+    launch.launch(broken_kernel, (1,), x, num_warps=1, num_stages=1, WIDTH=100)
+    launch.launch(broken_kernel, (3, 0), y, num_warps=1, num_stages=1, WIDTH=64)  # an empty grid launches nothing
     options = {"WORD": "some", "WIDTH": 64}
-    door.launch(modest_kernel, (1,), x, None, 48, 1, 3, True, 0.5, num_warps=1, num_stages=1, **options)
-    door.launch(modest_kernel, (1,), x[:, 1:], None, 48, 1, 2**40, True, 0.5, num_warps=1, num_stages=1, **options)
+    launch.launch(modest_kernel, (1,), x, None, 48, 1, 3, True, 0.5, num_warps=1, num_stages=1, **options)
+    launch.launch(modest_kernel, (1,), x[:, 1:], None, 48, 1, 2**40, True, 0.5, num_warps=1, num_stages=1, **options)
     specs = [spec for _, spec in recorder.seen.values()]
     built = build_all([("", spec, arch) for spec in specs for arch in (80, 90)])
     told = [

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 import hybrid_sp as hsp
-from hybrid_sp.kernels.gpu import fla_delta as adapter
+from hybrid_sp.kernels.gpu import fla_delta
 from hybrid_sp.kernels.pieces import Spans
-from hybrid_sp.ops import delta_rule as delta
+from hybrid_sp.ops import delta_rule
 from tests.external.program import Errors, errors_of
 from tests.support.packages import needs
 from tests.support.tiers import tiered
@@ -100,9 +100,9 @@ def written(function: ast.FunctionDef) -> str:
 
 
 @needs_fla
-@pytest.mark.parametrize("name", adapter.PASSES)
+@pytest.mark.parametrize("name", fla_delta.PASSES)
 def test_a_pass_of_fla_is_what_we_call(name: str) -> None:
-    module, function = adapter.PASSES[name].split(":")
+    module, function = fla_delta.PASSES[name].split(":")
     found = [x for x in parsed(module).body if isinstance(x, ast.FunctionDef) and x.name == function]
     assert found, f"{module} has no function {function} any more"
     is_now = written(found[0])
@@ -110,9 +110,9 @@ def test_a_pass_of_fla_is_what_we_call(name: str) -> None:
 
 
 @needs_fla
-@pytest.mark.parametrize("name", adapter.VALUES)
+@pytest.mark.parametrize("name", fla_delta.VALUES)
 def test_a_value_of_fla_is_there(name: str) -> None:
-    module, value = adapter.VALUES[name].split(":")
+    module, value = fla_delta.VALUES[name].split(":")
     source = parsed(module)
     bound = {alias.asname or alias.name for x in ast.walk(source) if isinstance(x, ast.ImportFrom) for alias in x.names}
     bound |= {x.id for x in ast.walk(source) if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store)}
@@ -184,14 +184,14 @@ def call(**changed: Any) -> torch.Tensor:
 
 
 def test_a_missing_package_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(delta, "select_backend", lambda *_: "fla")
-    monkeypatch.setattr(adapter, "PASSES", {"chunk_fwd_o": "no_such_package.ops:chunk_fwd_o"})
-    adapter.passes.cache_clear()
+    monkeypatch.setattr(delta_rule, "select_backend", lambda *_: "fla")
+    monkeypatch.setattr(fla_delta, "PASSES", {"chunk_fwd_o": "no_such_package.ops:chunk_fwd_o"})
+    fla_delta.passes.cache_clear()
     try:
         with pytest.raises(ImportError, match=r'pip install "hybrid_sp\[fla\]".*backend="torch"'):
             call()
     finally:
-        adapter.passes.cache_clear()
+        fla_delta.passes.cache_clear()
 
 
 @pytest.mark.parametrize(("hopper", "new"), [(True, False), (True, True), (False, False)])
@@ -199,14 +199,14 @@ def test_decays_per_head_become_vectors_where_triton_is_wrong(
     monkeypatch: pytest.MonkeyPatch, hopper: bool, new: bool
 ) -> None:
     there = SimpleNamespace(HOPPER=hopper, TRITON_3_4_0=True, TRITON_3_7_1=new)
-    monkeypatch.setattr(adapter, "passes", lambda: there)
+    monkeypatch.setattr(fla_delta, "passes", lambda: there)
     g = torch.zeros(1, 6, 2).requires_grad_()
-    used = adapter.decay_of(g, 4)
+    used = fla_delta.decay_of(g, 4)
     assert used is not None
     assert used.shape == ((1, 6, 2, 4) if hopper and not new else (1, 6, 2))
     (dg,) = torch.autograd.grad(used.sum(), g)
     assert torch.equal(dg, torch.full_like(g, 4.0 if hopper and not new else 1.0))
-    assert adapter.decay_of(None, 4) is None
+    assert fla_delta.decay_of(None, 4) is None
 
 
 def test_runs_of_two_rows_with_documents_inside_and_at_the_edges_of_spans(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,8 +214,8 @@ def test_runs_of_two_rows_with_documents_inside_and_at_the_edges_of_spans(monkey
         return cu_seqlens
 
     there = SimpleNamespace(prepare_chunk_indices=indices, prepare_chunk_offsets=indices)
-    monkeypatch.setattr(adapter, "passes", lambda: there)
-    runs = adapter._runs.__wrapped__(Spans((5, 4, 3), (2, 5, 7)), 2, torch.device("cpu"), 64)  # not from the cache
+    monkeypatch.setattr(fla_delta, "passes", lambda: there)
+    runs = fla_delta._runs.__wrapped__(Spans((5, 4, 3), (2, 5, 7)), 2, torch.device("cpu"), 64)  # not from the cache
     assert runs.tokens["cu_seqlens"].tolist() == [0, 2, 5, 7, 9, 12, 14, 17, 19, 21, 24]
     assert runs.pieces.bounds == (0, 2, 4, 5)
     entered = [(run, piece.start, piece.stop, piece.span) for run, piece in runs.entered]

@@ -20,8 +20,7 @@ from torch import Tensor
 
 import hybrid_sp as hsp
 from hybrid_sp import backends
-from hybrid_sp.kernels.softmax import attend as kernels
-from hybrid_sp.kernels.softmax import flash_attn as flash
+from hybrid_sp.kernels.softmax import attend, flash_attn
 from hybrid_sp.kernels.softmax.layout import flash_dim
 from tests.hybrid_sp.kernels.test_softmax_kernels import (
     aligned,
@@ -185,7 +184,7 @@ def there(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Stand]]:
             return versions[name]
 
         monkeypatch.setattr(importlib.metadata, "version", version)
-        monkeypatch.setattr(flash, "capability", lambda x: chip)
+        monkeypatch.setattr(flash_attn, "capability", lambda x: chip)
         for path in FACTS:
             *parents, name = path.removesuffix(".py").split("/")
             for i in range(len(parents)):
@@ -197,9 +196,9 @@ def there(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Stand]]:
             setattr(sys.modules[parent], name, made)
         return stand
 
-    flash._package.cache_clear()
+    flash_attn._package.cache_clear()
     yield install
-    flash._package.cache_clear()
+    flash_attn._package.cache_clear()
 
 
 @pytest.mark.parametrize("dim", [64, 5, 136, 200])
@@ -208,7 +207,7 @@ def test_blocks(there: Callable[..., Stand], name: str, dim: int) -> None:
     stand = there(CHIPS[name], VERSIONS)
     x = leaves(19, 11, dim)
     do = torch.randn(x[0].shape, dtype=torch.float64)
-    kernel = kernels.select_kernel(x[0], "flash_attn")
+    kernel = attend.select_kernel(x[0], "flash_attn")
     for form in (lambda y: y, awkward):
         compare(in_two_blocks(kernel, [form(y) for y in x], form(do)), truth(x, do), 1e-12)
     assert set(stand.called) == set(list(FACTS.values())[name == "flash-attn-4"])
@@ -232,7 +231,7 @@ def test_the_operator_hands_the_choice_down(
 
     by_torch = results("torch")
     assert not stand.called
-    monkeypatch.setattr(kernels, "CPU", None)
+    monkeypatch.setattr(attend, "CPU", None)
     for got, want in zip(results("flash_attn"), by_torch, strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
@@ -251,7 +250,7 @@ def test_the_operator_hands_the_choice_down(
 )
 def test_versions(there: Callable[..., Stand], chip: tuple[int, int], versions: dict[str, str], name: str) -> None:
     there(chip, versions)
-    assert flash.package(torch.empty(1)).name == name
+    assert flash_attn.package(torch.empty(1)).name == name
 
 
 def test_dims() -> None:
@@ -261,7 +260,7 @@ def test_dims() -> None:
 @pytest.mark.parametrize(("chip", "dims"), [((9, 0), [64, 96, 128, 192, 256]), ((10, 0), [64, 128, 128, 256, 256])])
 def test_dims_of_version_4(there: Callable[..., Stand], chip: tuple[int, int], dims: list[int]) -> None:
     there(chip, VERSIONS)
-    assert [flash.package(torch.empty(1)).dim(dim) for dim in (8, 96, 100, 160, 256)] == dims
+    assert [flash_attn.package(torch.empty(1)).dim(dim) for dim in (8, 96, 100, 160, 256)] == dims
 
 
 @pytest.mark.parametrize(
@@ -295,11 +294,11 @@ def test_an_older_version_4_is_refused(monkeypatch: pytest.MonkeyPatch, there: C
         four = sys.modules["flash_attn.cute.interface"]
         monkeypatch.setattr(four, "_flash_attn_fwd", lambda q, k, v, softmax_scale, causal: None)
         if "flash-attn" in versions:
-            assert flash.package(torch.empty(1)).name == "flash-attn 2.8.3.post2"
-            flash._package.cache_clear()
+            assert flash_attn.package(torch.empty(1)).name == "flash-attn 2.8.3.post2"
+            flash_attn._package.cache_clear()
         else:
             with pytest.raises(ImportError, match=r"_flash_attn_fwd takes no \['return_lse'\]"):
-                flash.package(torch.empty(1))
+                flash_attn.package(torch.empty(1))
 
 
 def test_what_it_returns_is_checked(monkeypatch: pytest.MonkeyPatch, there: Callable[..., Stand]) -> None:
@@ -309,7 +308,7 @@ def test_what_it_returns_is_checked(monkeypatch: pytest.MonkeyPatch, there: Call
     monkeypatch.setattr(two, "_flash_attn_forward", lambda q, k, v, **_: (q, q, k, v, q, q[..., 0], None, None))
     x = torch.randn(1, 4, 2, 8)
     with pytest.raises(RuntimeError, match='flash-attn 2.8.3.post2 returned .*unknown to us; use backend="torch"'):
-        flash.forward(x, x, x, True, 1.0)
+        flash_attn.forward(x, x, x, True, 1.0)
 
 
 def test_nothing_imports_the_package_unasked() -> None:
@@ -317,7 +316,7 @@ def test_nothing_imports_the_package_unasked() -> None:
 import sys
 sys.modules["flash_attn"] = None
 import torch, hybrid_sp as hsp
-from hybrid_sp.kernels.softmax import flash_attn as flash
+from hybrid_sp.kernels.softmax import flash_attn
 x = torch.randn(1, 4, 1, 8, requires_grad=True)
 hsp.softmax_attention(x, x, x, backend="auto").sum().backward()
 assert not any(name.startswith("flash_attn") for name, module in sys.modules.items() if module)

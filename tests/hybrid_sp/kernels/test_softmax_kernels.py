@@ -13,8 +13,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hybrid_sp.kernels.softmax import aten, formula, layout
-from hybrid_sp.kernels.softmax import attend as softmax
+from hybrid_sp.kernels.softmax import aten, attend, formula, layout
 from hybrid_sp.kernels.softmax.attend import Kernel, merge, select_kernel
 from tests.support.oracle import assert_close
 
@@ -174,10 +173,10 @@ def test_cuda_kernels_stood_in_for(operators: CudaOperators, name: str, tokens: 
     x = leaves(tokens, others, dim)
     do = torch.randn(x[0].shape, dtype=torch.float64)
     for form in (lambda y: y, awkward):
-        found = in_two_blocks(getattr(softmax, name), [form(y) for y in x], form(do))
+        found = in_two_blocks(getattr(attend, name), [form(y) for y in x], form(do))
         compare(found, truth(x, do), 1e-12)
     sum_of_all = torch.ones((), dtype=torch.float64).expand(do.shape)  # as `o.sum()` gives it, all strides 0
-    compare(in_two_blocks(getattr(softmax, name), x, sum_of_all), truth(x, sum_of_all), 1e-12)
+    compare(in_two_blocks(getattr(attend, name), x, sum_of_all), truth(x, sum_of_all), 1e-12)
     assert {called.split("_attention")[0] for called in operators.called} == {f"_scaled_dot_product_{name.lower()}"}
 
 
@@ -187,7 +186,7 @@ def test_kernels_that_run_here(monkeypatch: pytest.MonkeyPatch, name: str) -> No
     for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 5e-6), (torch.bfloat16, 5e-3)):
         x = leaves(37, 50, 5, dtype)
         do = torch.randn(x[0].shape).to(dtype)
-        compare(in_two_blocks(getattr(softmax, name), x, do), truth(x, do), bound)
+        compare(in_two_blocks(getattr(attend, name), x, do), truth(x, do), bound)
 
 
 class Called(TorchDispatchMode):
@@ -225,7 +224,7 @@ def test_cuda_kernels_on_fake_tensors(dtype: torch.dtype, dim: int, kernel: str)
         assert (o.shape, o.dtype) == (q.shape, dtype) and (lse.shape, lse.dtype) == (q.shape[:3], torch.float32)
         for grad, x in zip(used.backward(do, q, k, v, o, lse, True, SCALE), (q, k, v), strict=True):
             assert (grad.shape, grad.dtype, grad.device) == (x.shape, dtype, x.device)
-        assert select_kernel(q.double(), "torch") is softmax.PLAIN
+        assert select_kernel(q.double(), "torch") is attend.PLAIN
     assert called.names == [kernel, f"{kernel}_backward"]
 
 

@@ -22,7 +22,7 @@ from hybrid_sp.kernels.gpu.segments import Segments, segment  # noqa: E402
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    from hybrid_sp.kernels.gpu import vector_decay as gates
+    from hybrid_sp.kernels.gpu import vector_decay
 
     mend()
 
@@ -114,19 +114,19 @@ class Case:
         return {name: x.detach() for name, x in (out | ({"du": du[0]} if du else {})).items()}
 
     def forward(self) -> dict[str, Tensor]:
-        until, totals = gates.keys_forward(self.k, self.g, self.segments)
-        since, A = gates.queries_forward(self.q, self.k, self.g, self.u, self.segments)
+        until, totals = vector_decay.keys_forward(self.k, self.g, self.segments)
+        since, A = vector_decay.queries_forward(self.q, self.k, self.g, self.u, self.segments)
         return {"until": until, "totals": totals, "since": since, "A": A}
 
     def read(self) -> dict[str, Tensor]:
-        got = gates.queries_backward(
+        got = vector_decay.queries_backward(
             self.d_since, self.do, self.q, self.k, self.v, self.g, self.u, SCALE, self.segments
         )
         return {name: x for name, x in zip(("dq", "dk_A", "dg_A", "du"), got, strict=True) if x is not None}
 
     def wrote(self) -> dict[str, Tensor]:
         given = self.dk_A.contiguous().clone(), self.dg_A.contiguous().clone()
-        dk, dg = gates.keys_backward(self.d_until, self.d_totals, *given, self.k, self.g, self.segments)
+        dk, dg = vector_decay.keys_backward(self.d_until, self.d_totals, *given, self.k, self.g, self.segments)
         return {"dk": dk, "dg": dg}
 
     def check(self, bound: float) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 import hybrid_sp as hsp
 from hybrid_sp.comm import collectives
 from hybrid_sp.comm.pending import Header, Pending
-from hybrid_sp.ops import short_conv as halo
+from hybrid_sp.ops import short_conv
 from tests.hybrid_sp.cases import Case, truth
 from tests.hybrid_sp.ops.test_parity import LAYOUTS, check_cases
 from tests.support.oracle import assert_close
@@ -141,7 +141,7 @@ def logged(group: Any, overlap: bool, width: int) -> list[str]:
     """Launches, waits and local work of one layer, forward and backward."""
     log: list[str] = []
     launch = collectives.start_all_to_all
-    work = {name: getattr(halo.kernel, name) for name in ("local_forward", "local_backward")}
+    work = {name: getattr(short_conv.kernel, name) for name in ("local_forward", "local_backward")}
 
     def launched(x: Tensor, sent: list[int], received: list[int], group: Any, header: Header) -> Pending:
         log.append(f"launch {header.direction}")
@@ -165,13 +165,13 @@ def logged(group: Any, overlap: bool, width: int) -> list[str]:
     try:
         collectives.start_all_to_all = launched
         for name in work:
-            setattr(halo.kernel, name, noted(name))
+            setattr(short_conv.kernel, name, noted(name))
         y, [final] = case.call(leaves_of(case, shard), shard)
         (y.sum() + final.sum()).backward()
     finally:
         collectives.start_all_to_all = launch
         for name, function in work.items():
-            setattr(halo.kernel, name, function)
+            setattr(short_conv.kernel, name, function)
     return log
 
 

@@ -18,7 +18,7 @@ import hybrid_sp as hsp
 from hybrid_sp.comm import collectives
 from hybrid_sp.comm.pending import Pending
 from hybrid_sp.kernels.softmax import tiled
-from hybrid_sp.ops import softmax_attention as softmax
+from hybrid_sp.ops import softmax_attention
 from tests.hybrid_sp.cases import LONG_DOCUMENTS, SHORT_DOCUMENTS, Case, truth
 from tests.hybrid_sp.ops.test_parity import (
     LAYOUTS,
@@ -106,7 +106,10 @@ def few(group: Any, heads: int | None, keep: bool, *, length: int = 30, key_head
 def noted(log: list[str]) -> Iterator[None]:
     """Launches and waits of collectives, and attention to own keys and to those of others."""
     before = {(collectives, name): getattr(collectives, name) for name in ("start_all_gather", "start_reduce_scatter")}
-    before |= {(softmax, name): getattr(softmax, name) for name in ("attend_tiles", "attend_tiles_backward")}
+    before |= {
+        (softmax_attention, name): getattr(softmax_attention, name)
+        for name in ("attend_tiles", "attend_tiles_backward")
+    }
 
     def collective(start: Callable[..., Pending], name: str) -> Callable[..., Pending]:
         def started(x: Tensor, group: Any, header: Any) -> Pending:

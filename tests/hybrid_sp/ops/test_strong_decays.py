@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import hybrid_sp as hsp
-from hybrid_sp.baselines import left_product as quadratic
+from hybrid_sp.baselines import left_product
 from hybrid_sp.checks import FLOORS, floor_decays
 from hybrid_sp.comm import groups
 from hybrid_sp.kernels.reference import chunks
@@ -58,8 +58,8 @@ def wanted(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
 
 def check_cases(group: Any, given: list[Wanted], chunk: int) -> int:
     """All tensors on every rank, in chunks and tiles of so many tokens."""
-    default = chunks.CHUNK, quadratic.QUERIES, quadratic.KEYS
-    chunks.CHUNK = quadratic.QUERIES = quadratic.KEYS = chunk
+    default = chunks.CHUNK, left_product.QUERIES, left_product.KEYS
+    chunks.CHUNK = left_product.QUERIES = left_product.KEYS = chunk
     try:
         for case, dtype, want in given:
             shard = hsp.SequenceParallel(group, layout=case.layout).shard(case.length, case.documents)
@@ -68,7 +68,7 @@ def check_cases(group: Any, given: list[Wanted], chunk: int) -> int:
                 where = f"{case} {dtype} {name} on rank {groups.rank(group)}"
                 assert_close(where, value.double(), expected, BOUNDS[dtype])
     finally:
-        chunks.CHUNK, quadratic.QUERIES, quadratic.KEYS = default
+        chunks.CHUNK, left_product.QUERIES, left_product.KEYS = default
     return len(given)
 
 

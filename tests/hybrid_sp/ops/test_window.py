@@ -14,7 +14,7 @@ import hybrid_sp as hsp
 from hybrid_sp.comm import collectives
 from hybrid_sp.comm.pending import Pending
 from hybrid_sp.kernels.softmax import tiles
-from hybrid_sp.ops import softmax_attention as softmax
+from hybrid_sp.ops import softmax_attention
 from tests.hybrid_sp.cases import Case, truth
 from tests.hybrid_sp.ops.test_parity import LAYOUTS, check_cases
 from tests.support.ranks import run_ranks
@@ -149,13 +149,13 @@ def logged(group: Any, overlap: bool) -> list[str]:
     try:
         collectives.start_all_to_all = launched
         for name in ("attend_tiles", "attend_tiles_backward"):
-            own[name] = getattr(softmax, name)
-            setattr(softmax, name, noted(name))
+            own[name] = getattr(softmax_attention, name)
+            setattr(softmax_attention, name, noted(name))
         case.call(leaves_of(case, shard), shard)[0].sum().backward()
     finally:
         collectives.start_all_to_all = launch
         for name, function in own.items():
-            setattr(softmax, name, function)
+            setattr(softmax_attention, name, function)
     return log
 
 
