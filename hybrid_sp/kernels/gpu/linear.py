@@ -14,6 +14,7 @@ A bonus is supported only with such decays.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, TypeGuard
 
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..phases import AffineState, Gradients, Inputs, Options
-from ..pieces import Spans, span_decays
+from ..pieces import Spans, decays_before, over_state, span_decays
 from . import vector_decay
 from .chunk_scan import Decay, DecayGradient, scan, scan_chunk
 from .launch import rows
@@ -137,7 +138,7 @@ class LinearPhases:
             keys = vector_decay.keys_forward(x.k, x.g, self.segments)
             tokens = Tokens(x.k, keys[0], None, ("rows", keys[1]))
         # 2. Sum the keys and values of each segment to the state that leaves it, if none enters it.
-        added = x.v.new_empty(self.segments.count, B, H, x.k.shape[3], V, dtype=torch.float32)
+        added = x.v.new_empty(self.segments.pieces.count, B, H, x.k.shape[3], V, dtype=torch.float32)
         totals = summary(tokens.k, rows(x.v), self.segments, x.k.dtype, out=added, decay=tokens.decay)
         # 3. Fold these along each span into h, the states that enter the segments.
         h, leaving = fold(added, totals, None, self.segments)
@@ -285,20 +286,12 @@ class LinearPhases:
 
     def _carried(self, totals: Tensor | None, S_in: Tensor) -> Tensor:
         """Return exp(D) S_in of each segment [segments,B,H,K,V], or 0 if a document has begun between."""
-        spans = []
-        for span in range(self.segments.pieces.spans):
-            here = self.segments.pieces.of_span(span)
-            S = S_in[span].expand(here.stop - here.start, *S_in.shape[1:])
-            if totals is not None:
-                since = torch.zeros_like(totals[here])
-                since[1:] = totals[here][:-1].cumsum(0)
-                factor = since.exp().unsqueeze(-1)
-                S = (factor if factor.ndim == 5 else factor.unsqueeze(-1)) * S
-            spans.append(S)
-        carried = torch.cat(spans)
-        if self.segments.cut_off is not None:
-            carried = carried.masked_fill(self.segments.cut_off.view(-1, 1, 1, 1, 1), 0.0)
-        return carried
+        pieces, cut_off = self.segments.pieces, self.segments.cut_off
+        counts = [end - first for first, end in itertools.pairwise(pieces.bounds)]
+        S = torch.cat([S.expand(count, *S.shape) for S, count in zip(S_in, counts, strict=True)])
+        if totals is not None:
+            S = over_state(decays_before(totals, pieces)) * S
+        return S if cut_off is None else S.masked_fill(cut_off.view(-1, 1, 1, 1, 1), 0.0)
 
 
 def _precision(key: Tensor, v: Tensor, g: Tensor | None) -> torch.dtype:
