@@ -28,6 +28,7 @@ from ..checks import (
     require_state,
 )
 from ..exchange import AllGatherSum
+from ..kernels.heads import repeat_heads
 from ..kernels.phases import Inputs, Recurrence
 from ..kernels.reference import linear as reference
 from ..overlap import Call, finish, start
@@ -175,8 +176,7 @@ def select_recurrence(backend: str) -> type[Recurrence]:
 
 def _bidirectional(q: Tensor, k: Tensor, v: Tensor, scale: float, shard: Shard) -> Tensor:
     """Run LASP-2, algorithms 1 and 3: every query reads the sum over all spans, and nothing hides the gather."""
-    heads = v.shape[2]
-    q, k = (x.repeat_interleave(heads // x.shape[2], 2) for x in (q, k))
+    q, k = repeat_heads(q, v.shape[2]), repeat_heads(k, v.shape[2])
     exchange = AllGatherSum(shard)
     with Call(shard, "linear") as call:
         token = start(call, exchange, torch.einsum("bthk,bthv->bhkv", k, v), None)

@@ -195,9 +195,9 @@ KERNEL_MUTANTS = [
     ),
     Mutant(
         name="linear: gradients of the heads of a group dealt out in turn",
-        file="hybrid_sp/kernels/gpu/linear.py",
-        old="x.unflatten(2, (G, -1)).sum(3)",
-        new="x.unflatten(2, (-1, G)).sum(2)",
+        file="hybrid_sp/kernels/heads.py",
+        old="x_BTHK.unflatten(2, (groups, -1)).sum(3)",
+        new="x_BTHK.unflatten(2, (-1, groups)).sum(2)",
         test=f"{ALONE}[fixed]",
     ),
     # Decays per key channel.

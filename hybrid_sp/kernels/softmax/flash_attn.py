@@ -90,8 +90,13 @@ def _two(chip: tuple[int, int]) -> Package:
         raise ImportError(f"{version} is older than 2.7")
     from flash_attn import flash_attn_interface as two
 
-    whole: dict[str, Any] = {"dropout_p": 0.0, "softcap": 0.0, "alibi_slopes": None}
-    whole |= {"window_size_left": -1, "window_size_right": -1}
+    whole: dict[str, Any] = {
+        "dropout_p": 0.0,
+        "softcap": 0.0,
+        "alibi_slopes": None,
+        "window_size_left": -1,
+        "window_size_right": -1,
+    }
 
     def run(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         given = {"softmax_scale": scale, "causal": causal, "return_softmax": False}
