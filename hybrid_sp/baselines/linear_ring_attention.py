@@ -57,10 +57,12 @@ def left_product(
     name = "linear_attention"
     for what, given in unsupported.items():
         require(given is None, name, f'linear="ring_attention" takes no {what}')
-    per_head = log_decay is None or log_decay.ndim < 4
-    require(per_head, name, 'linear="ring_attention" takes log_decay [H] or [B,T,H], not one per key channel')
-    g = v.new_zeros(v.shape[2]) if log_decay is None else log_decay
-    g = g.to(compute_dtype(q))
+    require(
+        log_decay is None or log_decay.ndim < 4,
+        name,
+        'linear="ring_attention" takes log_decay [H] or [B,T,H], not one per key channel',
+    )
+    g = v.new_zeros(v.shape[2], dtype=compute_dtype(q)) if log_decay is None else log_decay.to(compute_dtype(q))
     return _LeftProduct.apply(Call(shard, "linear"), shard.once(tiles_of, causal), q, k, v, g, normalize, scale)
 
 
