@@ -105,8 +105,11 @@ def _check(
     initial_state: Tensor | None,
 ) -> None:
     name = "delta_rule"
-    left = shard.sp.linear == "ring_attention"
-    require(not left, name, 'linear="ring_attention" takes linear_attention alone: the delta rule has no left product')
+    require(
+        shard.sp.linear != "ring_attention",
+        name,
+        'linear="ring_attention" takes linear_attention alone: the delta rule has no left product',
+    )
     require_recurrence(name, q, k, v, shard)
     tokens, key = tuple(v.shape[:3]), q.shape[3]
     require(tuple(beta.shape) == tokens, name, f"beta must be {tokens}, got {tuple(beta.shape)}")
