@@ -248,8 +248,7 @@ class _DecaySums:
         shard, me = self.shard, self.shard.sp.rank
         dg = self.dg + _by_span(quadratic.through_backward, self.d_read, shard, me)
         if self.known:
-            of_spans = torch.einsum("n,nbh->h", _all_lengths(shard, dg), self.d_totals)
-            return dg.sum((0, 2)) + of_spans + self.d_fixed
+            return dg.sum((0, 2)) + torch.einsum("n,nbh->h", _all_lengths(shard, dg), self.d_totals) + self.d_fixed
         by_rank = [self.d_totals[list(spans_of(rank, shard.sp.size, shard.sp.layout))] for rank in range(shard.sp.size)]
         d_totals = collectives.start_reduce_scatter(torch.stack(by_rank), shard.sp.group, header).wait()
         dg += _by_span(quadratic.after_backward, rearrange(d_written, "B T H -> B H T"), shard, me)

@@ -90,8 +90,15 @@ def delta_rule(
         tokens = {"q": q, "k": k, "v": v, "beta": beta, "log_decay": log_decay}
         return run_head_parallel("delta_rule", alone, shard, "linear", tokens, initial_state)
     recurrence = fla.DeltaPhases if backend == "fla" else reference.DeltaPhases
-    x, final = Inputs(q, k, v, log_decay, beta), return_final_state
-    o, S_final = run_recurrence(recurrence, x, shard, scale=scale, dtype=q.dtype, initial=initial_state, final=final)
+    o, S_final = run_recurrence(
+        recurrence,
+        Inputs(q, k, v, log_decay, beta),
+        shard,
+        scale=scale,
+        dtype=q.dtype,
+        initial=initial_state,
+        final=return_final_state,
+    )
     return o.to(q.dtype) if S_final is None else (o.to(q.dtype), S_final)
 
 

@@ -143,8 +143,7 @@ def _by_states(
     """Return o, to be rounded, and the final state; with normalize their last column is the normaliser's."""
     wide = compute_dtype(x.q)
     if normalize:
-        width = x.v.shape[-1]
-        x = x._replace(v=F.pad(x.v, (0, recurrence.PADDING), value=1.0)[..., : width + 1])
+        x = x._replace(v=F.pad(x.v, (0, recurrence.PADDING), value=1.0)[..., : x.v.shape[-1] + 1])
     if not causal:
         return _bidirectional(x.q.to(wide), x.k.to(wide), x.v.to(wide), scale, shard), None
     initial = initial_state if isinstance(initial_state, Tensor) else None
@@ -159,9 +158,15 @@ def _by_states(
         x = x._replace(g=g.expand(*x.v.shape[:3]))
     if known is not None:
         known[list(shard.broken)] = float("-inf")
-    dtype = wide if normalize else x.q.dtype
     return run_recurrence(
-        recurrence, x, shard, scale=scale, dtype=dtype, initial=initial, final=final, known_decays=known
+        recurrence,
+        x,
+        shard,
+        scale=scale,
+        dtype=wide if normalize else x.q.dtype,
+        initial=initial,
+        final=final,
+        known_decays=known,
     )
 
 

@@ -337,8 +337,7 @@ class DeltaPhases:
     def states_backward(self, local: Local, dS_out: Tensor | None) -> Gradients:
         """Compute all gradients. The states here are those of the whole sequence, so a transition needs no gradient."""
         fla, runs = passes(), self.runs
-        q, k, v, beta = local.tokens
-        sums, do = local.sums, local.do
+        (q, k, v, beta), sums, do = local.tokens, local.sums, local.do
         sizes = {"scale": self.options.scale, "chunk_size": CHUNK}
         with torch.cuda.device_of(q):
             # 1. Walk from the last chunk to the first, for the gradients of the states and the rest of dr.

@@ -97,9 +97,9 @@ class Chunks:
         return None if self.pieces.all[n + 1].fresh else h[n + 1]
 
 
-def chunks_of(spans: Spans, rows_per_token: int) -> Chunks:
-    """Cut spans into chunks, and group these in blocks. `rows_per_token` is batch x heads."""
-    return _chunks(spans, rows_per_token, CHUNK, BLOCK_ROWS)
+def chunks_of(spans: Spans, v_BTHV: Tensor) -> Chunks:
+    """Cut spans into chunks, and group these in blocks for the batch and heads of v."""
+    return _chunks(spans, v_BTHV.shape[0] * v_BTHV.shape[2], CHUNK, BLOCK_ROWS)
 
 
 @functools.lru_cache(maxsize=64)

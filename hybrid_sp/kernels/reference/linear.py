@@ -79,8 +79,7 @@ class LinearPhases:
     @classmethod
     def prepare(cls, x: Inputs, spans: Spans, options: Options) -> tuple[LinearPhases, Inputs]:
         """Convert the inputs to the dtype of states, fp32 or fp64."""
-        x = x.to(torch.promote_types(x.v.dtype, torch.float32))
-        return cls(chunks_of(spans, x.v.shape[0] * x.v.shape[2]), options), x
+        return cls(chunks_of(spans, x.v), options), x.to(torch.promote_types(x.v.dtype, torch.float32))
 
     def states_forward(self, x: Inputs) -> tuple[AffineState | None, States]:
         """Compute h, the states that enter the chunks, and the states that leave the spans, as if every span began
