@@ -10,6 +10,7 @@ one direction is the other.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +24,8 @@ from ..comm.pending import Header, Pending
 from ..exchange.strategy import GRADIENT, TokenSizes, TokenStrategy
 from ..overlap import Call
 from ..shard import SequenceParallel, Shard
+
+Way = Callable[[Header, Tensor], Pending]  # of one tensor, between all heads and all tokens
 
 
 class Reshard(Protocol):
@@ -38,26 +41,27 @@ class Reshard(Protocol):
         """Launch the way from y to x."""
 
 
+@dataclass(frozen=True)
 class Ulysses:
     """The all-to-all: every rank gets the heads that it works on, (P-1) B T H/P numbers a tensor."""
 
-    def __init__(self, shard: Shard) -> None:
-        self.shard, self.one_each = shard, [1] * shard.sp.size
+    shard: Shard
 
     def to_heads(self, header: Header, x: Tensor) -> Pending:
         sent = rearrange(self.shard.pad(x, 1), "B T (P h) ... -> P B T h ...", P=self.shard.sp.size)
         return self._exchange(header, sent).then(lambda received: self.shard.join(received, 1))
 
     def to_tokens(self, header: Header, y: Tensor) -> Pending:
-        tokens = self.shard.tokens
         return self._exchange(header, self.shard.split(y, 1)).then(
-            lambda received: rearrange(received[:, :, :tokens], "P B T h ... -> B T (P h) ...")
+            lambda received: rearrange(received[:, :, : self.shard.tokens], "P B T h ... -> B T (P h) ...")
         )
 
     def _exchange(self, header: Header, x_P: Tensor) -> Pending:
-        return collectives.start_all_to_all(x_P, self.one_each, self.one_each, self.shard.sp.group, header)
+        one_each = [1] * self.shard.sp.size
+        return collectives.start_all_to_all(x_P, one_each, one_each, self.shard.sp.group, header)
 
 
+@dataclass(frozen=True)
 class Megatron:
     """The volumes of Megatron-SP inside the operator, (P-1) B T H numbers a tensor.
 
@@ -66,8 +70,7 @@ class Megatron:
     output (arXiv 2205.05198).
     """
 
-    def __init__(self, shard: Shard) -> None:
-        self.shard = shard
+    shard: Shard
 
     def to_heads(self, header: Header, x: Tensor) -> Pending:
         heads = _own_heads(self.shard, x.shape[2])
@@ -83,14 +86,14 @@ class Megatron:
         return scatter.then(lambda x: x[:, : self.shard.tokens])
 
 
+@dataclass(frozen=True)
 class GatherStates:
     """Gather the final states of all heads [B,H,...], equal on all ranks, from each rank's heads [B,h,...].
 
     The way back sums over ranks.
     """
 
-    def __init__(self, shard: Shard) -> None:
-        self.shard = shard
+    shard: Shard
 
     def to_heads(self, header: Header, x: Tensor) -> Pending:
         x_P = rearrange(x, "B (P h) ... -> P B h ...", P=self.shard.sp.size)
@@ -131,7 +134,8 @@ def run_head_parallel(
         require(x.shape[2] % ranks == 0, name, f"{message} ranks, or a strategy that cuts tokens")
     # 1. Exchange all heads of this rank's tokens for all tokens of this rank's heads.
     call, reshard = Call(shard, tag), HEAD_PARALLEL[form](shard)
-    here = dict(zip(given, _ToHeads.apply(call, reshard, *given.values()), strict=True))
+    there, back = [reshard.to_heads] * len(given), [reshard.to_tokens] * len(given)
+    here = dict(zip(given, _Exchanged.apply(call, there, back, *given.values()), strict=True))
     here |= {key: x if x is None else x[_own_heads(shard, len(x))] for key, x in (parameters or {}).items()}
     if states is not None:
         pair = states if isinstance(states, tuple) else (states,)
@@ -140,9 +144,12 @@ def run_head_parallel(
     # 2. Run the operator on one device.
     out = operator(**here, shard=shard.once(_alone))
     o, final = (out, ()) if isinstance(out, Tensor) else out
-    parts = (final,) if isinstance(final, Tensor) else final
+    finals = (final,) if isinstance(final, Tensor) else final
     # 3. Exchange back, and gather the final states of all heads.
-    o, *whole = _ToTokens.apply(call, [reshard, *(GatherStates(shard) for _ in parts)], o, *parts)
+    reshards = [reshard, *(GatherStates(shard) for _ in finals)]
+    o, *whole = _Exchanged.apply(
+        call, [one.to_tokens for one in reshards], [one.to_heads for one in reshards], o, *finals
+    )
     if isinstance(out, Tensor):
         return o
     return o, whole[0] if isinstance(final, Tensor) else tuple(whole)
@@ -159,32 +166,21 @@ def _alone(shard: Shard) -> Shard:
     return Shard(SequenceParallel(None), shard.length, shard.cu_seqlens, shard.calls)
 
 
-class _ToHeads(torch.autograd.Function):
+class _Exchanged(torch.autograd.Function):
+    """The node of one exchange: each tensor goes its way `there`, and its gradient the way `back`."""
+
     @staticmethod
-    def forward(ctx: Any, call: Call, reshard: Reshard, *xs: Tensor) -> tuple[Tensor, ...]:
-        ctx.call, ctx.turn = call, reshard
-        header = call.header("forward", "grad" if any(ctx.needs_input_grad) else "no grad")
-        return _all([reshard.to_heads] * len(xs), header, xs)
+    def forward(ctx: Any, call: Call, there: list[Way], back: list[Way], *xs: Tensor) -> tuple[Tensor, ...]:
+        ctx.call, ctx.back = call, back
+        return _all(there, call.header("forward", "grad" if any(ctx.needs_input_grad) else "no grad"), xs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
-        return None, None, *_all([ctx.turn.to_tokens] * len(dys), ctx.call.header("backward"), dys)
+        return None, None, None, *_all(ctx.back, ctx.call.header("backward"), dys)
 
 
-class _ToTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, call: Call, reshards: list[Reshard], *ys: Tensor) -> tuple[Tensor, ...]:
-        ctx.call, ctx.turns = call, reshards
-        return _all([reshard.to_tokens for reshard in reshards], call.header("forward"), ys)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *dxs: Tensor) -> tuple[Any, ...]:
-        return None, None, *_all([reshard.to_heads for reshard in ctx.turns], ctx.call.header("backward"), dxs)
-
-
-def _all(ways: list[Callable[[Header, Tensor], Pending]], header: Header, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _all(ways: list[Way], header: Header, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Launch all before waiting for the first."""
     started = [way(header, x) for way, x in zip(ways, xs, strict=True)]
     return tuple(pending.wait() for pending in started)

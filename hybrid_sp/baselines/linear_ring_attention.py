@@ -57,10 +57,12 @@ def left_product(
     name = "linear_attention"
     for what, given in unsupported.items():
         require(given is None, name, f'linear="ring_attention" takes no {what}')
-    per_head = log_decay is None or log_decay.ndim < 4
-    require(per_head, name, 'linear="ring_attention" takes log_decay [H] or [B,T,H], not one per key channel')
-    g = v.new_zeros(v.shape[2]) if log_decay is None else log_decay
-    g = g.to(compute_dtype(q))
+    require(
+        log_decay is None or log_decay.ndim < 4,
+        name,
+        'linear="ring_attention" takes log_decay [H] or [B,T,H], not one per key channel',
+    )
+    g = v.new_zeros(v.shape[2], dtype=compute_dtype(q)) if log_decay is None else log_decay.to(compute_dtype(q))
     return _LeftProduct.apply(Call(shard, "linear"), shard.once(tiles_of, causal), q, k, v, g, normalize, scale)
 
 
@@ -246,8 +248,7 @@ class _DecaySums:
         shard, me = self.shard, self.shard.sp.rank
         dg = self.dg + _by_span(quadratic.through_backward, self.d_read, shard, me)
         if self.known:
-            of_spans = torch.einsum("n,nbh->h", _all_lengths(shard, dg), self.d_totals)
-            return dg.sum((0, 2)) + of_spans + self.d_fixed
+            return dg.sum((0, 2)) + torch.einsum("n,nbh->h", _all_lengths(shard, dg), self.d_totals) + self.d_fixed
         by_rank = [self.d_totals[list(spans_of(rank, shard.sp.size, shard.sp.layout))] for rank in range(shard.sp.size)]
         d_totals = collectives.start_reduce_scatter(torch.stack(by_rank), shard.sp.group, header).wait()
         dg += _by_span(quadratic.after_backward, rearrange(d_written, "B T H -> B H T"), shard, me)

@@ -81,11 +81,9 @@ L = TypeVar("L")  # the results of intra_backward, for states_backward
 class Phases(Protocol[W, M, R, L]):
     """The arithmetic of one call. Every method is a plain function of tensors, outside autograd.
 
-    PADDING      columns by which v is widened for a normaliser, of which the first is used
     q_in_states  whether `states_backward` returns the gradient of q, instead of `intra_backward`
     """
 
-    PADDING: ClassVar[int]
     q_in_states: ClassVar[bool]
 
     def states_forward(self, x: Inputs) -> tuple[AffineState | None, W]:
@@ -111,7 +109,8 @@ class Phases(Protocol[W, M, R, L]):
 
 class Recurrence(Protocol):
     """The interface of an implementation. `prepare` returns the phases of one call, and the inputs in the dtypes and
-    shapes that these take."""
+    shapes that these take. PADDING is the number of columns by which v is widened for a normaliser, of which the first
+    is used."""
 
     PADDING: ClassVar[int]
 

@@ -46,15 +46,11 @@ class Pieces:
     """The pieces of a rank, in order.
 
     bounds  the first piece of each span, and the number of pieces
-    fresh   per piece: no state of the same span enters it
-    reached per piece: the state that enters its span reaches it
     open    per span: no document begins in it, so the state that enters it reaches its end
     """
 
     all: tuple[Piece, ...]
     bounds: tuple[int, ...]
-    fresh: tuple[bool, ...]
-    reached: tuple[bool, ...]
     open: tuple[bool, ...]
 
     @property
@@ -84,8 +80,17 @@ def cut(spans: Spans, size: int | None = None) -> Pieces:
                 pieces.append(Piece(t, end, span, t == a, end == b, t in documents, t < first))
         bounds.append(len(pieces))
         open_spans.append(not documents)
-    fresh, reached = (tuple(p.fresh for p in pieces), tuple(p.reached for p in pieces))
-    return Pieces(tuple(pieces), tuple(bounds), fresh, reached, tuple(open_spans))
+    return Pieces(tuple(pieces), tuple(bounds), tuple(open_spans))
+
+
+def decays_before(totals: Tensor, pieces: Pieces) -> Tensor:
+    """Sum the log decays of the pieces of a span to those from the span's start to each piece's start. `totals` and
+    the result are [pieces,B,H] or [pieces,B,H,K]."""
+    before = torch.zeros_like(totals)
+    for span in range(pieces.spans):
+        here = pieces.of_span(span)
+        before[here.start + 1 : here.stop] = totals[here.start : here.stop - 1].cumsum(0)
+    return before
 
 
 def span_decays(totals: Tensor | None, pieces: Pieces) -> Tensor | None:
@@ -97,3 +102,9 @@ def span_decays(totals: Tensor | None, pieces: Pieces) -> Tensor | None:
     return torch.stack(
         [x if whole else torch.full_like(x, float("-inf")) for x, whole in zip(spans, pieces.open, strict=True)]
     )
+
+
+def over_state(decay: Tensor) -> Tensor:
+    """Return exp of log decays [n,B,H] or [n,B,H,K], shaped to multiply states [n,B,H,K,V]."""
+    factor = decay.exp().unsqueeze(-1)
+    return factor if factor.ndim == 5 else factor.unsqueeze(-1)

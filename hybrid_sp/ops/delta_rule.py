@@ -90,8 +90,15 @@ def delta_rule(
         tokens = {"q": q, "k": k, "v": v, "beta": beta, "log_decay": log_decay}
         return run_head_parallel("delta_rule", alone, shard, "linear", tokens, initial_state)
     recurrence = fla.DeltaPhases if backend == "fla" else reference.DeltaPhases
-    x, final = Inputs(q, k, v, log_decay, beta), return_final_state
-    o, S_final = run_recurrence(recurrence, x, shard, scale=scale, dtype=q.dtype, initial=initial_state, final=final)
+    o, S_final = run_recurrence(
+        recurrence,
+        Inputs(q, k, v, log_decay, beta),
+        shard,
+        scale=scale,
+        dtype=q.dtype,
+        initial=initial_state,
+        final=return_final_state,
+    )
     return o.to(q.dtype) if S_final is None else (o.to(q.dtype), S_final)
 
 
@@ -105,8 +112,11 @@ def _check(
     initial_state: Tensor | None,
 ) -> None:
     name = "delta_rule"
-    left = shard.sp.linear == "ring_attention"
-    require(not left, name, 'linear="ring_attention" takes linear_attention alone: the delta rule has no left product')
+    require(
+        shard.sp.linear != "ring_attention",
+        name,
+        'linear="ring_attention" takes linear_attention alone: the delta rule has no left product',
+    )
     require_recurrence(name, q, k, v, shard)
     tokens, key = tuple(v.shape[:3]), q.shape[3]
     require(tuple(beta.shape) == tokens, name, f"beta must be {tokens}, got {tuple(beta.shape)}")

@@ -28,6 +28,7 @@ from ..checks import (
     require_state,
 )
 from ..exchange import AllGatherSum
+from ..kernels.heads import repeat_heads
 from ..kernels.phases import Inputs, Recurrence
 from ..kernels.reference import linear as reference
 from ..overlap import Call, finish, start
@@ -142,8 +143,7 @@ def _by_states(
     """Return o, to be rounded, and the final state; with normalize their last column is the normaliser's."""
     wide = compute_dtype(x.q)
     if normalize:
-        width = x.v.shape[-1]
-        x = x._replace(v=F.pad(x.v, (0, recurrence.PADDING), value=1.0)[..., : width + 1])
+        x = x._replace(v=F.pad(x.v, (0, recurrence.PADDING), value=1.0)[..., : x.v.shape[-1] + 1])
     if not causal:
         return _bidirectional(x.q.to(wide), x.k.to(wide), x.v.to(wide), scale, shard), None
     initial = initial_state if isinstance(initial_state, Tensor) else None
@@ -158,9 +158,15 @@ def _by_states(
         x = x._replace(g=g.expand(*x.v.shape[:3]))
     if known is not None:
         known[list(shard.broken)] = float("-inf")
-    dtype = wide if normalize else x.q.dtype
     return run_recurrence(
-        recurrence, x, shard, scale=scale, dtype=dtype, initial=initial, final=final, known_decays=known
+        recurrence,
+        x,
+        shard,
+        scale=scale,
+        dtype=wide if normalize else x.q.dtype,
+        initial=initial,
+        final=final,
+        known_decays=known,
     )
 
 
@@ -175,8 +181,7 @@ def select_recurrence(backend: str) -> type[Recurrence]:
 
 def _bidirectional(q: Tensor, k: Tensor, v: Tensor, scale: float, shard: Shard) -> Tensor:
     """Run LASP-2, algorithms 1 and 3: every query reads the sum over all spans, and nothing hides the gather."""
-    heads = v.shape[2]
-    q, k = (x.repeat_interleave(heads // x.shape[2], 2) for x in (q, k))
+    q, k = repeat_heads(q, v.shape[2]), repeat_heads(k, v.shape[2])
     exchange = AllGatherSum(shard)
     with Call(shard, "linear") as call:
         token = start(call, exchange, torch.einsum("bthk,bthv->bhkv", k, v), None)

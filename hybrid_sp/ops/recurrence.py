@@ -154,14 +154,9 @@ class _Inter(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, do: Tensor, d_final: Tensor | None) -> Any:
         backward = ctx.backward_pass
-        x, S_in, saved = _saved(ctx)
+        # In a checkpointed block, this recomputes the forward: before the phase begins.
+        q, k, v, g, beta, bonus, S_in, *saved = ctx.saved_tensors
         with backward.call.phase("inter", "backward", do):
-            dS_in, read = backward.phases.inter_backward(do, x, saved, S_in)
+            dS_in, read = backward.phases.inter_backward(do, Inputs(q, k, v, g, beta, bonus), ctx.kind(*saved), S_in)
         backward.hand(read, reached=ctx.needs_input_grad[3])
         return None, None, None, do, dS_in, d_final
-
-
-def _saved(ctx: Any) -> tuple[Inputs, Tensor | None, Any]:
-    """Return the tensors that the last phase saved. In a checkpointed block, this recomputes the forward."""
-    count, tensors = len(Inputs._fields), ctx.saved_tensors
-    return Inputs(*tensors[:count]), tensors[count], ctx.kind(*tensors[count + 1 :])

@@ -26,8 +26,6 @@ from ..kernels.reference.conv import Taps
 from ..overlap import Call, finish, start
 from ..shard import Shard
 
-ACTIVATIONS = ("silu",)
-
 
 @public_operator
 def short_conv(
@@ -87,9 +85,9 @@ def short_conv(
         f"weight and bias must be floating point, got {weight.dtype} and {None if bias is None else bias.dtype}",
     )
     require(
-        activation is None or activation in ACTIVATIONS,
+        activation in (None, "silu"),
         name,
-        f"activation must be None or one of {ACTIVATIONS}, got {activation!r}",
+        f"activation must be None or 'silu', got {activation!r}",
     )
     _check_state(name, x, weight.shape[1], initial_state)
     dtype = compute_dtype(x)
@@ -208,8 +206,8 @@ class _Local(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, weight = ctx.saved_tensors
         want_x, _, want_weight, want_bias = ctx.needs_input_grad[2:6]
-        taps = Taps(weight, ctx.starts, x.shape[1])
         with ctx.call.phase("own", "backward", x):
+            taps = Taps(weight, ctx.starts, x.shape[1])
             ctx.exchange.own, d_weight = kernel.local_backward(dy, x, taps, want_x, want_weight)
             d_bias = dy.sum((0, 1)) if want_bias else None
         return None, None, dy.new_empty(0) if want_x else None, None, d_weight, d_bias, None

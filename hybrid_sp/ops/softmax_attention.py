@@ -204,11 +204,11 @@ class _Schedule:
         if not self.keep:
             self._send(i + 1, "again", k, v, again=True)
         d_kv = torch.zeros_like(kv, dtype=lse.dtype)
-        heads, queries = self.groups[i], (grads[0], do, q, o, lse)
-        dq_, do_, q_, o_, lse_ = (x[:, :, heads.queries] for x in queries)
-        to, kernel = (dq_, d_kv[0], d_kv[1]), (self.scale, self.backend)
+        heads = self.groups[i]
+        dq_, do_, q_, o_, lse_ = (x[:, :, heads.queries] for x in (grads[0], do, q, o, lse))
+        of_group = dq_, d_kv[0], d_kv[1]
         with self.call.phase("rest", "backward", q):
-            attend_tiles_backward(self.mask.rest, to, do_, q_, kv[0], kv[1], o_, lse_, *kernel)
+            attend_tiles_backward(self.mask.rest, of_group, do_, q_, kv[0], kv[1], o_, lse_, self.scale, self.backend)
         del kv
         self._add(i - 1, grads, shared)
         if shared:

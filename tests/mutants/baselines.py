@@ -19,8 +19,8 @@ BASELINE_MUTANTS = [
     Mutant(
         name="padding between tokens of heads",
         file="hybrid_sp/baselines/head_parallel.py",
-        old="rearrange(received[:, :, :tokens],",
-        new="rearrange(received[:, :, -tokens:],",
+        old="rearrange(received[:, :, : self.shard.tokens],",
+        new="rearrange(received[:, :, -self.shard.tokens :],",
         test=f"{BASELINES}::test_cutting_heads[ulysses-2-contiguous]",
     ),
     Mutant(

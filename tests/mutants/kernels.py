@@ -175,15 +175,15 @@ KERNEL_MUTANTS = [
     Mutant(
         name="carried: an entering state not cut at a document",
         file="hybrid_sp/kernels/gpu/linear.py",
-        old="if self.segments.cut_off is not None:",
-        new="if False:",
+        old="return S if cut_off is None else",
+        new="return S if True else",
         test=f"{ALONE}[normalized]",
     ),
     Mutant(
         name="carried: a segment's own decay on the state that enters it",
-        file="hybrid_sp/kernels/gpu/linear.py",
-        old="since[1:] = totals[here][:-1].cumsum(0)",
-        new="since[:] = totals[here].cumsum(0)",
+        file="hybrid_sp/kernels/pieces.py",
+        old="before[here.start + 1 : here.stop] = totals[here.start : here.stop - 1].cumsum(0)",
+        new="before[here] = totals[here].cumsum(0)",
         test=f"{ALONE}[scalar]",
     ),
     Mutant(
@@ -195,9 +195,9 @@ KERNEL_MUTANTS = [
     ),
     Mutant(
         name="linear: gradients of the heads of a group dealt out in turn",
-        file="hybrid_sp/kernels/gpu/linear.py",
-        old="x.unflatten(2, (G, -1)).sum(3)",
-        new="x.unflatten(2, (-1, G)).sum(2)",
+        file="hybrid_sp/kernels/heads.py",
+        old="x_BTHK.unflatten(2, (groups, -1)).sum(3)",
+        new="x_BTHK.unflatten(2, (-1, groups)).sum(2)",
         test=f"{ALONE}[fixed]",
     ),
     # Decays per key channel.

@@ -32,11 +32,11 @@ PROGRAM_MUTANTS = [
     Mutant(
         name="recomputation counted in the phase that asks for it",
         file="hybrid_sp/ops/recurrence.py",
-        old="""        x, S_in, saved = _saved(ctx)
+        old="""        q, k, v, g, beta, bonus, S_in, *saved = ctx.saved_tensors
         with backward.call.phase("inter", "backward", do):
 """,
         new="""        with backward.call.phase("inter", "backward", do):
-            x, S_in, saved = _saved(ctx)
+            q, k, v, g, beta, bonus, S_in, *saved = ctx.saved_tensors
 """,
         test=f"{TIMELINE}::test_a_recomputed_block_is_no_part_of_the_phase_that_asks_for_it",
     ),

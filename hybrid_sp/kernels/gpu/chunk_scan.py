@@ -413,7 +413,7 @@ def scan(
         arrays = (x[..., tall], y_, z_, part, scores, S_, added, out_, w_, r, states, dg)
         launch(
             scan_kernel,
-            (triton.cdiv(S_.shape[4], BW) * B * H * segments.count,),
+            (triton.cdiv(S_.shape[4], BW) * B * H * segments.pieces.count,),
             *(nothing if array is None else array for array in arrays),
             segments.table,
             read,

@@ -39,6 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..heads import sum_groups
 from ..phases import AffineState, Gradients, Inputs, Options
 from ..pieces import Piece, Pieces, Spans, cut
 
@@ -168,10 +169,8 @@ def _runs(spans: Spans, batch: int, device: torch.device, chunk: int) -> Runs:
 def decay_of(g: Tensor | None, key: int) -> Tensor | None:
     """Return g in a form that the passes can differentiate here. Triton 3.4 ... 3.7.0 miscompile the gradient of a
     decay per head on Hopper, where fla refuses it. There g is broadcast to every key channel."""
-    if g is None or g.ndim == 4:
-        return g
     fla = passes()
-    if not (fla.HOPPER and fla.TRITON_3_4_0 and not fla.TRITON_3_7_1):
+    if g is None or g.ndim == 4 or not (fla.HOPPER and fla.TRITON_3_4_0 and not fla.TRITON_3_7_1):
         return g
     return g.unsqueeze(-1).expand(*g.shape, key)
 
@@ -338,34 +337,33 @@ class DeltaPhases:
     def states_backward(self, local: Local, dS_out: Tensor | None) -> Gradients:
         """Compute all gradients. The states here are those of the whole sequence, so a transition needs no gradient."""
         fla, runs = passes(), self.runs
-        own, sums, do = local, local.sums, local.do
-        q, k, v, beta = own.tokens
+        (q, k, v, beta), sums, do = local.tokens, local.sums, local.do
         sizes = {"scale": self.options.scale, "chunk_size": CHUNK}
         with torch.cuda.device_of(q):
             # 1. Walk from the last chunk to the first, for the gradients of the states and the rest of dr.
             dh, _, dr = fla.chunk_gated_delta_rule_bwd_dhu(
-                q=own.queries,
-                k=own.keys,
-                w=own.w,
+                q=local.queries,
+                k=local.keys,
+                w=local.w,
                 do=do,
-                dv=own.dr,
+                dv=local.dr,
                 dht=runs.leaving_backward(dS_out),
                 **sizes,
                 **_decays(sums),
                 **runs.chain,
             )
             # 2. Go back through outputs and states, then through the WY form.
-            written = {"q": q, "k": k, "g": sums, "h": own.h, "do": do, "dh": dh, "dv": dr, **sizes, **runs.tokens}
+            written = {"q": q, "k": k, "g": sums, "h": local.h, "do": do, "dh": dh, "dv": dr, **sizes, **runs.tokens}
             if _vector(sums):
                 dq, dk, dv, dbeta, dg, dA = fla.chunk_kda_bwd_wy_dqkg_fused(
-                    v=v, v_new=own.r, beta=beta, A=own.A, **written
+                    v=v, v_new=local.r, beta=beta, A=local.A, **written
                 )
                 dq, dk, dbeta, dg = fla.chunk_kda_bwd_intra(
                     q=q,
                     k=k,
                     g=sums,
                     beta=beta,
-                    dAqk=own.d_scores,
+                    dAqk=local.d_scores,
                     dAkk=dA,
                     dq=dq,
                     dk=dk,
@@ -374,11 +372,11 @@ class DeltaPhases:
                     chunk_size=CHUNK,
                     **runs.tokens,
                 )
-                dq, dk = (x.unflatten(2, (k.shape[2], -1)).sum(3) for x in (dq, dk))
+                dq, dk = sum_groups(dq, k.shape[2]), sum_groups(dk, k.shape[2])
             else:
-                dq, dk, dw, dg = fla.chunk_bwd_dqkwg(v=own.r, w=own.w, **written)
+                dq, dk, dw, dg = fla.chunk_bwd_dqkwg(v=local.r, w=local.w, **written)
                 dk_, dv, dbeta, dg_ = fla.prepare_wy_repr_bwd(
-                    k=k, v=v, beta=beta, A=own.A, dw=dw, du=dr, g=sums, **runs.tokens
+                    k=k, v=v, beta=beta, A=local.A, dw=dw, du=dr, g=sums, **runs.tokens
                 )
                 dk = dk + dk_
                 dg = None if dg is None else dg + dg_
@@ -386,7 +384,7 @@ class DeltaPhases:
             if dg is not None:
                 dg = fla.chunk_local_cumsum(dg, chunk_size=CHUNK, reverse=True, **runs.tokens)
         # 4. Arrange the gradients as the inputs are, in their dtypes.
-        dq, dk, dv, dbeta = (runs.rows(x).to(of) for x, of in zip((dq, dk, dv, dbeta), own.tokens, strict=True))
+        dq, dk, dv, dbeta = (runs.rows(x).to(of) for x, of in zip((dq, dk, dv, dbeta), local.tokens, strict=True))
         return Gradients(dq, dk, dv, None if dg is None else runs.rows(dg), dbeta)
 
 

@@ -14,14 +14,16 @@ A bonus is supported only with such decays.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 
+from ..heads import sum_groups
 from ..phases import AffineState, Gradients, Inputs, Options
-from ..pieces import Spans, span_decays
+from ..pieces import Spans, decays_before, over_state, span_decays
 from . import vector_decay
 from .chunk_scan import Decay, DecayGradient, scan, scan_chunk
 from .launch import rows
@@ -137,7 +139,7 @@ class LinearPhases:
             keys = vector_decay.keys_forward(x.k, x.g, self.segments)
             tokens = Tokens(x.k, keys[0], None, ("rows", keys[1]))
         # 2. Sum the keys and values of each segment to the state that leaves it, if none enters it.
-        added = x.v.new_empty(self.segments.count, B, H, x.k.shape[3], V, dtype=torch.float32)
+        added = x.v.new_empty(self.segments.pieces.count, B, H, x.k.shape[3], V, dtype=torch.float32)
         totals = summary(tokens.k, rows(x.v), self.segments, x.k.dtype, out=added, decay=tokens.decay)
         # 3. Fold these along each span into h, the states that enter the segments.
         h, leaving = fold(added, totals, None, self.segments)
@@ -152,10 +154,7 @@ class LinearPhases:
     def intra_forward(self, x: Inputs, work: Work) -> tuple[Tensor, Work]:
         """Compute o [B,T,H,V] of this rank's tokens, in fp32 if entering states are to be added."""
         # 1. Under decays per key channel, decay queries from the start of their chunk, and score pairs.
-        tokens = _plain(rows(x.q), rows(x.k), x.g)
-        if work.keys is not None and _by_channel(x.g):
-            q_since, scores = vector_decay.queries_forward(x.q, x.k, x.g, x.bonus, self.segments)
-            tokens = Tokens(q_since, work.keys[0], scores, ("rows", work.keys[1]))
+        tokens = self._tokens(x, work.keys)
         o = _empty(x.v, x.v.shape[3], torch.float32 if self.options.entered else self.options.dtype)
         # 2. The scan for o: forward, x, y, z = q, k, v with the states h.
         scan(
@@ -196,16 +195,11 @@ class LinearPhases:
 
     def inter_backward(self, do: Tensor, x: Inputs, saved: Saved, S_in: Tensor | None) -> tuple[Tensor | None, Reading]:
         """Compute dS_in, and the gradient dh of the state that enters each segment, from this segment alone."""
-        q, k, _, g, _, bonus = x
         # 1. Decay queries and keys as in forward. They are not kept.
-        do, tokens = rows(do), _plain(rows(q), rows(k), g)
-        if _by_channel(g):
-            q_since, scores = vector_decay.queries_forward(q, k, g, bonus, self.segments)
-            k_until, chunk_totals = vector_decay.keys_forward(k, g, self.segments)
-            tokens = Tokens(q_since, k_until, scores, ("rows", chunk_totals))
+        do, tokens = rows(do), self._tokens(x)
         # 2. Sum the queries and do of each segment to dh: a summary in reverse.
         dh, scale = torch.empty_like(saved.h), self.options.scale
-        summary(tokens.q, do, self.segments, q.dtype, out=dh, decay=tokens.decay, write=scale, reverse=True)
+        summary(tokens.q, do, self.segments, x.q.dtype, out=dh, decay=tokens.decay, write=scale, reverse=True)
         # 3. Fold dh along each span, from its last segment to its first, into dS_in.
         dS_in = None if S_in is None else fold(dh, saved.totals, None, self.segments, reverse=True)[1]
         return dS_in, Reading(do, dh, tokens, x, saved, S_in)
@@ -237,7 +231,8 @@ class LinearPhases:
         if _by_channel(g):
             scale = self.options.scale
             dq, dk, dg, d_bonus = vector_decay.queries_backward(dq, do, q, k, v, g, bonus, scale, self.segments)
-        return _of_groups(dq, q), d_bonus, Local(do, dh, tokens, k, v, g, totals, gradient, dk, dg)
+        dq = sum_groups(dq, q.shape[2]).to(q.dtype)
+        return dq, d_bonus, Local(do, dh, tokens, k, v, g, totals, gradient, dk, dg)
 
     def states_backward(self, local: Local, dS_out: Tensor | None) -> Gradients:
         """Compute dk, dv and dg, from dh and from the gradients dS_out at the ends of the spans."""
@@ -281,24 +276,26 @@ class LinearPhases:
         if _by_channel(g) and tokens.decay[1] is not None and dk_pairs is not None and dg is not None:
             d_totals = torch.zeros_like(tokens.decay[1]) if d_decay is None else d_decay
             dk, d_decay = vector_decay.keys_backward(dk, d_totals, dk_pairs, dg, k, g, self.segments)
-        return Gradients(None, _of_groups(dk, k), dv, d_decay if self.gated else None)
+        dk = sum_groups(dk, k.shape[2]).to(k.dtype)
+        return Gradients(None, dk, dv, d_decay if self.gated else None)
+
+    def _tokens(self, x: Inputs, keys: tuple[Tensor, Tensor] | None = None) -> Tokens:
+        """Return q and k with which the scan reads and writes. `keys` come from `vector_decay`, computed here if they
+        are not given."""
+        if not _by_channel(x.g):
+            return _plain(rows(x.q), rows(x.k), x.g)
+        q_since, scores = vector_decay.queries_forward(x.q, x.k, x.g, x.bonus, self.segments)
+        k_until, totals = keys or vector_decay.keys_forward(x.k, x.g, self.segments)
+        return Tokens(q_since, k_until, scores, ("rows", totals))
 
     def _carried(self, totals: Tensor | None, S_in: Tensor) -> Tensor:
         """Return exp(D) S_in of each segment [segments,B,H,K,V], or 0 if a document has begun between."""
-        spans = []
-        for span in range(self.segments.pieces.spans):
-            here = self.segments.pieces.of_span(span)
-            S = S_in[span].expand(here.stop - here.start, *S_in.shape[1:])
-            if totals is not None:
-                since = torch.zeros_like(totals[here])
-                since[1:] = totals[here][:-1].cumsum(0)
-                factor = since.exp().unsqueeze(-1)
-                S = (factor if factor.ndim == 5 else factor.unsqueeze(-1)) * S
-            spans.append(S)
-        carried = torch.cat(spans)
-        if self.segments.cut_off is not None:
-            carried = carried.masked_fill(self.segments.cut_off.view(-1, 1, 1, 1, 1), 0.0)
-        return carried
+        pieces, cut_off = self.segments.pieces, self.segments.cut_off
+        counts = [end - first for first, end in itertools.pairwise(pieces.bounds)]
+        S = torch.cat([S.expand(count, *S.shape) for S, count in zip(S_in, counts, strict=True)])
+        if totals is not None:
+            S = over_state(decays_before(totals, pieces)) * S
+        return S if cut_off is None else S.masked_fill(cut_off.view(-1, 1, 1, 1, 1), 0.0)
 
 
 def _precision(key: Tensor, v: Tensor, g: Tensor | None) -> torch.dtype:
@@ -312,9 +309,3 @@ def _empty(like_BTHV: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     B, T, H, _ = like_BTHV.shape
     padded = width - 1 + LinearPhases.PADDING if width % 16 == 1 and width > 1 else width
     return like_BTHV.new_empty_strided((B, T, H, width), (T * H * padded, H * padded, padded, 1), dtype=dtype)
-
-
-def _of_groups(x: Tensor, like_BTGK: Tensor) -> Tensor:
-    """Sum gradients of value heads [B,T,H,K] over the heads that share a key head."""
-    G = like_BTGK.shape[2]
-    return (x if x.shape[2] == G else x.unflatten(2, (G, -1)).sum(3)).to(like_BTGK.dtype)

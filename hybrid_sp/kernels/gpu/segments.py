@@ -49,10 +49,6 @@ class Segments:
     chunks: Tensor
     cut_off: Tensor | None
 
-    @property
-    def count(self) -> int:
-        return self.pieces.count
-
 
 @functools.lru_cache(maxsize=64)
 def segment(spans: Spans, rows_per_token: int, chunk: int, device: torch.device) -> Segments:
@@ -65,7 +61,7 @@ def segment(spans: Spans, rows_per_token: int, chunk: int, device: torch.device)
         rows.append((p.start, p.stop, len(chunks), p.span, flags))
         chunks += [(t, min(t + chunk, p.stop)) for t in range(p.start, p.stop, chunk)]
     table, of_chunks = (torch.tensor(numbers, dtype=torch.int32, device=device) for numbers in (rows, chunks))
-    cut_off = None if all(pieces.reached) else ~torch.tensor(pieces.reached, device=device)
+    cut_off = None if all(pieces.open) else torch.tensor([not p.reached for p in pieces.all], device=device)
     return Segments(pieces, table, chunk, of_chunks, cut_off)
 
 

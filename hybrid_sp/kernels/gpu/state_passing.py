@@ -188,14 +188,14 @@ def summary(
     total = None
     if kind != "none" and not reverse:
         total = torch.empty(
-            segments.count, B, H, *((D,) if kind == "rows" else ()), dtype=torch.float32, device=y.device
+            segments.pieces.count, B, H, *((D,) if kind == "rows" else ()), dtype=torch.float32, device=y.device
         )
     side, warps, stages = (64, 4, 3) if dtype.itemsize == 2 else (32, 4, 1)
     BD, BW = (min(side, max(16, triton.next_power_of_2(width))) for width in (D, W))
     nothing = segments.table
     launch(
         summary_kernel,
-        (triton.cdiv(D, BD) * triton.cdiv(W, BW) * B * H * segments.count,),
+        (triton.cdiv(D, BD) * triton.cdiv(W, BW) * B * H * segments.pieces.count,),
         y,
         z,
         nothing if log_decay is None else log_decay,
@@ -252,7 +252,7 @@ def fold(
         S,
         left,
         segments.table,
-        segments.count,
+        segments.pieces.count,
         B * H,
         K,
         V,

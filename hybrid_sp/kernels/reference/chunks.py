@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,16 +85,6 @@ class Chunks:
     pieces: Pieces
     blocks: tuple[Block, ...]
 
-    def __iter__(self) -> Iterator[Block]:
-        return iter(self.blocks)
-
-    def __reversed__(self) -> Iterator[Block]:
-        return reversed(self.blocks)
-
-    @property
-    def count(self) -> int:
-        return self.pieces.count
-
     def ends_span(self, block: Block) -> bool:
         """Tell whether the block's last chunk is the last one of its span."""
         return block.first + block.count == self.pieces.bounds[block.span + 1]
@@ -104,12 +94,12 @@ class Chunks:
         that leaves the span, or None because a document ends."""
         if n + 1 == self.pieces.bounds[span + 1]:
             return leaving[span]
-        return None if self.pieces.fresh[n + 1] else h[n + 1]
+        return None if self.pieces.all[n + 1].fresh else h[n + 1]
 
 
-def chunks_of(spans: Spans, rows_per_token: int) -> Chunks:
-    """Cut spans into chunks, and group these in blocks. `rows_per_token` is batch x heads."""
-    return _chunks(spans, rows_per_token, CHUNK, BLOCK_ROWS)
+def chunks_of(spans: Spans, v_BTHV: Tensor) -> Chunks:
+    """Cut spans into chunks, and group these in blocks for the batch and heads of v."""
+    return _chunks(spans, v_BTHV.shape[0] * v_BTHV.shape[2], CHUNK, BLOCK_ROWS)
 
 
 @functools.lru_cache(maxsize=64)

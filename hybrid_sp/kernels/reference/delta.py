@@ -133,8 +133,7 @@ class DeltaPhases:
     @classmethod
     def prepare(cls, x: Inputs, spans: Spans, options: Options) -> tuple[DeltaPhases, Inputs]:
         """Convert the inputs to the dtype of states, fp32 or fp64."""
-        x = x.to(torch.promote_types(x.v.dtype, torch.float32))
-        return cls(chunks_of(spans, x.v.shape[0] * x.v.shape[2]), options), x
+        return cls(chunks_of(spans, x.v), options), x.to(torch.promote_types(x.v.dtype, torch.float32))
 
     def states_forward(self, x: Inputs) -> tuple[AffineState | None, States]:
         """Compute the WY form of the chunks and the chain of their states, as if every span began empty."""
@@ -147,13 +146,13 @@ class DeltaPhases:
         def empty(count: int, *shape: int) -> Tensor:
             return k.new_empty(count, batch * heads, *shape)
 
-        h, leaving = empty(chunks.count, key, width), empty(pieces.spans, key, width)
+        h, leaving = empty(pieces.count, key, width), empty(pieces.spans, key, width)
         D = transitions = None
         if self.options.entered:
-            D, transitions = empty(chunks.count, key, key), empty(pieces.spans, key, key)
-        A, inverse = empty(chunks.count, key, key), empty(chunks.count, size, size)
-        w, r0 = empty(chunks.count, size, key), empty(chunks.count, size, width)
-        for block in chunks:
+            D, transitions = empty(pieces.count, key, key), empty(pieces.spans, key, key)
+        A, inverse = empty(pieces.count, key, key), empty(pieces.count, size, size)
+        w, r0 = empty(pieces.count, size, key), empty(pieces.count, size, width)
+        for block in chunks.blocks:
             tokens = _Tokens(block, k, beta, g)
             A_, inverse_, w_, r0_ = (_of(block, x) for x in (A, inverse, w, r0))
             inverse_.copy_(_inverse(tokens.mask.scores(tokens.k, tokens.b)))
@@ -164,14 +163,14 @@ class DeltaPhases:
             A_.diagonal(dim1=1, dim2=2).add_(tokens.whole)
             added = (b_until.mT @ r0_).view_as(h[block.chunks])
             for n in range(block.first, block.first + block.count):
-                if pieces.fresh[n]:
+                if pieces.all[n].fresh:
                     h[n] = 0
                 if (after := chunks.after(n, block.span, h, leaving)) is not None:
                     torch.baddbmm(added[n - block.first], A[n], h[n], out=after)
                 if D is None or transitions is None:
                     continue
-                if pieces.fresh[n]:
-                    D[n] = torch.eye(key, dtype=D.dtype, device=D.device) if pieces.reached[n] else 0
+                if pieces.all[n].fresh:
+                    D[n] = torch.eye(key, dtype=D.dtype, device=D.device) if pieces.all[n].reached else 0
                 if (after := chunks.after(n, block.span, D, transitions)) is not None:
                     torch.bmm(A[n], D[n], out=after)
         summary = None
@@ -185,7 +184,7 @@ class DeltaPhases:
         w, r0 = work.e, work.r0
         assert beta is not None and r0 is not None
         o_intra = q.new_empty(*beta.shape, r0.shape[-1])
-        for block in self.chunks:
+        for block in self.chunks.blocks:
             tokens, q_, w_ = _Tokens(block, k, beta, g), block.load(q, beta.shape[2]), _of(block, w)
             M = tokens.mask.scores(q_, tokens.b)
             block.store(o_intra, M @ _of(block, r0))
@@ -195,7 +194,7 @@ class DeltaPhases:
     def inter_forward(self, x: Inputs, work: States, o_intra: Tensor, S_in: Tensor | None) -> tuple[Tensor, States]:
         """Compute o in place of o_intra."""
         heads, scale = o_intra.shape[2], self.options.scale
-        for block in self.chunks:
+        for block in self.chunks.blocks:
             o_, entering = block.load(o_intra, heads), _entering(block, work.h, work.D, S_in)
             block.store(o_intra, torch.baddbmm(o_, _of(block, work.e), entering, beta=scale, alpha=scale))
         return o_intra, work
@@ -206,7 +205,7 @@ class DeltaPhases:
         """Compute dS_in, and the gradients dh of the states that enter the chunks."""
         dh = torch.empty_like(saved.h)
         dS_in = None if S_in is None else torch.zeros_like(S_in)
-        for block in self.chunks:
+        for block in self.chunks.blocks:
             # 1. Compute the gradient of the state that each chunk reads: dh = scale * e^T do.
             dh_, scale = _of(block, dh), self.options.scale
             torch.baddbmm(dh_, _of(block, saved.e).mT, block.load(do, do.shape[2]), beta=0, alpha=scale, out=dh_)
@@ -222,7 +221,7 @@ class DeltaPhases:
         q, k, v, g, beta, _ = x
         assert beta is not None
         heads, dq, blocks = v.shape[2], torch.empty_like(q), []
-        for block in self.chunks:
+        for block in self.chunks.blocks:
             # 1. Compute again the state that enters each chunk, and r = (I + L)^-1 (v - (exp(P) k) S).
             tokens, q_ = _Tokens(block, k, beta, g), block.load(q, heads)
             do_ = block.load(do, heads) * self.options.scale
@@ -249,7 +248,7 @@ class DeltaPhases:
         dk, dv, dbeta = torch.empty_like(k), torch.empty_like(v), torch.empty_like(beta)
         dg = None if g is None else torch.empty_like(g)
         d_before = torch.zeros_like(dh[0])  # gradient of the state before the block done last
-        for block in reversed(chunks):
+        for block in reversed(chunks.blocks):
             # 1. Compute the gradient of the state after each chunk, from the last chunk of a span to its first.
             tokens, own = _Tokens(block, k, beta, g), blocks.pop()
             dS = torch.empty_like(dh[block.chunks])
@@ -259,7 +258,7 @@ class DeltaPhases:
                 dS[-1] = 0 if dS_out is None else dS_out[block.span].flatten(0, 1)
             for n in reversed(range(block.count)):
                 before = dS[n - 1] if n else d_before
-                if pieces.fresh[block.first + n]:
+                if pieces.all[block.first + n].fresh:
                     before.zero_()
                 else:
                     torch.baddbmm(dh[block.first + n], A[block.first + n].mT, dS[n], out=before)

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from ..phases import AffineState, Gradients, Inputs, Options
-from ..pieces import Spans, span_decays
+from ..pieces import Spans, decays_before, over_state, span_decays
 from .chunks import Block, Chunks, chunks_of, running_sum
 from .decay_mask import decay_mask
 
@@ -79,37 +79,34 @@ class LinearPhases:
     @classmethod
     def prepare(cls, x: Inputs, spans: Spans, options: Options) -> tuple[LinearPhases, Inputs]:
         """Convert the inputs to the dtype of states, fp32 or fp64."""
-        x = x.to(torch.promote_types(x.v.dtype, torch.float32))
-        return cls(chunks_of(spans, x.v.shape[0] * x.v.shape[2]), options), x
+        return cls(chunks_of(spans, x.v), options), x.to(torch.promote_types(x.v.dtype, torch.float32))
 
     def states_forward(self, x: Inputs) -> tuple[AffineState | None, States]:
         """Compute h, the states that enter the chunks, and the states that leave the spans, as if every span began
         empty."""
         chunks, pieces, k, v, g = self.chunks, self.chunks.pieces, x.k, x.v, x.g
         batch, _, heads, width = v.shape
-        h = k.new_empty(chunks.count, batch, heads, k.shape[-1], width)
+        h = k.new_empty(pieces.count, batch, heads, k.shape[-1], width)
         leaving = torch.empty_like(h[: pieces.spans])
-        totals = None if g is None else g.new_empty(chunks.count, batch, heads, *g.shape[3:])
-        for block in chunks:
+        totals = None if g is None else g.new_empty(pieces.count, batch, heads, *g.shape[3:])
+        for block in chunks.blocks:
             k_NCK = block.load(k, heads)
             decays = None
             if g is not None and totals is not None:
                 g_NC = block.load(g, heads)
                 k_NCK = k_NCK * _over_tokens(running_sum(g_NC, "after"))
                 totals[block.chunks] = g_NC.sum(1).view_as(totals[block.chunks])
-                decays = _over_state(totals[block.chunks], 5)
+                decays = over_state(totals[block.chunks])
             added = (k_NCK.mT @ block.load(v, heads)).unflatten(0, (block.count, batch, heads))
             for n in range(block.count):
                 here = h[block.first + n]
-                if pieces.fresh[block.first + n]:
+                if pieces.all[block.first + n].fresh:
                     here.zero_()
-                after = chunks.after(block.first + n, block.span, h, leaving)
-                if after is None:
-                    continue
-                if decays is None:
-                    torch.add(added[n], here, out=after)
-                else:
-                    torch.addcmul(added[n], decays[n], here, out=after)
+                if (after := chunks.after(block.first + n, block.span, h, leaving)) is not None:
+                    if decays is None:
+                        torch.add(added[n], here, out=after)
+                    else:
+                        torch.addcmul(added[n], decays[n], here, out=after)
         summary = AffineState(span_decays(totals, pieces), leaving) if self.options.entered else None
         return summary, States(h, totals)
 
@@ -117,9 +114,10 @@ class LinearPhases:
         """Compute the part of o [B,T,H,V] that comes from tokens of the same chunk, before scaling."""
         heads = x.v.shape[2]
         o = torch.empty_like(x.v)
-        for block in self.chunks:
+        for block in self.chunks.blocks:
             q_NCK, k_NCK = block.load(x.q, heads), block.load(x.k, heads)
-            scores = decay_mask(_load(block, x.g, heads), x.bonus is not None).scores(q_NCK, k_NCK)
+            g_NC = None if x.g is None else block.load(x.g, heads)
+            scores = decay_mask(g_NC, x.bonus is not None).scores(q_NCK, k_NCK)
             if x.bonus is not None:
                 scores.diagonal(dim1=1, dim2=2).add_((_over_rows(x.bonus, q_NCK) * q_NCK * k_NCK).sum(-1))
             block.store(o, scores @ block.load(x.v, heads))
@@ -129,7 +127,7 @@ class LinearPhases:
         """Add the contribution of the entering states to o_intra, in place, and scale the sum to o."""
         heads, scale = o_intra.shape[2], self.options.scale
         before = self._before_chunks(work.totals, S_in)
-        for block in self.chunks:
+        for block in self.chunks.blocks:
             q_NCK, entering = _reading(block, x, heads), _entering(block, work.h, before, S_in)
             o_NCV = torch.baddbmm(block.load(o_intra, heads), q_NCK, entering, beta=scale, alpha=scale)
             block.store(o_intra, o_NCV)
@@ -143,14 +141,14 @@ class LinearPhases:
         before = self._before_chunks(saved.totals, S_in)
         dh = torch.empty_like(saved.h)
         dS_in = None if S_in is None else torch.zeros_like(S_in)
-        for block in self.chunks:
+        for block in self.chunks.blocks:
             # 1. Compute the gradient of the state that each chunk reads: dh = scale * (exp(P) q)^T do.
             d_states = dh[block.chunks]
             flat, q_NCK = d_states.flatten(0, 2), _reading(block, x, heads)
             torch.baddbmm(flat, q_NCK.mT, block.load(do, heads), beta=0, alpha=self.options.scale, out=flat)
             # 2. Carry it back to the start of the span: dS_in = sum over c of exp(D_c) dh_c.
             if dS_in is not None:
-                d_carried = d_states if before is None else d_states * _over_state(before[block.chunks], 5)
+                d_carried = d_states if before is None else d_states * over_state(before[block.chunks])
                 dS_in[block.span] += d_carried.sum(0)
         return dS_in, Reading(do, dh, x, saved, S_in)
 
@@ -163,10 +161,11 @@ class LinearPhases:
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         dg = None if g is None else torch.empty_like(g)
         d_bonus = None if bonus is None else torch.zeros_like(bonus)
-        for block in self.chunks:
+        for block in self.chunks.blocks:
             # 1. Pairs of tokens within a chunk give dv, and parts of dq, dk, dg and the bonus.
             do_NCV = block.load(do, heads) * self.options.scale
-            q_NCK, k_NCK, g_NC = block.load(q, heads), block.load(k, heads), _load(block, g, heads)
+            q_NCK, k_NCK = block.load(q, heads), block.load(k, heads)
+            g_NC = None if g is None else block.load(g, heads)
             mask = decay_mask(g_NC, exclusive)
             scores = mask.scores(q_NCK, k_NCK)
             d_scores = do_NCV @ block.load(v, heads).mT
@@ -200,17 +199,17 @@ class LinearPhases:
         heads = v.shape[2]
         carried = self._before_chunks(totals, S_in)
         d_before = torch.zeros_like(h[0])  # gradient of the state before the block done last
-        for block in reversed(chunks):
+        for block in reversed(chunks.blocks):
             # 1. Compute the gradient of the state after each chunk, from the last chunk of a span to its first.
-            if chunks.ends_span(block):
-                d_before = torch.zeros_like(d_before) if dS_out is None else dS_out[block.span]
-            decays = None if totals is None else _over_state(totals[block.chunks], 5)
-            d_added = h.new_empty(block.count, *h.shape[1:])
-            d_added[-1] = d_before
-            d_before = torch.empty_like(d_before)
+            d_added = torch.empty_like(dh[block.chunks])
+            if not chunks.ends_span(block):
+                d_added[-1] = d_before
+            else:
+                d_added[-1] = 0 if dS_out is None else dS_out[block.span]
+            decays = None if totals is None else over_state(totals[block.chunks])
             for n in reversed(range(block.count)):
                 before = d_added[n - 1] if n else d_before
-                if pieces.fresh[block.first + n]:
+                if pieces.all[block.first + n].fresh:
                     before.zero_()
                 elif decays is None:
                     torch.add(dh[block.first + n], d_added[n], out=before)
@@ -239,23 +238,11 @@ class LinearPhases:
         """Compute D [N,B,H(,K)], the log decay from a span's start to each chunk's start. D is -inf if a document has
         begun between. Return None if nothing decays."""
         pieces = self.chunks.pieces
-        if S_in is None or (totals is None and all(pieces.reached)):
+        if S_in is None or (totals is None and all(pieces.open)):
             return None
-        if totals is None:
-            before = S_in.new_zeros(pieces.count, 1, 1)
-        else:
-            before = torch.zeros_like(totals)
-            for span in range(pieces.spans):
-                here = pieces.of_span(span)
-                before[here.start + 1 : here.stop] = totals[here.start : here.stop - 1].cumsum(0)
-        before[[n for n, reached in enumerate(pieces.reached) if not reached]] = float("-inf")
+        before = S_in.new_zeros(pieces.count, 1, 1) if totals is None else decays_before(totals, pieces)
+        before[[n for n, piece in enumerate(pieces.all) if not piece.reached]] = float("-inf")
         return before
-
-
-def _over_state(decay: Tensor, ndim: int) -> Tensor:
-    """Return exp of a log decay [..., H] or [..., H, K], shaped to multiply a state [..., H, K, V] with `ndim` dims."""
-    factor = decay.exp().unsqueeze(-1)
-    return factor if factor.ndim == ndim else factor.unsqueeze(-1)
 
 
 def _over_tokens(decay: Tensor) -> Tensor:
@@ -270,10 +257,6 @@ def _decay_gradient(product: Tensor, g: Tensor) -> Tensor:
     return product if product.ndim == g.ndim else product.sum(-1)
 
 
-def _load(block: Block, g: Tensor | None, heads: int) -> Tensor | None:
-    return None if g is None else block.load(g, heads)
-
-
 def _over_rows(bonus_HK: Tensor, rows: Tensor) -> Tensor:
     """Repeat the bonus for each row [(N B H), 1, K] of a block."""
     return bonus_HK.repeat(len(rows) // len(bonus_HK), 1).unsqueeze(1)
@@ -283,7 +266,7 @@ def _entering(block: Block, h: Tensor, before: Tensor | None, S_in: Tensor | Non
     """Return h_c + exp(D_c) S_in for the chunks of a block, [(N B H), K, V]."""
     states = h[block.chunks]
     if S_in is not None and before is not None:
-        states = torch.addcmul(states, _over_state(before[block.chunks], 5), S_in[block.span])
+        states = torch.addcmul(states, over_state(before[block.chunks]), S_in[block.span])
     elif S_in is not None:
         states = states + S_in[block.span]
     return states.flatten(0, 2)

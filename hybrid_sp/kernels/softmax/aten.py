@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .layout import Grads, fit, flash_dim, from_kernel, repeat_heads, sum_groups, wide
+from ..heads import repeat_heads, sum_groups
+from .layout import Grads, fit, flash_dim, from_kernel, wide
 
 _aten = torch.ops.aten
 
@@ -55,7 +56,7 @@ def efficient_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: floa
     """Compute o and lse. The kernel needs as many key heads as query heads, and pads its lse to a multiple of 32
     rows."""
     tokens, dim, width = q.shape[1], q.shape[-1], -(-q.shape[-1] // 8) * 8
-    k, v = repeat_heads(k, q), repeat_heads(v, q)
+    k, v = repeat_heads(k, q.shape[2]), repeat_heads(v, q.shape[2])
     q, k, v = (fit(x, width).transpose(1, 2) for x in (q, k, v))
     o, lse = _aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=scale)[:2]
     return from_kernel(o, dim), lse.transpose(1, 2).narrow(1, 0, tokens)
@@ -67,7 +68,7 @@ def efficient_backward(
     """Compute dq, dk, dv. The kernel reads o [B,T,H,D] as if its tokens were contiguous, whatever their stride. It
     checks no bounds in lse: rows up to a multiple of 32 must hold inf, so exp(-inf) adds nothing."""
     groups, dim, width = k.shape[2], q.shape[-1], -(-q.shape[-1] // 8) * 8
-    k, v = repeat_heads(k, q), repeat_heads(v, q)
+    k, v = repeat_heads(k, q.shape[2]), repeat_heads(v, q.shape[2])
     do, q, k, v = (fit(x, width).transpose(1, 2) for x in (do, q, k, v))
     o = fit(o, width).contiguous().transpose(1, 2)
     rows = pad(lse.transpose(1, 2), (0, -lse.shape[1] % 32), value=float("inf")).contiguous()

@@ -90,25 +90,39 @@ def _two(chip: tuple[int, int]) -> Package:
         raise ImportError(f"{version} is older than 2.7")
     from flash_attn import flash_attn_interface as two
 
-    whole: dict[str, Any] = {"dropout_p": 0.0, "softcap": 0.0, "alibi_slopes": None}
-    whole |= {"window_size_left": -1, "window_size_right": -1}
+    whole: dict[str, Any] = {
+        "dropout_p": 0.0,
+        "softcap": 0.0,
+        "alibi_slopes": None,
+        "window_size_left": -1,
+        "window_size_right": -1,
+    }
 
     def run(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        given = {"softmax_scale": scale, "causal": causal, "return_softmax": False}
-        o, lse, *_ = two._flash_attn_forward(q=q, k=k, v=v, **given, **whole)
+        o, lse, *_ = two._flash_attn_forward(
+            q=q, k=k, v=v, softmax_scale=scale, causal=causal, return_softmax=False, **whole
+        )
         return o, lse
 
     def run_backward(
         do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, scale: float
     ) -> Grads:
         dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-        given = {
-            "softmax_scale": scale,
-            "causal": causal,
-            "deterministic": torch.are_deterministic_algorithms_enabled(),
-        }
-        blocks = {"dout": do, "q": q, "k": k, "v": v, "out": o, "softmax_lse": lse}
-        two._flash_attn_backward(**blocks, dq=dq, dk=dk, dv=dv, **given, **whole)
+        two._flash_attn_backward(
+            dout=do,
+            q=q,
+            k=k,
+            v=v,
+            out=o,
+            softmax_lse=lse,
+            dq=dq,
+            dk=dk,
+            dv=dv,
+            softmax_scale=scale,
+            causal=causal,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+            **whole,
+        )
         return dq, dk, dv
 
     return Package(f"flash-attn {version}", flash_dim, run, run_backward)
@@ -134,12 +148,17 @@ def _four(chip: tuple[int, int]) -> Package:
     def run_backward(
         do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, scale: float
     ) -> Grads:
-        given = {
-            "softmax_scale": scale,
-            "causal": causal,
-            "deterministic": torch.are_deterministic_algorithms_enabled(),
-        }
-        dq, dk, dv, *_ = four._flash_attn_bwd(q=q, k=k, v=v, out=o, dout=do, lse=lse, **given)
+        dq, dk, dv, *_ = four._flash_attn_bwd(
+            q=q,
+            k=k,
+            v=v,
+            out=o,
+            dout=do,
+            lse=lse,
+            softmax_scale=scale,
+            causal=causal,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
         return dq, dk, dv
 
     return Package(f"flash-attn-4 {version}", lambda dim: min(s for s in sizes if s >= dim), run, run_backward)

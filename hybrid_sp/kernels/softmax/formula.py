@@ -7,13 +7,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .layout import Grads, repeat_heads, sum_groups, wide
+from ..heads import repeat_heads, sum_groups
+from .layout import Grads, wide
 
 ROWS = 512  # of the scores at a time
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    k, v = repeat_heads(k, q), repeat_heads(v, q)
+    k, v = repeat_heads(k, q.shape[2]), repeat_heads(v, q.shape[2])
     q, k, v = (wide(x).transpose(1, 2) for x in (q, k, v))
     o, lse = torch.empty_like(q), q.new_empty(q.shape[:3])
     for rows, scores in _scores(q, k, causal, scale):
@@ -25,7 +26,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tupl
 def backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, scale: float) -> Grads:
     """Compute dq, dk, dv from dS = P * (dP - the part of dP along P). o and do give that part without the keys of other
     blocks."""
-    groups, k, v = k.shape[2], repeat_heads(k, q), repeat_heads(v, q)
+    groups, k, v = k.shape[2], repeat_heads(k, q.shape[2]), repeat_heads(v, q.shape[2])
     do, q, k, v, o = (wide(x).transpose(1, 2) for x in (do, q, k, v, o))
     dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
     along = (do * o).sum(-1, keepdim=True)

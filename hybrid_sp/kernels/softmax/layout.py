@@ -1,4 +1,4 @@
-"""The layout of tensors for the kernels of softmax attention: sizes, strides, and fewer key heads than query heads."""
+"""The layout of tensors for the kernels of softmax attention: sizes, strides and precision."""
 
 from __future__ import annotations
 
@@ -36,13 +36,3 @@ def wide(x: Tensor) -> Tensor:
 def from_kernel(x: Tensor, dim: int) -> Tensor:
     """Convert the kernel's [B,H,T,width] to [B,T,H,D]."""
     return x.transpose(1, 2).narrow(-1, 0, dim)
-
-
-def repeat_heads(x: Tensor, q: Tensor) -> Tensor:
-    """Repeat key heads up to the number of query heads, [B,S,H,D]."""
-    return x if x.shape[2] == q.shape[2] else x.repeat_interleave(q.shape[2] // x.shape[2], 2)
-
-
-def sum_groups(x: Tensor, groups: int) -> Tensor:
-    """Sum the gradients of the query heads that read each key head, to [B,S,G,D]."""
-    return x if x.shape[2] == groups else x.unflatten(2, (groups, -1)).sum(3)

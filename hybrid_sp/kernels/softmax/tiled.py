@@ -16,8 +16,8 @@ def attend_tiles(
 ) -> None:
     """Merge the attention of these tiles into o and lse, in place."""
     for tile in todo:
-        seen = [_load(tile, x) for x in (tile.of_queries(q), tile.of_keys(k), tile.of_keys(v))]
-        found = attend(seen[0], seen[1], seen[2], tile.kind != "full", scale, backend)
+        q_, k_, v_ = (_load(tile, x) for x in (tile.of_queries(q), tile.of_keys(k), tile.of_keys(v)))
+        found = attend(q_, k_, v_, tile.kind != "full", scale, backend)
         o_part, lse_part = tile.of_queries(o), tile.of_queries(lse)
         o_new, lse_new = (_store(tile, x, o_part.shape[:2]) for x in found)
         if not tile.fresh:

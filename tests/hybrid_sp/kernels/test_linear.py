@@ -90,10 +90,10 @@ def test_each_input_alone_has_its_gradient_from_the_state_alone(kind: str) -> No
 
 def test_cut_covers_every_token_once_and_never_crosses_a_document() -> None:
     for lengths, boundaries in (((1,), ()), ((64, 65), (3, 64, 70, 128)), ((130, 7, 64), (5, 6, 130)), ((1, 1), (1,))):
-        cut = chunks.chunks_of(Spans(lengths, boundaries), 4)
         length = sum(lengths)
+        cut = chunks.chunks_of(Spans(lengths, boundaries), torch.empty(1, length, 4, 1))
         seen, chunk_of = torch.zeros(1, length, 1, 1), torch.full((1, length, 1), -1)
-        for block in cut:
+        for block in cut.blocks:
             block.add(seen, torch.ones(block.count, block.chunk, 1))
             numbers = torch.arange(block.first, block.first + block.count)[:, None].expand(-1, block.chunk)
             block.store(chunk_of, numbers)
@@ -101,14 +101,14 @@ def test_cut_covers_every_token_once_and_never_crosses_a_document() -> None:
             for n, tokens in zip(range(block.first, block.first + block.count), rows.tolist(), strict=True):
                 real = [t - 1 for t in tokens if t]
                 assert real == list(range(real[0], real[0] + len(real)))
-                assert cut.pieces.fresh[n] == (
+                assert cut.pieces.all[n].fresh == (
                     real[0] in (*boundaries, *(sum(lengths[:i]) for i in range(len(lengths))))
                 )
                 assert not set(real[1:]) & set(boundaries)
                 span_start = sum(lengths[: block.span])
-                assert cut.pieces.reached[n] == (not any(span_start <= t <= real[0] for t in boundaries))
+                assert cut.pieces.all[n].reached == (not any(span_start <= t <= real[0] for t in boundaries))
         assert (seen == 1).all()
-        assert chunk_of.unique().tolist() == list(range(cut.count))
+        assert chunk_of.unique().tolist() == list(range(cut.pieces.count))
         ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
         assert cut.pieces.open == tuple(
             not any(e - n <= t < e for t in boundaries) for e, n in zip(ends, lengths, strict=True)

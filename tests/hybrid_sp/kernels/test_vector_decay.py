@@ -166,7 +166,7 @@ def test_strong_decays_cost_the_others_nothing(decays: str, bonus: bool) -> None
 @pytest.mark.parametrize(("batch", "heads", "bonus"), tiered([(1, 4, True)], [(2, 2, False)]))
 def test_spans_documents_heads_and_strides(batch: int, heads: int, bonus: bool) -> None:
     segments = segment(Spans((7, 1, 21), (0, 3, 13)), 4, 16, CPU)
-    assert segments.count == 5
+    assert segments.pieces.count == 5
     case = Case(12, segments, heads=heads, shared=2, batch=batch, bonus=bonus, strided=True)
     assert not case.q.is_contiguous() and not case.g.is_contiguous()
     case.check(BOUNDS[torch.float32])
@@ -206,7 +206,7 @@ def test_the_same_as_the_torch_kernels(bonus: bool) -> None:
         o_got[:, a:b] = SCALE * torch.einsum("bths,bshv->bthv", got["A"][:, a:b, :, : b - a], v[:, a:b])
         o_got[:, a:b] += SCALE * torch.einsum("bthk,bhkv->bthv", got["since"][:, a:b], S[n])
         d_since[:, a:b] = SCALE * torch.einsum("bthv,bhkv->bthk", do[:, a:b], S[n])
-        if n + 1 < len(where) and not pieces.fresh[n + 1]:
+        if n + 1 < len(where) and not pieces.all[n + 1].fresh:
             added = torch.einsum("bthk,bthv->bhkv", got["until"][:, a:b], v[:, a:b])
             S[n + 1] = got["totals"][n].exp().unsqueeze(-1) * S[n] + added
     dS = torch.zeros_like(S[0])  # of the state that leaves chunk n
@@ -215,7 +215,7 @@ def test_the_same_as_the_torch_kernels(bonus: bool) -> None:
         case.d_totals[n] = (got["totals"][n].exp().unsqueeze(-1) * S[n] * dS).sum(-1)
         dS = got["totals"][n].exp().unsqueeze(-1) * dS
         dS += SCALE * torch.einsum("bthk,bthv->bhkv", got["since"][:, a:b], do[:, a:b])
-        if pieces.fresh[n]:
+        if pieces.all[n].fresh:
             dS = torch.zeros_like(dS)
     case.d_since, case.d_until = d_since.float(), d_until.float()
     got = case.read()

@@ -257,7 +257,7 @@ PACKED = hsp.SequenceParallel(None).shard(6, (0, 2, 6))
         (r"weight must be \[3, W\] with W at least 1", (X, WEIGHT[0]), {}),
         (r"bias must be \[3\], got \(2,\)", (X, WEIGHT, torch.rand(2)), {}),
         ("weight and bias must be floating point", (X, WEIGHT.int()), {}),
-        ("activation must be None or one of .*, got 'gelu'", (X, WEIGHT), {"activation": "gelu"}),
+        ("activation must be None or 'silu', got 'gelu'", (X, WEIGHT), {"activation": "gelu"}),
         (r"initial_state must be \(2, 3, 3\)", (X, WEIGHT), {"initial_state": torch.rand(2, 4, 3)}),
         ("initial_state must be .* of torch.float32", (X, WEIGHT), {"initial_state": torch.rand(2, 3, 3).double()}),
         ("x has 5 tokens", (X[:, :5], WEIGHT), {"shard": hsp.SequenceParallel(None).shard(6)}),
