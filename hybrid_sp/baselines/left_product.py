@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.reference.decay_mask import decay_mask
+from ..kernels.reference.decays import chunk_decays
 
 QUERIES, KEYS = 256, 2048  # tokens in a tile
 
@@ -74,7 +74,7 @@ def causal_forward(o: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Non
         past, (q_, k_, v_, g_) = slice(0, t.start), _rows(t, q, k, v, g)
         full_forward(o[:, :, t], q[:, :, t], k[:, :, past], v[:, :, past], through(g[:, :, t]), after(g[:, :, past]))
         # 2. It reads itself under the causal mask.
-        o[:, :, t] += (decay_mask(g_).scores(q_, k_) @ v_).view_as(o[:, :, t])
+        o[:, :, t] += (chunk_decays(g_).scores(q_, k_) @ v_).view_as(o[:, :, t])
 
 
 def causal_backward(
@@ -89,9 +89,9 @@ def causal_backward(
         sides = through(g[:, :, t]), after(g[:, :, past])
         d_read, d_written = full_backward(part, do[:, :, t], q[:, :, t], k[:, :, past], v[:, :, past], *sides)
         # 2. Gradients of the tile's reads from itself, under the causal mask.
-        mask = decay_mask(g_)
-        scores = mask.scores(q_, k_)
-        dq_, dk_, dg_ = mask.backward(do_ @ v_.mT, q_, k_, scores)
+        decays = chunk_decays(g_)
+        scores = decays.scores(q_, k_)
+        dq_, dk_, dg_ = decays.backward(do_ @ v_.mT, q_, k_, None)
         assert dg_ is not None
         for x, grad in ((dq, dq_), (dk, dk_), (dv, scores.mT @ do_), (dg, dg_)):
             x[:, :, t] += grad.view_as(x[:, :, t])

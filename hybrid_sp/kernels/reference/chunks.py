@@ -15,13 +15,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
 from torch import Tensor
 
 from ..pieces import Piece, Pieces, Spans, cut
 
 CHUNK = 64  # tokens; a power of two
-BLOCK_ROWS = 8192  # rows (batch x heads x tokens) that one block of chunks may hold
+BLOCK_ROWS = 4096  # rows (batch x heads x tokens) that one block of chunks may hold
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,45 +36,72 @@ class Block:
     stop: int
     chunk: int
     first: int
-    count: int
+    pieces: tuple[Piece, ...]
     rows: Tensor | None = None
     places: Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        return len(self.pieces)
 
     @property
     def chunks(self) -> slice:
         """The indices of this block's chunks among all chunks of the rank."""
         return slice(self.first, self.first + self.count)
 
+    @property
+    def begins_span(self) -> bool:
+        return self.pieces[0].begins_span
+
+    @property
+    def ends_span(self) -> bool:
+        return self.pieces[-1].ends_span
+
+    @property
+    def padding(self) -> int:
+        return self.count * self.chunk - (self.stop - self.start)
+
     def load(self, x_BTHD: Tensor, heads: int) -> Tensor:
         """Return the tokens of this block as [(N B H), C, D] with N chunks. Key heads are repeated up to `heads`. The
         result may be a view: do not write to it."""
         x = x_BTHD[:, self.start : self.stop]
-        short = self.count * self.chunk - (self.stop - self.start)
         if self.rows is not None:
             x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, 1)).index_select(1, self.rows.to(x.device))
-        elif short:
-            x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, short))
-        if x.ndim == 3:
-            return rearrange(x, "B (N C) H -> (N B H) C", C=self.chunk)
-        return repeat(x, "B (N C) G D -> (N B G R) C D", C=self.chunk, R=heads // x.shape[2])
+        elif self.padding:
+            x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, self.padding))
+        batch, _, groups, *width = x.shape
+        x = self._by_chunk(x)
+        if groups < heads:
+            x = x.unsqueeze(3).expand(self.count, batch, groups, heads // groups, self.chunk, *width)
+        return x.reshape(-1, self.chunk, *width)
 
     def store(self, out_BTHD: Tensor, x: Tensor) -> None:
         """Write [(N B H), C, D] to its tokens, summed over the heads that share a key head."""
-        out_BTHD[:, self.start : self.stop] = self._to_tokens(x, out_BTHD)
+        place, x = self._place(out_BTHD, x)
+        place.copy_(x)
 
     def add(self, out_BTHD: Tensor, x: Tensor) -> None:
         """Add [(N B H), C, D] to its tokens, summed over the heads that share a key head."""
-        out_BTHD[:, self.start : self.stop] += self._to_tokens(x, out_BTHD)
+        place, x = self._place(out_BTHD, x)
+        place.add_(x)
 
-    def _to_tokens(self, x: Tensor, out_BTHD: Tensor) -> Tensor:
-        batch, _, groups = out_BTHD.shape[:3]
-        if x.ndim == 2:
-            x = rearrange(x, "(N B H) C -> B (N C) H", B=batch, H=groups)
-        elif x.shape[0] == batch * groups * self.count:
-            x = rearrange(x, "(N B G) C D -> B (N C) G D", B=batch, G=groups)
-        else:
-            x = rearrange(x, "(N B G R) C D -> B (N C) G R D", N=self.count, B=batch, G=groups).sum(3)
-        return x[:, : self.stop - self.start] if self.places is None else x.index_select(1, self.places.to(x.device))
+    def _place(self, out_BTHD: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the part of `out` that this block's tokens take, and x in its shape."""
+        batch, _, groups, *width = out_BTHD.shape
+        heads = len(x) // (self.count * batch)
+        x = x.view(self.count, batch, heads, self.chunk, *width)
+        if groups < heads:
+            x = x.unflatten(2, (groups, -1)).sum(3)
+        place = out_BTHD[:, self.start : self.stop]
+        if not self.padding:
+            return self._by_chunk(place), x
+        x = x.transpose(2, 3).transpose(0, 1).flatten(1, 2)  # [B, N C, G, D]
+        return place, x[:, : place.shape[1]] if self.places is None else x.index_select(1, self.places.to(x.device))
+
+    def _by_chunk(self, x: Tensor) -> Tensor:
+        """View [B, N C, G, D] as [N, B, G, C, D]."""
+        x = x.view(x.shape[0], self.count, self.chunk, *x.shape[2:])
+        return x.permute(1, 0, 3, 2, 4) if x.ndim == 5 else x.permute(1, 0, 3, 2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,17 +110,6 @@ class Chunks:
 
     pieces: Pieces
     blocks: tuple[Block, ...]
-
-    def ends_span(self, block: Block) -> bool:
-        """Tell whether the block's last chunk is the last one of its span."""
-        return block.first + block.count == self.pieces.bounds[block.span + 1]
-
-    def after(self, n: int, span: int, h: Tensor, leaving: Tensor) -> Tensor | None:
-        """Select the tensor that receives the state after chunk n. It is the next chunk's entering state, or the state
-        that leaves the span, or None because a document ends."""
-        if n + 1 == self.pieces.bounds[span + 1]:
-            return leaving[span]
-        return None if self.pieces.all[n + 1].fresh else h[n + 1]
 
 
 def chunks_of(spans: Spans, v_BTHV: Tensor) -> Chunks:
@@ -124,7 +139,7 @@ def _block(span: int, size: int, first: int, chunks: Sequence[Piece]) -> Block:
             rows[n, : chunk.stop - chunk.start] = torch.arange(chunk.start - start, chunk.stop - start)
         rows = rows.flatten()
         places = (rows < stop - start).nonzero().squeeze(1)
-    return Block(span, start, stop, size, first, len(chunks), rows, places)
+    return Block(span, start, stop, size, first, tuple(chunks), rows, places)
 
 
 @functools.lru_cache(maxsize=32)
@@ -141,8 +156,8 @@ def triangle(size: int, kind: str, dtype: torch.dtype, device: torch.device) -> 
 
 
 def running_sum(x: Tensor, kind: str) -> Tensor:
-    """Sum along the tokens of a chunk, x [N, C] or [N, C, K]: `through` t (s <= t), `before` (s < t), `from` (s >= t)
+    """Sum along the tokens of a chunk, x [N, C, K]: `through` t (s <= t), `before` (s < t), `from` (s >= t)
     or `after` (s > t). It is a product with a triangle of ones, never the difference of two sums. A large decay at one
     token therefore costs the others no precision."""
     ones = triangle(x.shape[1], kind, x.dtype, x.device)
-    return x @ ones.T if x.ndim == 2 else ones @ x
+    return (x.squeeze(-1) @ ones.T).unsqueeze(-1) if x.shape[2] == 1 else ones @ x

@@ -4,24 +4,24 @@
 
 A token reads the decayed state with its key, and writes the error r_t of that reading back, times beta. With b_t =
 beta_t k_t and r_t = v_t - k_t diag(exp(g_t)) S_(t-1), this is S_t = diag(exp(g_t)) S_(t-1) + b_t r_t^T. Take a chunk of
-C tokens that S enters. P_t is the sum of g from its start through t, and R_t the sum after t to its end. Then the rows
+C tokens that H enters. P_t is the sum of g from its start through t, and R_t the sum after t to its end. Then the rows
 r solve a triangular system (the WY form):
 
-    L[t,s] = k_t . exp(g_(s+1) + ... + g_t) b_s    (s < t)         r = (I + L)^-1 (v - (exp(P) k) S)
-    M[t,s] = q_t . exp(g_(s+1) + ... + g_t) b_s    (s <= t)        o = scale * ((exp(P) q) S + M r)
+    L[t,s] = k_t . exp(g_(s+1) + ... + g_t) b_s    (s < t)         r = (I + L)^-1 (v - (exp(P) k) H)
+    M[t,s] = q_t . exp(g_(s+1) + ... + g_t) b_s    (s <= t)        o = scale * (M r + (exp(P) q) H)
 
-A chunk is therefore an affine map of S with a dense transition A, and its outputs read S with effective queries e. h_c
-is the state that enters chunk c if its span began empty, and S_in the state that enters the span. D_c = A_(c-1) ... A_0
-runs over the span's chunks before c, and is 0 once a document has begun.
+With w = (I + L)^-1 (exp(P) k) and r0 = (I + L)^-1 v, the chain of states goes from chunk to chunk by
 
-    states   w = (I + L)^-1 (exp(P) k)         r0 = (I + L)^-1 v              (r = r0 - w S)
-             A = diag(exp(P_C)) - (exp(R) b)^T w             h_(c+1) = A_c h_c + (exp(R) b)^T r0
-    intra    e = exp(P) q - M w                o_intra = M r0
-    inter    o = scale * (o_intra + e (h_c + D_c S_in))
+    chain    r = r0 - w H                          H_next = diag(exp(P_C)) H + (exp(R) b)^T r
 
-Each phase works through blocks of chunks with bounded temporaries. Decays g are natural logs, at most 0 and at least
-`checks.FLOORS`. Only sums of g over runs of tokens are exponentiated, so no exponent is ever positive. Everything is in
-one dtype, fp32 or fp64. Tensors per chunk have the shape [N,BH,...], BH = B*H.
+Phase `states` is the chain from empty states. The columns of an identity go with it, with v = 0: they end as the dense
+transition. Phase `intra` is M r0 and the effective queries e = exp(P) q - M w. Phase `inter` is the chain again, from
+the states that enter the spans, and o = scale * (M r0 + e H). If nothing is exchanged, phase `intra` is all of these in
+one walk, with o from r.
+
+A walk goes from block to block of chunks, with bounded temporaries. Of the states H only those that enter blocks are
+kept for backward, which makes the others again. Decays g are natural logs, at most 0 and at least `checks.FLOORS`.
+Everything is in one dtype, fp32 or fp64. Tensors per chunk have the shape [N,BH,...], BH = B*H.
 
 Sources: WY form, DeltaNet (arXiv 2406.06484, section 3.2); with decays, Gated DeltaNet (arXiv 2412.06464, section 3.3)
 and Kimi Delta Attention (arXiv 2510.26692, section 3).
@@ -30,6 +30,7 @@ and Kimi Delta Attention (arXiv 2510.26692, section 3).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -37,88 +38,47 @@ from torch import Tensor
 
 from ..phases import AffineState, Gradients, Inputs, Options
 from ..pieces import Spans
-from .chunks import Block, Chunks, chunks_of, running_sum
-from .decay_mask import decay_mask
+from .chunks import Block, Chunks, chunks_of
+from .decays import chunk_decays
 
 
-class States(NamedTuple):
-    """The results of the forward pass per chunk. D is None unless a state may enter the spans."""
+class Kept(NamedTuple):
+    """The tensors of each chunk that backward needs."""
 
-    h: Tensor  # [N,BH,K,V]
-    D: Tensor | None  # [N,BH,K,K]
-    A: Tensor  # [N,BH,K,K]
     inverse: Tensor  # (I + L)^-1 [N,BH,C,C]
-    e: Tensor  # [N,BH,C,K]; phase 1 stores w here, and phase 2 overwrites it with e
-    r0: Tensor | None  # [N,BH,C,V]; no phase after 2 needs it
+    w: Tensor  # [N,BH,C,K]
+    M: Tensor  # [N,BH,C,C]
+    r: Tensor  # [N,BH,C,V]; r0 before the states are known
+    H: Tensor  # [N,BH,K,V]
 
-
-class _Tokens:
-    """The keys k of a block, the written keys b = beta k, and their decay factors within the chunk."""
-
-    def __init__(self, block: Block, k: Tensor, beta: Tensor, g: Tensor | None) -> None:
-        heads = beta.shape[2]
-        self.k, self.beta = block.load(k, heads), block.load(beta, heads).unsqueeze(-1)
-        self.b = self.beta * self.k
-        g_NC = None if g is None else block.load(g, heads)
-        self.mask = decay_mask(g_NC)
-        self.vector = g_NC is not None and g_NC.ndim == 3
-        self._since = self._until = None
-        if g_NC is not None:
-            since, until = running_sum(g_NC, "through").exp_(), running_sum(g_NC, "after").exp_()
-            self._since, self._until = (x if self.vector else x.unsqueeze(-1) for x in (since, until))
-
-    def since(self, x: Tensor) -> Tensor:
-        """Return exp(P) x, x decayed from the chunk's start. The result may be x itself."""
-        return x if self._since is None else self._since * x
-
-    def until(self, x: Tensor) -> Tensor:
-        """Return exp(R) x, x decayed to the chunk's end. The result may be x itself."""
-        return x if self._until is None else self._until * x
-
-    @property
-    def whole(self) -> Tensor | float:
-        """The decay exp(P_C) of the whole chunk, [(N B H), K or 1]."""
-        return 1.0 if self._since is None else self._since[:, -1]
-
-    def decay_gradient(self, d_since: Tensor, d_until: Tensor, d_whole: Tensor) -> Tensor:
-        """Return the gradient of g. The arguments are (factor * its gradient) per key channel, for the factors exp(P)
-        and exp(R) [(N B H),C,K] and exp(P_C) [(N B H),K]."""
-        if not self.vector:
-            d_since, d_until, d_whole = d_since.sum(-1), d_until.sum(-1), d_whole.sum(-1)
-        return running_sum(d_since, "from") + running_sum(d_until, "before") + d_whole.unsqueeze(1)
+    def of(self, block: Block) -> Kept:
+        """View the chunks of a block as [(N B H),...]."""
+        return Kept(*(part[block.chunks].flatten(0, 1) for part in self))
 
 
 class Reading(NamedTuple):
-    """The results of `inter_backward`: the gradients of o and of h, and the tensors that `intra_backward` needs."""
+    """The tensors that backward needs after `inter_backward`."""
 
     do: Tensor
-    dh: Tensor
     x: Inputs
-    states: States
-    S_in: Tensor | None
+    kept: Kept
 
 
 class OfBlock(NamedTuple):
-    """The intermediate results of a block, from its outputs: S that enters its chunks, r, and gradients. The gradients
-    are those of r, of b, of g within the chunk, and of exp(P) (times exp(P), per key channel)."""
+    """The results of a block from its outputs: the gradients of r and b, and the part of dg."""
 
-    S: Tensor
-    r: Tensor
     dr: Tensor
     db: Tensor
     dg: Tensor | None
-    d_since: Tensor
 
 
 class Local(NamedTuple):
-    """The results of `intra_backward`: the gradients from the outputs, block by block, the gradient of h, and the
-    tensors that `states_backward` needs."""
+    """The results of `intra_backward`: all gradients, or uninitialised ones and those from the outputs, block by
+    block."""
 
+    grads: Gradients
     blocks: list[OfBlock]
-    dh: Tensor
-    x: Inputs
-    A: Tensor
-    inverse: Tensor
+    read: Reading
 
 
 @dataclass(frozen=True)
@@ -135,170 +95,239 @@ class DeltaPhases:
         """Convert the inputs to the dtype of states, fp32 or fp64."""
         return cls(chunks_of(spans, x.v), options), x.to(torch.promote_types(x.v.dtype, torch.float32))
 
-    def states_forward(self, x: Inputs) -> tuple[AffineState | None, States]:
-        """Compute the WY form of the chunks and the chain of their states, as if every span began empty."""
-        _, k, v, g, beta, _ = x
-        assert beta is not None
-        chunks, pieces = self.chunks, self.chunks.pieces
-        batch, _, heads, width = v.shape
-        key, size = k.shape[-1], chunks.blocks[0].chunk
-
-        def empty(count: int, *shape: int) -> Tensor:
-            return k.new_empty(count, batch * heads, *shape)
-
-        h, leaving = empty(pieces.count, key, width), empty(pieces.spans, key, width)
-        D = transitions = None
-        if self.options.entered:
-            D, transitions = empty(pieces.count, key, key), empty(pieces.spans, key, key)
-        A, inverse = empty(pieces.count, key, key), empty(pieces.count, size, size)
-        w, r0 = empty(pieces.count, size, key), empty(pieces.count, size, width)
-        for block in chunks.blocks:
-            tokens = _Tokens(block, k, beta, g)
-            A_, inverse_, w_, r0_ = (_of(block, x) for x in (A, inverse, w, r0))
-            inverse_.copy_(_inverse(tokens.mask.scores(tokens.k, tokens.b)))
-            torch.bmm(inverse_, tokens.since(tokens.k), out=w_)
-            torch.bmm(inverse_, block.load(v, heads), out=r0_)
-            b_until = tokens.until(tokens.b)
-            torch.baddbmm(A_, b_until.mT, w_, beta=0, alpha=-1, out=A_)
-            A_.diagonal(dim1=1, dim2=2).add_(tokens.whole)
-            added = (b_until.mT @ r0_).view_as(h[block.chunks])
-            for n in range(block.first, block.first + block.count):
-                if pieces.all[n].fresh:
-                    h[n] = 0
-                if (after := chunks.after(n, block.span, h, leaving)) is not None:
-                    torch.baddbmm(added[n - block.first], A[n], h[n], out=after)
-                if D is None or transitions is None:
-                    continue
-                if pieces.all[n].fresh:
-                    D[n] = torch.eye(key, dtype=D.dtype, device=D.device) if pieces.all[n].reached else 0
-                if (after := chunks.after(n, block.span, D, transitions)) is not None:
-                    torch.bmm(A[n], D[n], out=after)
-        summary = None
-        if transitions is not None:
-            summary = AffineState(*(x.unflatten(1, (batch, heads)) for x in (transitions, leaving)))
-        return summary, States(h, D, A, inverse, w, r0)
-
-    def intra_forward(self, x: Inputs, work: States) -> tuple[Tensor, States]:
-        """Compute o_intra [B,T,H,V], and the effective queries e [N,BH,C,K] in place of w."""
-        q, k, _, g, beta, _ = x
-        w, r0 = work.e, work.r0
-        assert beta is not None and r0 is not None
-        o_intra = q.new_empty(*beta.shape, r0.shape[-1])
+    def states_forward(self, x: Inputs) -> tuple[AffineState | None, Kept]:
+        """Compute the WY form of the chunks, and the transitions and states of the spans, as if each began empty."""
+        (batch, _, heads, width), key, size = x.v.shape, x.k.shape[-1], self.chunks.blocks[0].chunk
+        shapes = (size, size), (size, key), (size, size), (size, width), (key, width)
+        kept = Kept(*(x.v.new_empty(self.chunks.pieces.count, batch * heads, *shape) for shape in shapes))
+        if not self.options.entered:
+            return None, kept
+        leaving = []
+        first = S = torch.cat([_empty(x), torch.eye(key).to(x.k).expand(batch * heads, key, key)], -1)
         for block in self.chunks.blocks:
-            tokens, q_, w_ = _Tokens(block, k, beta, g), block.load(q, beta.shape[2]), _of(block, w)
-            M = tokens.mask.scores(q_, tokens.b)
-            block.store(o_intra, M @ _of(block, r0))
-            w_.copy_(torch.baddbmm(tokens.since(q_), M, w_, alpha=-1))
-        return o_intra, work._replace(r0=None)
+            tokens, own = _Tokens(block, x), kept.of(block)
+            tokens.solve(own)
+            r = torch.cat([own.r, torch.zeros_like(own.w)], -1)
+            S = tokens.states(first if block.begins_span else S, own.w, r, r.new_empty(len(r), *first.shape[1:]))
+            if block.ends_span:
+                leaving.append(S)
+        spans = torch.stack(leaving).unflatten(1, (batch, heads))
+        return AffineState(spans[..., width:], spans[..., :width]), kept
 
-    def inter_forward(self, x: Inputs, work: States, o_intra: Tensor, S_in: Tensor | None) -> tuple[Tensor, States]:
-        """Compute o in place of o_intra."""
-        heads, scale = o_intra.shape[2], self.options.scale
+    def intra_forward(self, x: Inputs, work: Kept) -> tuple[Tensor, Kept]:
+        """Compute M; all of o if nothing is exchanged."""
+        if not self.options.entered:
+            return self._forward(x, work, None)
         for block in self.chunks.blocks:
-            o_, entering = block.load(o_intra, heads), _entering(block, work.h, work.D, S_in)
-            block.store(o_intra, torch.baddbmm(o_, _of(block, work.e), entering, beta=scale, alpha=scale))
-        return o_intra, work
+            work.of(block).M.copy_(_Tokens(block, x).M)
+        return torch.empty_like(x.v), work
 
-    def inter_backward(
-        self, do: Tensor, x: Inputs, saved: States, S_in: Tensor | None
-    ) -> tuple[Tensor | None, Reading]:
-        """Compute dS_in, and the gradients dh of the states that enter the chunks."""
-        dh = torch.empty_like(saved.h)
-        dS_in = None if S_in is None else torch.zeros_like(S_in)
+    def inter_forward(self, x: Inputs, work: Kept, o_intra: Tensor, S_in: Tensor | None) -> tuple[Tensor, Kept]:
+        """Compute o."""
+        return (o_intra, work) if S_in is None else self._forward(x, work, S_in)
+
+    def _forward(self, x: Inputs, kept: Kept, S_in: Tensor | None) -> tuple[Tensor, Kept]:
+        """Walk through the chain of states and read it."""
+        o, scale = torch.empty_like(x.v), self.options.scale
         for block in self.chunks.blocks:
-            # 1. Compute the gradient of the state that each chunk reads: dh = scale * e^T do.
-            dh_, scale = _of(block, dh), self.options.scale
-            torch.baddbmm(dh_, _of(block, saved.e).mT, block.load(do, do.shape[2]), beta=0, alpha=scale, out=dh_)
-            # 2. Carry it back to the start of the span: dS_in = sum over c of D_c^T dh_c.
-            if saved.D is not None and dS_in is not None:
-                passed = (_of(block, saved.D).mT @ dh_).unflatten(0, (block.count, *dS_in.shape[1:3]))
-                dS_in[block.span] += passed.sum(0)
-        return dS_in, Reading(do, dh, x, saved, S_in)
+            tokens, own = _Tokens(block, x), kept.of(block)
+            if not self.options.entered:
+                tokens.solve(own)
+                own.M.copy_(tokens.M)
+            if block.begins_span:
+                S = _empty(x) if S_in is None else S_in[block.span].flatten(0, 1)
+            S = tokens.states(S, own.w, own.r, own.H)
+            block.store(o, (own.M @ own.r).baddbmm_(tokens.reading, own.H, beta=scale, alpha=scale))
+        return o, kept
+
+    def inter_backward(self, do: Tensor, x: Inputs, saved: Kept, S_in: Tensor | None) -> tuple[Tensor | None, Reading]:
+        """Compute dS_in, the chain of gradients from empty ones back to the start of each span."""
+        read = Reading(do, x, saved)
+        if S_in is None:
+            return None, read
+        dS_in, dS = torch.empty_like(S_in), _empty(x)
+        for block in reversed(self.chunks.blocks):
+            own, do_ = saved.of(block), block.load(do, do.shape[2]) * self.options.scale
+            dS = _empty(x) if block.ends_span else dS
+            _, _, dS = _Tokens(block, x).states_backward(do_, own.w, own.M.mT @ do_, dS)
+            if block.begins_span:
+                dS_in[block.span] = dS.view_as(dS_in[block.span])
+        return dS_in, read
 
     def intra_backward(self, read: Reading) -> tuple[Tensor, None, Local]:
-        """Compute dq, and the contribution of the outputs to the other gradients, block by block."""
-        do, dh, x, states, S_in = read
-        q, k, v, g, beta, _ = x
-        assert beta is not None
-        heads, dq, blocks = v.shape[2], torch.empty_like(q), []
-        for block in self.chunks.blocks:
-            # 1. Compute again the state that enters each chunk, and r = (I + L)^-1 (v - (exp(P) k) S).
-            tokens, q_ = _Tokens(block, k, beta, g), block.load(q, heads)
-            do_ = block.load(do, heads) * self.options.scale
-            S = _entering(block, states.h, states.D, S_in)
-            r = _of(block, states.inverse) @ torch.baddbmm(block.load(v, heads), tokens.since(tokens.k), S, alpha=-1)
-            # 2. Pairs of tokens within a chunk give dr, and parts of dq, db and dg.
-            M = tokens.mask.scores(q_, tokens.b)
-            dr = M.mT @ do_
-            dq_, db, dg = tokens.mask.backward(do_ @ r.mT, q_, tokens.b, M)
-            # 3. The states that queries read give the rest of dq.
-            dq_since = tokens.since(do_ @ S.mT)
-            block.store(dq, dq_.add_(dq_since))
-            blocks.append(OfBlock(S, r, dr, db, dg, dq_since.mul_(q_)))
-        return dq, None, Local(blocks, dh, x, states.A, states.inverse)
+        """Compute dq, and the part of the other gradients from the outputs, block by block; all gradients if nothing is
+        exchanged."""
+        (do, x, kept), dq, grads, blocks = read, torch.empty_like(read.x.q), _gradients(read.x), []
+        dS = _empty(x)
+        for block in reversed(self.chunks.blocks):
+            tokens, own, do_ = _Tokens(block, x), kept.of(block), block.load(do, do.shape[2]) * self.options.scale
+            dq_, of_block = tokens.outputs_backward(do_, own)
+            block.store(dq, dq_)
+            if self.options.entered:
+                blocks.append(of_block)
+            else:
+                dS = self._store(grads, tokens, own, of_block, do_, _empty(x) if block.ends_span else dS)
+        return dq, None, Local(grads, blocks, read)
 
     def states_backward(self, local: Local, dS_out: Tensor | None) -> Gradients:
         """Compute the gradients of k, v, beta and g. This empties `local.blocks`.
 
         dS_out already includes every later span. The transition of a span therefore needs no gradient of its own.
         """
-        blocks, dh, (_, k, v, g, beta, _), A, inverse = local
-        assert beta is not None
-        chunks, pieces = self.chunks, self.chunks.pieces
-        dk, dv, dbeta = torch.empty_like(k), torch.empty_like(v), torch.empty_like(beta)
-        dg = None if g is None else torch.empty_like(g)
-        d_before = torch.zeros_like(dh[0])  # gradient of the state before the block done last
-        for block in reversed(chunks.blocks):
-            # 1. Compute the gradient of the state after each chunk, from the last chunk of a span to its first.
-            tokens, own = _Tokens(block, k, beta, g), blocks.pop()
-            dS = torch.empty_like(dh[block.chunks])
-            if not chunks.ends_span(block):
-                dS[-1] = d_before
-            else:
-                dS[-1] = 0 if dS_out is None else dS_out[block.span].flatten(0, 1)
-            for n in reversed(range(block.count)):
-                before = dS[n - 1] if n else d_before
-                if pieces.all[block.first + n].fresh:
-                    before.zero_()
-                else:
-                    torch.baddbmm(dh[block.first + n], A[block.first + n].mT, dS[n], out=before)
-            # 2. Go back through the triangular system, from the gradient of r to those of v and L.
-            dS = dS.flatten(0, 1)
-            dr = own.dr.baddbmm_(tokens.until(tokens.b), dS)
-            dv_ = _of(block, inverse).mT @ dr
-            block.store(dv, dv_)
-            L = tokens.mask.scores(tokens.k, tokens.b)
-            dL = -dv_ @ own.r.mT
-            dL.diagonal(dim1=1, dim2=2).zero_()
-            # 3. Go back from L and the state to the reading keys k and the written keys b.
-            dk_, db, dg_ = tokens.mask.backward(dL, tokens.k, tokens.b, L)
-            dk_since, db_until = tokens.since(dv_ @ own.S.mT), tokens.until(own.r @ dS.mT)
-            # 4. Sum the parts of dg through P, through R, through the whole decay of the chunk, and within it.
-            if dg is not None and dg_ is not None and own.dg is not None:
-                d_since = torch.addcmul(own.d_since, dk_since, tokens.k, value=-1)
-                d_whole = (own.S * dS).sum(-1) * tokens.whole
-                dg_ += tokens.decay_gradient(d_since, db_until * tokens.b, d_whole)
-                block.store(dg, dg_.add_(own.dg))
-            # 5. Split the gradient of b = beta k into those of beta and k.
-            db = db.add_(own.db).add_(db_until)
-            block.store(dbeta, (db * tokens.k).sum(-1))
-            block.store(dk, dk_.sub_(dk_since).addcmul_(db, tokens.beta))
-        return Gradients(None, dk, dv, dg, dbeta)
+        grads, blocks, (do, x, kept) = local
+        for block in reversed(self.chunks.blocks if blocks else ()):
+            tokens, do_ = _Tokens(block, x), block.load(do, do.shape[2]) * self.options.scale
+            if block.ends_span:
+                dS = _empty(x) if dS_out is None else dS_out[block.span].flatten(0, 1)
+            dS = self._store(grads, tokens, kept.of(block), blocks.pop(0), do_, dS)
+        return grads
+
+    def _store(self, grads: Gradients, tokens: _Tokens, own: Kept, of_block: OfBlock, do: Tensor, dS: Tensor) -> Tensor:
+        """Store the gradients of a block, for dS of the state that leaves it; return that of the state that enters."""
+        block = tokens.block
+        d_after, dr, dS = tokens.states_backward(do, own.w, of_block.dr, dS)
+        dk, dv, dbeta, dg = tokens.writes_backward(own, of_block, d_after, dr)
+        block.store(grads.k, dk)
+        block.store(grads.v, dv)
+        assert grads.beta is not None
+        block.store(grads.beta, dbeta)
+        if grads.g is not None and dg is not None:
+            block.store(grads.g, dg)
+        return dS
 
 
-def _of(block: Block, x: Tensor) -> Tensor:
-    """View the block's chunks of x [N,BH,...] as [(N B H),...]."""
-    return x[block.chunks].flatten(0, 1)
+class _Tokens:
+    """The tokens of a block, loaded when they are needed, and the arithmetic on them."""
+
+    def __init__(self, block: Block, x: Inputs) -> None:
+        self.block, self.x, self.heads = block, x, x.v.shape[2]
+        self.decays = chunk_decays(None if x.g is None else block.load(x.g, self.heads))
+
+    @cached_property
+    def q(self) -> Tensor:
+        return self.block.load(self.x.q, self.heads)
+
+    @cached_property
+    def k(self) -> Tensor:
+        return self.block.load(self.x.k, self.heads)
+
+    @cached_property
+    def v(self) -> Tensor:
+        return self.block.load(self.x.v, self.heads)
+
+    @cached_property
+    def beta(self) -> Tensor:
+        assert self.x.beta is not None
+        return self.block.load(self.x.beta, self.heads).unsqueeze(-1)
+
+    @cached_property
+    def b(self) -> Tensor:
+        """The written keys beta k."""
+        return self.beta * self.k
+
+    @cached_property
+    def reading(self) -> Tensor:
+        """The queries exp(P) q."""
+        return self.decays.since(self.q)
+
+    @cached_property
+    def reading_k(self) -> Tensor:
+        """The keys exp(P) k, which read the state."""
+        return self.decays.since(self.k)
+
+    @cached_property
+    def written(self) -> Tensor:
+        """The keys exp(R) b, which are written to the state."""
+        return self.decays.until(self.b)
+
+    @cached_property
+    def M(self) -> Tensor:
+        return self.decays.scores(self.q, self.b)
+
+    def solve(self, own: Kept) -> None:
+        """Compute (I + L)^-1, w and r0."""
+        L = self.decays.scores(self.k, self.b)
+        identity = torch.eye(L.shape[1], dtype=L.dtype, device=L.device)
+        own.inverse.copy_(torch.linalg.solve_triangular(L, identity.expand_as(L), upper=False, unitriangular=True))
+        torch.bmm(own.inverse, self.reading_k, out=own.w)
+        torch.bmm(own.inverse, self.v, out=own.r)
+
+    def _by_chunk(self, x: Tensor) -> Tensor:
+        """View [(N B H),...] as [N,BH,...]."""
+        return x.unflatten(0, (self.block.count, -1))
+
+    def _decayed(self, n: int, S: Tensor, out: Tensor, added: Tensor | None = None) -> Tensor:
+        """Compute S decayed over chunk n, plus `added`."""
+        if self._decay is None:
+            return out.copy_(S) if added is None else torch.add(added, S, out=out)
+        decay = self._decay[n]
+        return torch.mul(decay, S, out=out) if added is None else torch.addcmul(added, decay, S, out=out)
+
+    @cached_property
+    def _decay(self) -> Tensor | None:
+        """The decay of a state over each whole chunk, [N,BH,K or 1,1]."""
+        return None if self.decays.whole is None else self._by_chunk(self.decays.whole)
+
+    def states(self, S: Tensor, w: Tensor, r: Tensor, H: Tensor) -> Tensor:
+        """Compute the states H that enter the chunks, and r in place of r0, for S that enters the block. Returns the
+        state after the last chunk."""
+        r, w, written, H = (self._by_chunk(part) for part in (r, w, self.written.mT, H))
+        states = [*H.unbind(), torch.empty_like(S)]
+        states[0].copy_(S)
+        for n, piece in enumerate(self.block.pieces):
+            if piece.begins_document:
+                states[n].zero_()
+            r[n].baddbmm_(w[n], states[n], alpha=-1)
+            self._decayed(n, states[n], out=states[n + 1]).baddbmm_(written[n], r[n])
+        return states[-1]
+
+    def states_backward(self, do: Tensor, w: Tensor, dr: Tensor, dS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of the states after the chunks, of r, and of the state that enters the block. dS is that
+        of the state that leaves it. dr is given from the outputs alone, and overwritten."""
+        read, w, written, dr = (self._by_chunk(part) for part in (self.reading.mT @ do, w.mT, self.written, dr))
+        d_after = torch.empty_like(read)
+        states = [torch.empty_like(dS), *d_after.unbind()]
+        states[-1].copy_(dS)
+        for n in reversed(range(self.block.count)):
+            dr[n].baddbmm_(written[n], states[n + 1])
+            self._decayed(n, states[n + 1], out=states[n], added=read[n]).baddbmm_(w[n], dr[n], alpha=-1)
+            if self.block.pieces[n].begins_document:
+                states[n].zero_()
+        return d_after.flatten(0, 1), dr.flatten(0, 1), states[0]
+
+    def outputs_backward(self, do: Tensor, own: Kept) -> tuple[Tensor, OfBlock]:
+        """Return dq, and the other results from the outputs."""
+        dq, db, dg = self.decays.backward(do @ own.r.mT, self.q, self.b, self.decays.since(do @ own.H.mT))
+        return dq, OfBlock(own.M.mT @ do, db, dg)
+
+    def writes_backward(
+        self, own: Kept, of_block: OfBlock, d_after: Tensor, dr: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return dk, dv, dbeta and dg, for the complete gradients of r and of the states after the chunks."""
+        # 1. Go back through the triangular system, from the gradient of r to those of v and L.
+        dv = own.inverse.mT @ dr
+        minus_dL = dv @ own.r.mT
+        minus_dL.diagonal(dim1=1, dim2=2).zero_()
+        # 2. Go back from L and the state to the reading keys k and the written keys b.
+        minus_dk, minus_db, minus_dg = self.decays.backward(minus_dL, self.k, self.b, self.decays.since(dv @ own.H.mT))
+        db_until = self.decays.until(own.r @ d_after.mT)
+        db = of_block.db.sub_(minus_db).add_(db_until)
+        # 3. Sum the parts of dg: from the outputs, from L and exp(P) k, and from exp(R) b and whole chunks.
+        dg = self.decays.writes_backward(self.b, db_until, own.H, d_after)
+        if dg is not None and minus_dg is not None and of_block.dg is not None:
+            dg.sub_(minus_dg).add_(of_block.dg)
+        # 4. Split the gradient of b = beta k into those of beta and k.
+        return torch.addcmul(minus_dk.neg_(), db, self.beta), dv, (db * self.k).sum(-1), dg
 
 
-def _inverse(L: Tensor) -> Tensor:
-    """Return (I + L)^-1. Only the part of L [N,C,C] below the diagonal counts."""
-    identity = torch.eye(L.shape[1], dtype=L.dtype, device=L.device)
-    return torch.linalg.solve_triangular(L, identity.expand_as(L), upper=False, unitriangular=True)
+def _empty(x: Inputs) -> Tensor:
+    """Return empty states [BH,K,V]."""
+    batch, _, heads, width = x.v.shape
+    return x.v.new_zeros(batch * heads, x.k.shape[-1], width)
 
 
-def _entering(block: Block, h: Tensor, D: Tensor | None, S_in: Tensor | None) -> Tensor:
-    """Return h_c + D_c S_in for the chunks of a block, [(N B H),K,V]."""
-    if D is None or S_in is None:
-        return _of(block, h)
-    return torch.baddbmm(_of(block, h), _of(block, D), S_in[block.span].flatten(0, 1).repeat(block.count, 1, 1))
+def _gradients(x: Inputs) -> Gradients:
+    """Return uninitialised gradients of k, v, g and beta."""
+    assert x.beta is not None
+    dg = None if x.g is None else torch.empty_like(x.g)
+    return Gradients(None, torch.empty_like(x.k), torch.empty_like(x.v), dg, torch.empty_like(x.beta))

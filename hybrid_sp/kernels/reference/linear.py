@@ -2,20 +2,22 @@
 
     S_t = diag(exp(g_t)) S_(t-1) + k_t v_t^T          o_t = scale * q_t S_t
 
-h_c is the state that enters chunk c if its span began empty, and S_in the state that enters the span. P_t is the sum of
-g from the chunk's start through t, and R_t the sum after t to the chunk's end. D_c is the sum of g over the span's
-chunks before c, or -inf once a document has begun.
+H_c is the state that enters chunk c. P_t is the sum of g from the chunk's start through t, and R_t the sum after t to
+the chunk's end.
 
-    states   h_(c+1) = exp(g summed over c) h_c + sum over t in c of (exp(R_t) k_t) v_t^T
-    intra    o_t = sum over s <= t of (q_t . exp(g_(s+1) + ... + g_t) k_s) v_s                     (s, t in one chunk)
-    inter    o_t = scale * (o_t + (exp(P_t) q_t) (h_c + exp(D_c) S_in))
+    chain    H_(c+1) = exp(g summed over c) H_c + sum over t in c of (exp(R_t) k_t) v_t^T
+    within   o_t = sum over s <= t of (q_t . exp(g_(s+1) + ... + g_t) k_s) v_s                     (s, t in one chunk)
+    read     o_t = scale * (o_t + (exp(P_t) q_t) H_c)
 
 With a bonus u, a token reads the state before it: o_t = scale * q_t (S_(t-1) + diag(u) k_t v_t^T), RWKV-6's form. Then
-the sums in intra and P_t exclude g_t, and the token itself adds (u q_t . k_t) v_t.
+the sums in `within` and P_t exclude g_t, and the token itself adds (u q_t . k_t) v_t.
 
-Each phase works through blocks of chunks with bounded temporaries. Decays g are natural logs, None | [B,T,H] |
-[B,T,H,K], at most 0 and at least `checks.FLOORS`. Only sums of g over runs of tokens are exponentiated, so no exponent
-is ever positive. Everything is in one dtype, fp32 or fp64. This is the reference of `gpu/linear.py`.
+Phase `states` is the chain from empty states, `intra` is `within`, and `inter` is the chain again, from the states that
+enter the spans, and `read`. If nothing is exchanged, phase `intra` is all of these in one walk.
+
+A walk goes from block to block of chunks, with bounded temporaries. Of the states H only those that enter blocks are
+kept for backward, which makes the others again. Decays g are natural logs, None | [B,T,H] | [B,T,H,K], at most 0 and at
+least `checks.FLOORS`. Everything is in one dtype, fp32 or fp64. This is the reference of `gpu/linear.py`.
 
 Sources: chunkwise form, GLA (arXiv 2312.06635, section 4) and Mamba-2 (arXiv 2405.21060, section 6).
 """
@@ -23,48 +25,40 @@ Sources: chunkwise form, GLA (arXiv 2312.06635, section 4) and Mamba-2 (arXiv 24
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..phases import AffineState, Gradients, Inputs, Options
-from ..pieces import Spans, decays_before, over_state, span_decays
-from .chunks import Block, Chunks, chunks_of, running_sum
-from .decay_mask import decay_mask
+from ..pieces import Spans, span_decays
+from .chunks import Block, Chunks, chunks_of
+from .decays import chunk_decays
 
 
-class States(NamedTuple):
-    """The results of phase 1 per chunk: the states h [N,B,H,K,V] that enter the chunks if every span begins empty, and
-    the log decays of the chunks, None | [N,B,H] | [N,B,H,K]."""
+class Kept(NamedTuple):
+    """The states [blocks,BH,K,V] that enter the blocks."""
 
-    h: Tensor
-    totals: Tensor | None
+    entering: Tensor
 
 
 class Reading(NamedTuple):
-    """The results of `inter_backward`: the gradients of o and of h, and the tensors that `intra_backward` needs."""
+    """The tensors that backward needs after `inter_backward`."""
 
     do: Tensor
-    dh: Tensor
     x: Inputs
-    states: States
-    S_in: Tensor | None
+    kept: Kept
 
 
 class Local(NamedTuple):
-    """The results of `intra_backward`: the gradient of h, the gradients of k, v and g without the part that flows
-    through the states, and the tensors that `states_backward` needs."""
+    """The gradients of k, v and g, perhaps without the part that flows through the states after chunks; `read` is None
+    if they are complete."""
 
     dk: Tensor
     dv: Tensor
     dg: Tensor | None
-    dh: Tensor
-    k: Tensor
-    v: Tensor
-    g: Tensor | None
-    states: States
-    S_in: Tensor | None
+    read: Reading | None
 
 
 @dataclass(frozen=True)
@@ -81,201 +75,230 @@ class LinearPhases:
         """Convert the inputs to the dtype of states, fp32 or fp64."""
         return cls(chunks_of(spans, x.v), options), x.to(torch.promote_types(x.v.dtype, torch.float32))
 
-    def states_forward(self, x: Inputs) -> tuple[AffineState | None, States]:
-        """Compute h, the states that enter the chunks, and the states that leave the spans, as if every span began
-        empty."""
-        chunks, pieces, k, v, g = self.chunks, self.chunks.pieces, x.k, x.v, x.g
-        batch, _, heads, width = v.shape
-        h = k.new_empty(pieces.count, batch, heads, k.shape[-1], width)
-        leaving = torch.empty_like(h[: pieces.spans])
-        totals = None if g is None else g.new_empty(pieces.count, batch, heads, *g.shape[3:])
-        for block in chunks.blocks:
-            k_NCK = block.load(k, heads)
-            decays = None
-            if g is not None and totals is not None:
-                g_NC = block.load(g, heads)
-                k_NCK = k_NCK * _over_tokens(running_sum(g_NC, "after"))
-                totals[block.chunks] = g_NC.sum(1).view_as(totals[block.chunks])
-                decays = over_state(totals[block.chunks])
-            added = (k_NCK.mT @ block.load(v, heads)).unflatten(0, (block.count, batch, heads))
-            for n in range(block.count):
-                here = h[block.first + n]
-                if pieces.all[block.first + n].fresh:
-                    here.zero_()
-                if (after := chunks.after(block.first + n, block.span, h, leaving)) is not None:
-                    if decays is None:
-                        torch.add(added[n], here, out=after)
-                    else:
-                        torch.addcmul(added[n], decays[n], here, out=after)
-        summary = AffineState(span_decays(totals, pieces), leaving) if self.options.entered else None
-        return summary, States(h, totals)
+    def states_forward(self, x: Inputs) -> tuple[AffineState | None, None]:
+        """Compute the states that leave the spans, as if every span began empty."""
+        if not self.options.entered:
+            return None, None
+        leaving, totals = [], []
+        S = _empty(x)
+        for block in self.chunks.blocks:
+            tokens = _Tokens(block, x)
+            _, S = tokens.states(_empty(x) if block.begins_span else S)
+            totals.append(tokens.decays.total)
+            if block.ends_span:
+                leaving.append(S)
+        return AffineState(self._span_decays(x, totals), torch.stack(leaving).unflatten(1, x.v.shape[::2])), None
 
-    def intra_forward(self, x: Inputs, work: States) -> tuple[Tensor, States]:
-        """Compute the part of o [B,T,H,V] that comes from tokens of the same chunk, before scaling."""
-        heads = x.v.shape[2]
+    def intra_forward(self, x: Inputs, work: None) -> tuple[Tensor, Kept | None]:
+        """Compute the part of o [B,T,H,V] from tokens of the same chunk, before scaling; all of o if nothing is
+        exchanged."""
+        if not self.options.entered:
+            return self._forward(x, None, None)
         o = torch.empty_like(x.v)
         for block in self.chunks.blocks:
-            q_NCK, k_NCK = block.load(x.q, heads), block.load(x.k, heads)
-            g_NC = None if x.g is None else block.load(x.g, heads)
-            scores = decay_mask(g_NC, x.bonus is not None).scores(q_NCK, k_NCK)
-            if x.bonus is not None:
-                scores.diagonal(dim1=1, dim2=2).add_((_over_rows(x.bonus, q_NCK) * q_NCK * k_NCK).sum(-1))
-            block.store(o, scores @ block.load(x.v, heads))
-        return o, work
+            tokens = _Tokens(block, x)
+            block.store(o, tokens.scores @ tokens.v)
+        return o, None
 
-    def inter_forward(self, x: Inputs, work: States, o_intra: Tensor, S_in: Tensor | None) -> tuple[Tensor, States]:
-        """Add the contribution of the entering states to o_intra, in place, and scale the sum to o."""
-        heads, scale = o_intra.shape[2], self.options.scale
-        before = self._before_chunks(work.totals, S_in)
-        for block in self.chunks.blocks:
-            q_NCK, entering = _reading(block, x, heads), _entering(block, work.h, before, S_in)
-            o_NCV = torch.baddbmm(block.load(o_intra, heads), q_NCK, entering, beta=scale, alpha=scale)
-            block.store(o_intra, o_NCV)
-        return o_intra, work
+    def inter_forward(self, x: Inputs, work: Kept | None, o_intra: Tensor, S_in: Tensor | None) -> tuple[Tensor, Kept]:
+        """Add to o_intra, in place, what tokens read of the states before their chunks, and scale the sum to o."""
+        return self._forward(x, o_intra, S_in) if work is None else (o_intra, work)
 
-    def inter_backward(
-        self, do: Tensor, x: Inputs, saved: States, S_in: Tensor | None
-    ) -> tuple[Tensor | None, Reading]:
-        """Compute dS_in, and the gradients dh of the states that enter the chunks."""
-        heads = do.shape[2]
-        before = self._before_chunks(saved.totals, S_in)
-        dh = torch.empty_like(saved.h)
-        dS_in = None if S_in is None else torch.zeros_like(S_in)
+    def _forward(self, x: Inputs, o_intra: Tensor | None, S_in: Tensor | None) -> tuple[Tensor, Kept]:
+        """Walk through the chain of states and read it. Without o_intra, also compute that."""
+        o, scale, entering = torch.empty_like(x.v) if o_intra is None else o_intra, self.options.scale, []
         for block in self.chunks.blocks:
-            # 1. Compute the gradient of the state that each chunk reads: dh = scale * (exp(P) q)^T do.
-            d_states = dh[block.chunks]
-            flat, q_NCK = d_states.flatten(0, 2), _reading(block, x, heads)
-            torch.baddbmm(flat, q_NCK.mT, block.load(do, heads), beta=0, alpha=self.options.scale, out=flat)
-            # 2. Carry it back to the start of the span: dS_in = sum over c of exp(D_c) dh_c.
-            if dS_in is not None:
-                d_carried = d_states if before is None else d_states * over_state(before[block.chunks])
-                dS_in[block.span] += d_carried.sum(0)
-        return dS_in, Reading(do, dh, x, saved, S_in)
+            tokens = _Tokens(block, x)
+            if block.begins_span:
+                S = _empty(x) if S_in is None else S_in[block.span].flatten(0, 1)
+            entering.append(S)
+            o_ = tokens.scores @ tokens.v if o_intra is None else block.load(o_intra, tokens.heads)
+            if self._alone:
+                block.store(o, o_ * scale)
+            else:
+                H, S = tokens.states(S)
+                block.store(o, torch.baddbmm(o_, tokens.reading, H, beta=scale, alpha=scale))
+        return o, Kept(torch.stack(entering))
+
+    @property
+    def _alone(self) -> bool:
+        """Tell whether there is one chunk, which no state enters and whose state nobody reads."""
+        return self.chunks.pieces.count == 1 and not self.options.entered
+
+    def inter_backward(self, do: Tensor, x: Inputs, saved: Kept, S_in: Tensor | None) -> tuple[Tensor | None, Reading]:
+        """Compute dS_in, the chain of gradients from empty ones back to the start of each span."""
+        read = Reading(do, x, saved)
+        if S_in is None:
+            return None, read
+        dS_in, dS = torch.empty_like(S_in), _empty(x)
+        for block in reversed(self.chunks.blocks):
+            tokens = _Tokens(block, x)
+            dS = _empty(x) if block.ends_span else dS
+            _, dS = tokens.states_backward(block.load(do, tokens.heads) * self.options.scale, dS)
+            if block.begins_span:
+                dS_in[block.span] = dS.view_as(dS_in[block.span])
+        return dS_in, read
 
     def intra_backward(self, read: Reading) -> tuple[Tensor, Tensor | None, Local]:
         """Compute dq and the gradient of the bonus completely, and dk, dv and dg without the part that flows through
-        the states."""
-        do, dh, (q, k, v, g, _, bonus), states, S_in = read
-        heads, exclusive = v.shape[2], bonus is not None
-        before = self._before_chunks(states.totals, S_in)
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        dg = None if g is None else torch.empty_like(g)
-        d_bonus = None if bonus is None else torch.zeros_like(bonus)
-        for block in self.chunks.blocks:
-            # 1. Pairs of tokens within a chunk give dv, and parts of dq, dk, dg and the bonus.
-            do_NCV = block.load(do, heads) * self.options.scale
-            q_NCK, k_NCK = block.load(q, heads), block.load(k, heads)
-            g_NC = None if g is None else block.load(g, heads)
-            mask = decay_mask(g_NC, exclusive)
-            scores = mask.scores(q_NCK, k_NCK)
-            d_scores = do_NCV @ block.load(v, heads).mT
-            d_self = d_scores.diagonal(dim1=1, dim2=2).unsqueeze(-1).clone() if exclusive else None
-            dq_NCK, dk_NCK, dg_NC = mask.backward(d_scores, q_NCK, k_NCK, scores)
-            if bonus is not None and d_bonus is not None and d_self is not None:
-                u = _over_rows(bonus, q_NCK)
-                scores.diagonal(dim1=1, dim2=2).add_((u * q_NCK * k_NCK).sum(-1))
-                dq_NCK.addcmul_(d_self, u * k_NCK)
-                dk_NCK.addcmul_(d_self, u * q_NCK)
-                d_bonus += (d_self * q_NCK * k_NCK).unflatten(0, (-1, heads)).sum((0, 2))
-            block.store(dv, scores.mT @ do_NCV)
-            # 2. The states that queries read give the rest of dq, and their part of dg through P.
-            dq_read = do_NCV @ _entering(block, states.h, before, S_in).mT
-            if g_NC is not None and dg is not None and dg_NC is not None:
-                through = running_sum(g_NC, "before" if exclusive else "through")
-                dq_read.mul_(_over_tokens(through))
-                d_through = _decay_gradient(dq_read * q_NCK, through)
-                block.store(dg, dg_NC.add_(running_sum(d_through, "after" if exclusive else "from")))
-            block.store(dq, dq_NCK.add_(dq_read))
+        the states after chunks. If nothing is exchanged, compute all gradients."""
+        (do, x, (entering,)), exchanged = read, self.options.entered
+        dq, dk, dv = torch.empty_like(x.q), torch.empty_like(x.k), torch.empty_like(x.v)
+        dg = None if x.g is None else torch.empty_like(x.g)
+        d_bonus = None if x.bonus is None else torch.zeros_like(x.bonus)
+        dS = _empty(x)
+        for n, block in reversed(list(enumerate(self.chunks.blocks))):
+            tokens = _Tokens(block, x)
+            do_NCV, H = block.load(do, tokens.heads) * self.options.scale, None
+            if not self._alone:
+                H, _ = tokens.states(entering[n])
+            dq_NCK, dk_NCK, dv_NCV, dg_NC = tokens.outputs_backward(do_NCV, H, d_bonus)
+            if not exchanged and H is not None:
+                dS = _empty(x) if block.ends_span else dS
+                dH, dS = tokens.states_backward(do_NCV, dS)
+                dk_through, dv_through, dg_through = tokens.writes_backward(H, dH)
+                dk_NCK, dv_NCV = dk_NCK.add_(dk_through), dv_NCV.add_(dv_through)
+                dg_NC = None if dg_NC is None or dg_through is None else dg_NC.add_(dg_through)
+            block.store(dq, dq_NCK)
             block.store(dk, dk_NCK)
-        return dq, d_bonus, Local(dk, dv, dg, dh, k, v, g, states, S_in)
+            block.store(dv, dv_NCV)
+            if dg is not None and dg_NC is not None:
+                block.store(dg, dg_NC)
+        return dq, d_bonus, Local(dk, dv, dg, read if exchanged else None)
 
     def states_backward(self, local: Local, dS_out: Tensor | None) -> Gradients:
-        """Add to dk, dv and dg, in place, the part that flows through the states.
+        """Add to dk, dv and dg, in place, the part that flows through the states after chunks.
 
         dS_out already includes every later span. The total decay of a span therefore needs no gradient of its own.
         """
-        dk, dv, dg, dh, k, v, g, (h, totals), S_in = local
-        chunks, pieces = self.chunks, self.chunks.pieces
-        heads = v.shape[2]
-        carried = self._before_chunks(totals, S_in)
-        d_before = torch.zeros_like(h[0])  # gradient of the state before the block done last
-        for block in reversed(chunks.blocks):
-            # 1. Compute the gradient of the state after each chunk, from the last chunk of a span to its first.
-            d_added = torch.empty_like(dh[block.chunks])
-            if not chunks.ends_span(block):
-                d_added[-1] = d_before
-            else:
-                d_added[-1] = 0 if dS_out is None else dS_out[block.span]
-            decays = None if totals is None else over_state(totals[block.chunks])
-            for n in reversed(range(block.count)):
-                before = d_added[n - 1] if n else d_before
-                if pieces.all[block.first + n].fresh:
-                    before.zero_()
-                elif decays is None:
-                    torch.add(dh[block.first + n], d_added[n], out=before)
-                else:
-                    torch.addcmul(dh[block.first + n], decays[n], d_added[n], out=before)
-            # 2. Compute the part of dk that flows through these states.
-            flat = d_added.flatten(0, 2)
-            k_NCK, v_NCV = block.load(k, heads), block.load(v, heads)
-            dk_NCK = v_NCV @ flat.mT
-            # 3. Add the parts of dg through R and through the chunk's total decay.
-            if g is not None and dg is not None and totals is not None and decays is not None:
-                after = running_sum(block.load(g, heads), "after")
-                factor = _over_tokens(after)
-                dk_NCK.mul_(factor)
-                d_after_sum = _decay_gradient(dk_NCK * k_NCK, after)
-                d_total = (flat * _entering(block, h, carried, S_in)).view_as(d_added).sum(-1)
-                d_total = _decay_gradient(d_total * decays.squeeze(-1), totals)
-                block.add(dg, running_sum(d_after_sum, "before") + d_total.flatten(0, 2).unsqueeze(1))
-                k_NCK = k_NCK * factor
-            # 4. Add to dk, and to dv with keys decayed to the end of the chunk.
+        dk, dv, dg, read = local
+        if read is None:
+            return Gradients(None, dk, dv, dg)
+        do, x, (entering,) = read
+        for n, block in reversed(list(enumerate(self.chunks.blocks))):
+            tokens = _Tokens(block, x)
+            if block.ends_span:
+                dS = _empty(x) if dS_out is None else dS_out[block.span].flatten(0, 1)
+            dH, dS = tokens.states_backward(block.load(do, tokens.heads) * self.options.scale, dS)
+            H, _ = (None, None) if dg is None else tokens.states(entering[n])
+            dk_NCK, dv_NCV, dg_NC = tokens.writes_backward(H, dH)
             block.add(dk, dk_NCK)
-            block.add(dv, k_NCK @ flat)
+            block.add(dv, dv_NCV)
+            if dg is not None and dg_NC is not None:
+                block.add(dg, dg_NC)
         return Gradients(None, dk, dv, dg)
 
-    def _before_chunks(self, totals: Tensor | None, S_in: Tensor | None) -> Tensor | None:
-        """Compute D [N,B,H(,K)], the log decay from a span's start to each chunk's start. D is -inf if a document has
-        begun between. Return None if nothing decays."""
-        pieces = self.chunks.pieces
-        if S_in is None or (totals is None and all(pieces.open)):
+    def _span_decays(self, x: Inputs, totals: list[Tensor | None]) -> Tensor | None:
+        """Sum the log decays of chunks [(N B H), K or 1] to those of spans, [s,B,H] or [s,B,H,K]."""
+        if x.g is None:
             return None
-        before = S_in.new_zeros(pieces.count, 1, 1) if totals is None else decays_before(totals, pieces)
-        before[[n for n, piece in enumerate(pieces.all) if not piece.reached]] = float("-inf")
-        return before
+        per_chunk = torch.cat([total for total in totals if total is not None])
+        return span_decays(per_chunk.view(-1, x.v.shape[0], x.v.shape[2], *x.g.shape[3:]), self.chunks.pieces)
 
 
-def _over_tokens(decay: Tensor) -> Tensor:
-    """Return exp of a log decay [N, C] or [N, C, K], shaped to multiply [N, C, K]."""
-    factor = decay.exp()
-    return factor if factor.ndim == 3 else factor.unsqueeze(-1)
+class _Tokens:
+    """The tokens of a block, loaded when they are needed, and the arithmetic on them."""
+
+    def __init__(self, block: Block, x: Inputs) -> None:
+        self.block, self.x, self.heads = block, x, x.v.shape[2]
+        self.decays = chunk_decays(None if x.g is None else block.load(x.g, self.heads), x.bonus is not None)
+
+    @cached_property
+    def q(self) -> Tensor:
+        return self.block.load(self.x.q, self.heads)
+
+    @cached_property
+    def k(self) -> Tensor:
+        return self.block.load(self.x.k, self.heads)
+
+    @cached_property
+    def v(self) -> Tensor:
+        return self.block.load(self.x.v, self.heads)
+
+    @cached_property
+    def reading(self) -> Tensor:
+        """The queries exp(P_t) q_t."""
+        return self.decays.since(self.q)
+
+    @cached_property
+    def written(self) -> Tensor:
+        """The keys exp(R_t) k_t."""
+        return self.decays.until(self.k)
+
+    @cached_property
+    def bonus(self) -> Tensor | None:
+        """The bonus of each row, [(N B H), 1, K]."""
+        u = self.x.bonus
+        return None if u is None else u.repeat(len(self.q) // len(u), 1).unsqueeze(1)
+
+    @cached_property
+    def scores(self) -> Tensor:
+        """The scores of pairs in a chunk, with the bonus on the diagonal."""
+        scores = self.decays.scores(self.q, self.k)
+        if self.bonus is not None:
+            scores.diagonal(dim1=1, dim2=2).add_((self.bonus * self.q * self.k).sum(-1))
+        return scores
+
+    @cached_property
+    def _decay(self) -> Tensor | None:
+        """The decay of a state over each whole chunk, [N,BH,K or 1,1]."""
+        return None if self.decays.whole is None else self.decays.whole.unflatten(0, (self.block.count, -1))
+
+    def states(self, S: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the states [(N B H),K,V] that enter the chunks and the state after the last, for S that enters the
+        block."""
+        added = (self.written.mT @ self.v).unflatten(0, (self.block.count, -1))
+        H = torch.empty_like(added)
+        states = [*H.unbind(), torch.empty_like(S)]
+        states[0].copy_(S)
+        for n, piece in enumerate(self.block.pieces):
+            if piece.begins_document:
+                states[n].zero_()
+            self._step(added, n, states[n], out=states[n + 1])
+        return H.flatten(0, 1), states[-1]
+
+    def states_backward(self, do: Tensor, dS: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradients [(N B H),K,V] of the states after the chunks, and of the state that enters the block,
+        for dS of the state that leaves it."""
+        read = (self.reading.mT @ do).unflatten(0, (self.block.count, -1))
+        d_after = torch.empty_like(read)
+        d_after[-1] = dS
+        states = [torch.empty_like(dS), *d_after.unbind()]
+        for n in reversed(range(self.block.count)):
+            self._step(read, n, states[n + 1], out=states[n])
+            if self.block.pieces[n].begins_document:
+                states[n].zero_()
+        return d_after.flatten(0, 1), states[0]
+
+    def _step(self, added: Tensor, n: int, S: Tensor, out: Tensor) -> None:
+        """Compute the n-th of `added` plus S, decayed over chunk n."""
+        if self._decay is None:
+            torch.add(added[n], S, out=out)
+        else:
+            torch.addcmul(added[n], self._decay[n], S, out=out)
+
+    def outputs_backward(
+        self, do: Tensor, H: Tensor | None, d_bonus: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return dq, and the parts of dk, dv and dg from the outputs of the same chunk. Adds to d_bonus."""
+        d_scores = do @ self.v.mT
+        d_self = None if self.bonus is None else d_scores.diagonal(dim1=1, dim2=2).unsqueeze(-1).clone()
+        dq_read = None if H is None else self.decays.since(do @ H.mT)
+        dq, dk, dg = self.decays.backward(d_scores, self.q, self.k, dq_read)
+        if self.bonus is not None and d_self is not None and d_bonus is not None:
+            dq.addcmul_(d_self, self.bonus * self.k)
+            dk.addcmul_(d_self, self.bonus * self.q)
+            d_bonus += (d_self * self.q * self.k).unflatten(0, (-1, self.heads)).sum((0, 2))
+        return dq, dk, self.scores.mT @ do, dg
+
+    def writes_backward(self, H: Tensor | None, d_after: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the parts of dk, dv and dg that flow through the states after the chunks. dg needs H."""
+        dk = self.decays.until(self.v @ d_after.mT)
+        dg = None if H is None else self.decays.writes_backward(self.k, dk, H, d_after)
+        return dk, self.written @ d_after, dg
 
 
-def _decay_gradient(product: Tensor, g: Tensor) -> Tensor:
-    """Reduce (factor * its gradient) [..., K] to the gradient of the log decay g. The product is summed over K if g has
-    one number per head."""
-    return product if product.ndim == g.ndim else product.sum(-1)
-
-
-def _over_rows(bonus_HK: Tensor, rows: Tensor) -> Tensor:
-    """Repeat the bonus for each row [(N B H), 1, K] of a block."""
-    return bonus_HK.repeat(len(rows) // len(bonus_HK), 1).unsqueeze(1)
-
-
-def _entering(block: Block, h: Tensor, before: Tensor | None, S_in: Tensor | None) -> Tensor:
-    """Return h_c + exp(D_c) S_in for the chunks of a block, [(N B H), K, V]."""
-    states = h[block.chunks]
-    if S_in is not None and before is not None:
-        states = torch.addcmul(states, over_state(before[block.chunks]), S_in[block.span])
-    elif S_in is not None:
-        states = states + S_in[block.span]
-    return states.flatten(0, 2)
-
-
-def _reading(block: Block, x: Inputs, heads: int) -> Tensor:
-    """Return exp(P_t) q_t of a block."""
-    q_NCK = block.load(x.q, heads)
-    if x.g is None:
-        return q_NCK
-    before = "before" if x.bonus is not None else "through"
-    return q_NCK * _over_tokens(running_sum(block.load(x.g, heads), before))
+def _empty(x: Inputs) -> Tensor:
+    """Return empty states [BH,K,V]."""
+    batch, _, heads, width = x.v.shape
+    return x.v.new_zeros(batch * heads, x.k.shape[-1], width)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hybrid_sp.kernels.phases import Inputs, Options
 from hybrid_sp.kernels.pieces import Spans
-from hybrid_sp.kernels.reference.decay_mask import decay_mask
+from hybrid_sp.kernels.reference.decays import chunk_decays
 from hybrid_sp.kernels.reference.linear import LinearPhases
 from tests.support.interpreter import mend
 from tests.support.oracle import assert_close
@@ -201,7 +201,8 @@ def test_the_same_as_the_torch_kernels(bonus: bool) -> None:
     where = case.chunks()
     pieces = phases.chunks.pieces
     assert len(where) == pieces.count
-    o_got, d_since, d_until, S = torch.zeros_like(o), torch.zeros_like(g), torch.zeros_like(g), torch.zeros_like(work.h)
+    o_got, d_since, d_until = torch.zeros_like(o), torch.zeros_like(g), torch.zeros_like(g)
+    S = v.new_zeros(pieces.count, *g.shape[::2], g.shape[3], v.shape[3])
     for n, (a, b) in enumerate(where):
         o_got[:, a:b] = SCALE * torch.einsum("bths,bshv->bthv", got["A"][:, a:b, :, : b - a], v[:, a:b])
         o_got[:, a:b] += SCALE * torch.einsum("bthk,bhkv->bthv", got["since"][:, a:b], S[n])
@@ -231,4 +232,4 @@ def test_the_same_as_the_torch_kernels(bonus: bool) -> None:
 def test_scores_of_one_chunk_are_those_of_the_reference() -> None:
     case = Case(8, segment(Spans((32,)), 1, 32, CPU), heads=1, decays="spikes")
     q, k, g = (x[0].transpose(0, 1).double() for x in (case.q, case.k, case.g))
-    assert_close("A", case.forward()["A"][0].transpose(0, 1), decay_mask(g).scores(q, k), 1e-6)
+    assert_close("A", case.forward()["A"][0].transpose(0, 1), chunk_decays(g).scores(q, k), 1e-6)
