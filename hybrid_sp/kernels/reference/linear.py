@@ -12,12 +12,13 @@ the chunk's end.
 With a bonus u, a token reads the state before it: o_t = scale * q_t (S_(t-1) + diag(u) k_t v_t^T), RWKV-6's form. Then
 the sums in `within` and P_t exclude g_t, and the token itself adds (u q_t . k_t) v_t.
 
-Phase `states` is the chain from empty states, `intra` is `within`, and `inter` is the chain again, from the states that
-enter the spans, and `read`. If nothing is exchanged, phase `intra` is all of these in one walk.
+Phase `states` is the chain from empty states, and `intra` is `within`. Phase `inter` adds exp(D_c) S_in to H_c, for the
+state S_in that enters the span and its log decay D_c up to the chunk, and is `read`. If nothing is exchanged, phase
+`intra` is all of these in one walk. It keeps only the states that enter blocks; backward makes the others again.
 
-A walk goes from block to block of chunks, with bounded temporaries. Of the states H only those that enter blocks are
-kept for backward, which makes the others again. Decays g are natural logs, None | [B,T,H] | [B,T,H,K], at most 0 and at
-least `checks.FLOORS`. Everything is in one dtype, fp32 or fp64. This is the reference of `gpu/linear.py`.
+A walk goes from block to block of chunks, with bounded temporaries. Decays g are natural logs, None | [B,T,H] |
+[B,T,H,K], at most 0 and at least `checks.FLOORS`. Everything is in one dtype, fp32 or fp64. This is the reference of
+`gpu/linear.py`.
 
 Sources: chunkwise form, GLA (arXiv 2312.06635, section 4) and Mamba-2 (arXiv 2405.21060, section 6).
 """
@@ -32,33 +33,37 @@ import torch
 from torch import Tensor
 
 from ..phases import AffineState, Gradients, Inputs, Options
-from ..pieces import Spans, span_decays
+from ..pieces import Spans, decays_before, over_state, span_decays
 from .chunks import Block, Chunks, chunks_of
 from .decays import chunk_decays
 
 
 class Kept(NamedTuple):
-    """The states [blocks,BH,K,V] that enter the blocks."""
+    """The states [...,B,H,K,V] that enter the chunks if states are exchanged, else those that enter the blocks. The log
+    decays of the chunks are None | [N,B,H] | [N,B,H,K]."""
 
-    entering: Tensor
+    states: Tensor
+    totals: Tensor | None
 
 
 class Reading(NamedTuple):
-    """The tensors that backward needs after `inter_backward`."""
+    """The tensors that backward needs after `inter_backward`. If states are exchanged, dh is the part of the gradients
+    of H from the outputs of the same chunk."""
 
     do: Tensor
     x: Inputs
     kept: Kept
+    dh: Tensor | None
 
 
 class Local(NamedTuple):
-    """The gradients of k, v and g, perhaps without the part that flows through the states after chunks; `read` is None
-    if they are complete."""
+    """The results of `intra_backward`. If states are exchanged, the gradients lack the part that flows through the
+    states after the chunks."""
 
     dk: Tensor
     dv: Tensor
     dg: Tensor | None
-    read: Reading | None
+    read: Reading
 
 
 @dataclass(frozen=True)
@@ -75,125 +80,121 @@ class LinearPhases:
         """Convert the inputs to the dtype of states, fp32 or fp64."""
         return cls(chunks_of(spans, x.v), options), x.to(torch.promote_types(x.v.dtype, torch.float32))
 
-    def states_forward(self, x: Inputs) -> tuple[AffineState | None, None]:
-        """Compute the states that leave the spans, as if every span began empty."""
+    def states_forward(self, x: Inputs) -> tuple[AffineState | None, Kept | None]:
+        """Compute the states that enter the chunks and leave the spans, as if every span began empty."""
         if not self.options.entered:
             return None, None
-        leaving, totals = [], []
-        S = _empty(x)
+        S, leaving, totals = _empty(x), [], []
+        h = S.new_empty(self.chunks.pieces.count, *S.shape)
         for block in self.chunks.blocks:
             tokens = _Tokens(block, x)
-            _, S = tokens.states(_empty(x) if block.begins_span else S)
-            totals.append(tokens.decays.total)
+            S = tokens.chain(_empty(x) if block.begins_span else S, h[block.chunks])
+            if x.g is not None and tokens.decays.total is not None:
+                totals.append(tokens.decays.total.view(-1, *S.shape[:2], *x.g.shape[3:]))
             if block.ends_span:
                 leaving.append(S)
-        return AffineState(self._span_decays(x, totals), torch.stack(leaving).unflatten(1, x.v.shape[::2])), None
+        kept = Kept(h, torch.cat(totals) if totals else None)
+        return AffineState(span_decays(kept.totals, self.chunks.pieces), torch.stack(leaving)), kept
 
-    def intra_forward(self, x: Inputs, work: None) -> tuple[Tensor, Kept | None]:
-        """Compute the part of o [B,T,H,V] from tokens of the same chunk, before scaling; all of o if nothing is
-        exchanged."""
-        if not self.options.entered:
-            return self._forward(x, None, None)
-        o = torch.empty_like(x.v)
+    def intra_forward(self, x: Inputs, work: Kept | None) -> tuple[Tensor, Kept]:
+        """Compute the part of o [B,T,H,V] from tokens of the same chunk, before scaling. If nothing is exchanged,
+        compute all of o."""
+        o, S, entering = torch.empty_like(x.v), _empty(x), []
         for block in self.chunks.blocks:
             tokens = _Tokens(block, x)
-            block.store(o, tokens.scores @ tokens.v)
-        return o, None
+            o_ = tokens.scores @ tokens.v
+            if work is None:
+                entering.append(_empty(x) if block.begins_span else S)
+                H, S = self._states(tokens, entering[-1])
+                o_ = tokens.read(o_, H, self.options.scale)
+            block.store(o, o_)
+        return o, Kept(torch.stack(entering), None) if work is None else work
 
-    def inter_forward(self, x: Inputs, work: Kept | None, o_intra: Tensor, S_in: Tensor | None) -> tuple[Tensor, Kept]:
-        """Add to o_intra, in place, what tokens read of the states before their chunks, and scale the sum to o."""
-        return self._forward(x, o_intra, S_in) if work is None else (o_intra, work)
-
-    def _forward(self, x: Inputs, o_intra: Tensor | None, S_in: Tensor | None) -> tuple[Tensor, Kept]:
-        """Walk through the chain of states and read it. Without o_intra, also compute that."""
-        o, scale, entering = torch.empty_like(x.v) if o_intra is None else o_intra, self.options.scale, []
+    def inter_forward(self, x: Inputs, work: Kept, o_intra: Tensor, S_in: Tensor | None) -> tuple[Tensor, Kept]:
+        """Complete the states that enter the chunks. Add to o_intra, in place, the part that tokens read of them, and
+        scale the sum to o."""
+        if S_in is None:
+            return o_intra, work
+        before = self._before_chunks(work.totals, S_in)
         for block in self.chunks.blocks:
-            tokens = _Tokens(block, x)
-            if block.begins_span:
-                S = _empty(x) if S_in is None else S_in[block.span].flatten(0, 1)
-            entering.append(S)
-            o_ = tokens.scores @ tokens.v if o_intra is None else block.load(o_intra, tokens.heads)
-            if self._alone:
-                block.store(o, o_ * scale)
-            else:
-                H, S = tokens.states(S)
-                block.store(o, torch.baddbmm(o_, tokens.reading, H, beta=scale, alpha=scale))
-        return o, Kept(torch.stack(entering))
-
-    @property
-    def _alone(self) -> bool:
-        """Tell whether there is one chunk, which no state enters and whose state nobody reads."""
-        return self.chunks.pieces.count == 1 and not self.options.entered
+            tokens, H, S = _Tokens(block, x), work.states[block.chunks], S_in[block.span]
+            H.add_(S) if before is None else H.addcmul_(over_state(before[block.chunks]), S)
+            block.store(o_intra, tokens.read(block.load(o_intra, tokens.heads), H, self.options.scale))
+        return o_intra, work
 
     def inter_backward(self, do: Tensor, x: Inputs, saved: Kept, S_in: Tensor | None) -> tuple[Tensor | None, Reading]:
-        """Compute dS_in, the chain of gradients from empty ones back to the start of each span."""
-        read = Reading(do, x, saved)
+        """Compute dh, and dS_in by the chain of dh back to the start of each span, from empty gradients."""
         if S_in is None:
-            return None, read
-        dS_in, dS = torch.empty_like(S_in), _empty(x)
+            return None, Reading(do, x, saved, None)
+        dh, dS_in, dS = torch.empty_like(saved.states), torch.empty_like(S_in), _empty(x)
         for block in reversed(self.chunks.blocks):
-            tokens = _Tokens(block, x)
-            dS = _empty(x) if block.ends_span else dS
-            _, dS = tokens.states_backward(block.load(do, tokens.heads) * self.options.scale, dS)
+            tokens, dh_ = _Tokens(block, x), dh[block.chunks]
+            dh_.copy_(tokens.read_backward(block.load(do, tokens.heads) * self.options.scale))
+            _, dS = tokens.chain_backward(dh_, _empty(x) if block.ends_span else dS)
             if block.begins_span:
-                dS_in[block.span] = dS.view_as(dS_in[block.span])
-        return dS_in, read
+                dS_in[block.span] = dS
+        return dS_in, Reading(do, x, saved, dh)
 
     def intra_backward(self, read: Reading) -> tuple[Tensor, Tensor | None, Local]:
         """Compute dq and the gradient of the bonus completely, and dk, dv and dg without the part that flows through
-        the states after chunks. If nothing is exchanged, compute all gradients."""
-        (do, x, (entering,)), exchanged = read, self.options.entered
-        dq, dk, dv = torch.empty_like(x.q), torch.empty_like(x.k), torch.empty_like(x.v)
+        the states after the chunks. If nothing is exchanged, compute all gradients."""
+        do, x, kept, dh = read
+        dq, dk, dv, dS = torch.empty_like(x.q), torch.empty_like(x.k), torch.empty_like(x.v), _empty(x)
         dg = None if x.g is None else torch.empty_like(x.g)
         d_bonus = None if x.bonus is None else torch.zeros_like(x.bonus)
-        dS = _empty(x)
         for n, block in reversed(list(enumerate(self.chunks.blocks))):
-            tokens = _Tokens(block, x)
-            do_NCV, H = block.load(do, tokens.heads) * self.options.scale, None
-            if not self._alone:
-                H, _ = tokens.states(entering[n])
-            dq_NCK, dk_NCK, dv_NCV, dg_NC = tokens.outputs_backward(do_NCV, H, d_bonus)
-            if not exchanged and H is not None:
-                dS = _empty(x) if block.ends_span else dS
-                dH, dS = tokens.states_backward(do_NCV, dS)
-                dk_through, dv_through, dg_through = tokens.writes_backward(H, dH)
-                dk_NCK, dv_NCV = dk_NCK.add_(dk_through), dv_NCV.add_(dv_through)
-                dg_NC = None if dg_NC is None or dg_through is None else dg_NC.add_(dg_through)
-            block.store(dq, dq_NCK)
-            block.store(dk, dk_NCK)
-            block.store(dv, dv_NCV)
-            if dg is not None and dg_NC is not None:
-                block.store(dg, dg_NC)
-        return dq, d_bonus, Local(dk, dv, dg, read if exchanged else None)
+            tokens, do_ = _Tokens(block, x), block.load(do, x.v.shape[2]) * self.options.scale
+            H = kept.states[block.chunks] if dh is not None else self._states(tokens, kept.states[n])[0]
+            dq_, dk_, dv_, dg_ = tokens.outputs_backward(do_, H, d_bonus)
+            if dh is None and H is not None:
+                d_after, dS = tokens.chain_backward(tokens.read_backward(do_), _empty(x) if block.ends_span else dS)
+                dk_through, dv_through, dg_through = tokens.writes_backward(H, d_after)
+                dk_, dv_ = dk_.add_(dk_through), dv_.add_(dv_through)
+                dg_ = None if dg_ is None or dg_through is None else dg_.add_(dg_through)
+            block.store(dq, dq_)
+            block.store(dk, dk_)
+            block.store(dv, dv_)
+            if dg is not None and dg_ is not None:
+                block.store(dg, dg_)
+        return dq, d_bonus, Local(dk, dv, dg, read)
 
     def states_backward(self, local: Local, dS_out: Tensor | None) -> Gradients:
-        """Add to dk, dv and dg, in place, the part that flows through the states after chunks.
+        """Add to dk, dv and dg, in place, the part that flows through the states after the chunks.
 
         dS_out already includes every later span. The total decay of a span therefore needs no gradient of its own.
         """
-        dk, dv, dg, read = local
-        if read is None:
+        dk, dv, dg, (_, x, kept, dh) = local
+        if dh is None:
             return Gradients(None, dk, dv, dg)
-        do, x, (entering,) = read
-        for n, block in reversed(list(enumerate(self.chunks.blocks))):
+        for block in reversed(self.chunks.blocks):
             tokens = _Tokens(block, x)
             if block.ends_span:
-                dS = _empty(x) if dS_out is None else dS_out[block.span].flatten(0, 1)
-            dH, dS = tokens.states_backward(block.load(do, tokens.heads) * self.options.scale, dS)
-            H, _ = (None, None) if dg is None else tokens.states(entering[n])
-            dk_NCK, dv_NCV, dg_NC = tokens.writes_backward(H, dH)
-            block.add(dk, dk_NCK)
-            block.add(dv, dv_NCV)
-            if dg is not None and dg_NC is not None:
-                block.add(dg, dg_NC)
+                dS = _empty(x) if dS_out is None else dS_out[block.span]
+            d_after, dS = tokens.chain_backward(dh[block.chunks], dS)
+            dk_, dv_, dg_ = tokens.writes_backward(kept.states[block.chunks], d_after)
+            block.add(dk, dk_)
+            block.add(dv, dv_)
+            if dg is not None and dg_ is not None:
+                block.add(dg, dg_)
         return Gradients(None, dk, dv, dg)
 
-    def _span_decays(self, x: Inputs, totals: list[Tensor | None]) -> Tensor | None:
-        """Sum the log decays of chunks [(N B H), K or 1] to those of spans, [s,B,H] or [s,B,H,K]."""
-        if x.g is None:
+    def _states(self, tokens: _Tokens, S: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Return the states that enter the chunks of a block that S enters, and the state after it. One chunk alone has
+        none: no state enters it, and nobody reads the one after it."""
+        if self.chunks.pieces.count == 1:
+            return None, S
+        H = S.new_empty(tokens.block.count, *S.shape)
+        return H, tokens.chain(S, H)
+
+    def _before_chunks(self, totals: Tensor | None, S_in: Tensor) -> Tensor | None:
+        """Compute D [N,B,H(,K)], the log decay from a span's start to each chunk's start. D is -inf if a document has
+        begun between. Return None if nothing decays."""
+        pieces = self.chunks.pieces
+        if totals is None and all(pieces.open):
             return None
-        per_chunk = torch.cat([total for total in totals if total is not None])
-        return span_decays(per_chunk.view(-1, x.v.shape[0], x.v.shape[2], *x.g.shape[3:]), self.chunks.pieces)
+        before = S_in.new_zeros(pieces.count, 1, 1) if totals is None else decays_before(totals, pieces)
+        before[[n for n, piece in enumerate(pieces.all) if not piece.reached]] = float("-inf")
+        return before
 
 
 class _Tokens:
@@ -239,36 +240,37 @@ class _Tokens:
             scores.diagonal(dim1=1, dim2=2).add_((self.bonus * self.q * self.k).sum(-1))
         return scores
 
+    def _by_chunk(self, x: Tensor) -> Tensor:
+        """View [(N B H),...] as [N,B,H,...]."""
+        return x.unflatten(0, (self.block.count, self.x.v.shape[0], self.heads))
+
     @cached_property
     def _decay(self) -> Tensor | None:
-        """The decay of a state over each whole chunk, [N,BH,K or 1,1]."""
-        return None if self.decays.whole is None else self.decays.whole.unflatten(0, (self.block.count, -1))
+        """The decay of a state over each whole chunk, [N,B,H,K or 1,1]."""
+        return None if self.decays.whole is None else self._by_chunk(self.decays.whole)
 
-    def states(self, S: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the states [(N B H),K,V] that enter the chunks and the state after the last, for S that enters the
-        block."""
-        added = (self.written.mT @ self.v).unflatten(0, (self.block.count, -1))
-        H = torch.empty_like(added)
+    def chain(self, S: Tensor, H: Tensor) -> Tensor:
+        """Compute the states H [N,B,H,K,V] that enter the chunks of a block that S enters. Returns the state after."""
+        added = self._by_chunk(self.written.mT @ self.v)
         states = [*H.unbind(), torch.empty_like(S)]
         states[0].copy_(S)
         for n, piece in enumerate(self.block.pieces):
             if piece.begins_document:
                 states[n].zero_()
             self._step(added, n, states[n], out=states[n + 1])
-        return H.flatten(0, 1), states[-1]
+        return states[-1]
 
-    def states_backward(self, do: Tensor, dS: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the gradients [(N B H),K,V] of the states after the chunks, and of the state that enters the block,
-        for dS of the state that leaves it."""
-        read = (self.reading.mT @ do).unflatten(0, (self.block.count, -1))
-        d_after = torch.empty_like(read)
-        d_after[-1] = dS
+    def chain_backward(self, dh: Tensor, dS: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradients of the states after the chunks, and of the state that enters the block. dh are those of
+        the states that enter the chunks, from the outputs; dS is that of the state after the block."""
+        d_after = torch.empty_like(dh)
         states = [torch.empty_like(dS), *d_after.unbind()]
+        states[-1].copy_(dS)
         for n in reversed(range(self.block.count)):
-            self._step(read, n, states[n + 1], out=states[n])
+            self._step(dh, n, states[n + 1], out=states[n])
             if self.block.pieces[n].begins_document:
                 states[n].zero_()
-        return d_after.flatten(0, 1), states[0]
+        return d_after, states[0]
 
     def _step(self, added: Tensor, n: int, S: Tensor, out: Tensor) -> None:
         """Compute the n-th of `added` plus S, decayed over chunk n."""
@@ -277,13 +279,21 @@ class _Tokens:
         else:
             torch.addcmul(added[n], self._decay[n], S, out=out)
 
+    def read(self, o: Tensor, H: Tensor | None, scale: float) -> Tensor:
+        """Return scale * (o + (exp(P) q) H)."""
+        return o * scale if H is None else torch.baddbmm(o, self.reading, H.flatten(0, 2), beta=scale, alpha=scale)
+
+    def read_backward(self, do: Tensor) -> Tensor:
+        """Return the gradients of H from the outputs."""
+        return self._by_chunk(self.reading.mT @ do)
+
     def outputs_backward(
         self, do: Tensor, H: Tensor | None, d_bonus: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Return dq, and the parts of dk, dv and dg from the outputs of the same chunk. Adds to d_bonus."""
         d_scores = do @ self.v.mT
         d_self = None if self.bonus is None else d_scores.diagonal(dim1=1, dim2=2).unsqueeze(-1).clone()
-        dq_read = None if H is None else self.decays.since(do @ H.mT)
+        dq_read = None if H is None else self.decays.since(do @ H.flatten(0, 2).mT)
         dq, dk, dg = self.decays.backward(d_scores, self.q, self.k, dq_read)
         if self.bonus is not None and d_self is not None and d_bonus is not None:
             dq.addcmul_(d_self, self.bonus * self.k)
@@ -291,14 +301,14 @@ class _Tokens:
             d_bonus += (d_self * self.q * self.k).unflatten(0, (-1, self.heads)).sum((0, 2))
         return dq, dk, self.scores.mT @ do, dg
 
-    def writes_backward(self, H: Tensor | None, d_after: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the parts of dk, dv and dg that flow through the states after the chunks. dg needs H."""
+    def writes_backward(self, H: Tensor, d_after: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the parts of dk, dv and dg that flow through the states after the chunks."""
+        H, d_after = H.flatten(0, 2), d_after.flatten(0, 2)
         dk = self.decays.until(self.v @ d_after.mT)
-        dg = None if H is None else self.decays.writes_backward(self.k, dk, H, d_after)
-        return dk, self.written @ d_after, dg
+        return dk, self.written @ d_after, self.decays.writes_backward(self.k, dk, H, d_after)
 
 
 def _empty(x: Inputs) -> Tensor:
-    """Return empty states [BH,K,V]."""
+    """Return empty states [B,H,K,V]."""
     batch, _, heads, width = x.v.shape
-    return x.v.new_zeros(batch * heads, x.k.shape[-1], width)
+    return x.v.new_zeros(batch, heads, x.k.shape[-1], width)
