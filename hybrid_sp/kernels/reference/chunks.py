@@ -20,7 +20,7 @@ from torch import Tensor
 from ..pieces import Piece, Pieces, Spans, cut
 
 CHUNK = 64  # tokens; a power of two
-BLOCK_ROWS = 4096  # rows (batch x heads x tokens) that one block of chunks may hold
+BLOCK_ROWS = 2048  # rows (batch x heads x tokens) that one block of chunks may hold
 
 
 @dataclass(frozen=True, eq=False)
