@@ -40,8 +40,9 @@ NO_LABEL = -100  # label of a token that has no next token; torch's cross_entrop
 
 
 def spans_of(rank: int, ranks: int, layout: str) -> tuple[int, ...]:
-    """Return the indices of the spans that a rank owns, ascending: (r,) of P spans, or (r, 2P-1-r) of 2P."""
-    return (rank,) if layout == "contiguous" else (rank, 2 * ranks - 1 - rank)
+    """Return the indices of the spans that a rank owns, ascending: (r,) of P spans, or (r, 2P-1-r) of 2P. One rank
+    alone has one span, the sequence."""
+    return (rank,) if layout == "contiguous" or ranks == 1 else (rank, 2 * ranks - 1 - rank)
 
 
 def neighbours(rank: int, ranks: int, layout: str) -> tuple[int, int]:

@@ -28,8 +28,8 @@ def test_one_device_holds_everything(layout: str) -> None:
 
 
 def test_too_few_tokens_is_an_error_that_says_what_to_do() -> None:
-    with pytest.raises(ValueError, match="1 tokens cannot be cut into 2 spans.*longer sequences or fewer ranks"):
-        hsp.SequenceParallel(None, layout="zigzag").shard(1)
+    with pytest.raises(ValueError, match="0 tokens cannot be cut into 1 spans.*longer sequences or fewer ranks"):
+        hsp.SequenceParallel(None, layout="zigzag").shard(0)
 
 
 def test_unknown_choices_are_refused() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..pieces import Piece, Pieces, Spans, cut
 
-CHUNK = 64  # tokens; a power of two
+CHUNK = 64  # tokens, a power of two; half as many where keys and values are at most half as wide
 BLOCK_ROWS = 2048  # rows (batch x heads x tokens) that one block of chunks may hold
 
 
@@ -112,9 +112,11 @@ class Chunks:
     blocks: tuple[Block, ...]
 
 
-def chunks_of(spans: Spans, v_BTHV: Tensor) -> Chunks:
+def chunks_of(spans: Spans, v_BTHV: Tensor, key_width: int) -> Chunks:
     """Cut spans into chunks, and group these in blocks for the batch and heads of v."""
-    return _chunks(spans, v_BTHV.shape[0] * v_BTHV.shape[2], CHUNK, BLOCK_ROWS)
+    batch, _, heads, width = v_BTHV.shape
+    chunk = CHUNK if max(key_width, width) > CHUNK // 2 else CHUNK // 2
+    return _chunks(spans, batch * heads, chunk, BLOCK_ROWS)
 
 
 @functools.lru_cache(maxsize=64)

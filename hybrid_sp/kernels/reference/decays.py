@@ -67,11 +67,18 @@ class Decays:
 class _Decaying(Decays):
     """The factors of single tokens exp(P) and exp(R) [N, C, K or 1], and the gradient of g."""
 
-    def __init__(self, g_NCK: Tensor, since: Tensor, until: Tensor, exclusive: bool) -> None:
+    def __init__(self, g_NCK: Tensor, exclusive: bool) -> None:
         super().__init__(exclusive)
         total = g_NCK.sum(1)
-        self.total, self.whole = total, total.exp().unsqueeze(-1)
-        self._g, self._since, self._until = g_NCK, since, until
+        self.total, self.whole, self._g = total, total.exp().unsqueeze(-1), g_NCK
+
+    @cached_property
+    def _since(self) -> Tensor:
+        return running_sum(self._g, "before" if self.exclusive else "through").exp_()
+
+    @cached_property
+    def _until(self) -> Tensor:
+        return running_sum(self._g, "after").exp_()
 
     def since(self, x: Tensor) -> Tensor:
         return self._since * x
@@ -114,10 +121,6 @@ class ScalarDecays(_Decaying):
     the dtype of g, even next to decays at their floor.
     """
 
-    def __init__(self, g_NCK: Tensor, exclusive: bool) -> None:
-        since = running_sum(g_NCK, "before" if exclusive else "through").exp_()
-        super().__init__(g_NCK, since, running_sum(g_NCK, "after").exp_(), exclusive)
-
     @cached_property
     def _between(self) -> Tensor:
         """The decay [N, C, C] of each pair, 0 where no score is."""
@@ -150,17 +153,21 @@ class VectorDecays(_Decaying):
     matrix product. The factors are multiplied upwards from single tokens. The diagonal has no decay.
     """
 
-    def __init__(self, g_NCK: Tensor, exclusive: bool) -> None:
-        through, after = g_NCK.exp(), torch.ones_like(g_NCK)
-        self._levels: list[tuple[int, Tensor, Tensor]] = []  # half length, factors of the right half's q, the left's k
-        half = 1
-        while half < g_NCK.shape[1]:
+    @cached_property
+    def _levels(self) -> list[tuple[int, Tensor, Tensor]]:
+        """The levels: half length, factors of the right half's q, factors of the left half's k.
+
+        The last products are those over whole chunks, `_since` and `_until`.
+        """
+        through, after, levels, half = self._g.exp(), torch.ones_like(self._g), [], 1
+        while half < self._g.shape[1]:
             (total, right), (left, _) = _halves(through, half), _halves(after, half)
-            self._levels.append((half, _shifted(right) if exclusive else right.clone(), left.clone()))
+            levels.append((half, _shifted(right) if self.exclusive else right.clone(), left.clone()))
             left *= right[:, :, -1:]
             right *= total[:, :, -1:]
             half *= 2
-        super().__init__(g_NCK, _shifted(through) if exclusive else through, after, exclusive)
+        vars(self).update(_since=_shifted(through) if self.exclusive else through, _until=after)
+        return levels
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         scores = q.new_zeros(*q.shape[:2], q.shape[1]) if self.exclusive else torch.diag_embed((q * k).sum(-1))
@@ -174,9 +181,17 @@ class VectorDecays(_Decaying):
         for half, right, left in self._levels:
             d_rectangle = _rectangles(d_scores, half)
             q_right, k_left = _halves(q, half)[1] * right, _halves(k, half)[0] * left
-            _halves(dq, half)[1].addcmul_(d_rectangle @ k_left, right)
-            _halves(dk, half)[0].addcmul_(d_rectangle.mT @ q_right, left)
+            _halves(dq, half)[1].addcmul_(_product(d_rectangle, k_left), right)
+            _halves(dk, half)[0].addcmul_(_product(d_rectangle.mT, q_right), left)
         return dq, dk
+
+
+def _product(weights: Tensor, x: Tensor) -> Tensor:
+    """Return weights [..., half, half] @ x [..., half, K]. torch has no fast product of matrices as small as 2 x 2."""
+    if weights.shape[-1] > 2:
+        return weights @ x
+    total = weights[..., :1] * x[..., :1, :]
+    return total.addcmul_(weights[..., 1:], x[..., 1:, :]) if weights.shape[-1] == 2 else total
 
 
 def _shifted(factors: Tensor) -> Tensor:
@@ -186,12 +201,12 @@ def _shifted(factors: Tensor) -> Tensor:
 
 def _halves(x: Tensor, half: int) -> tuple[Tensor, Tensor]:
     """Split x into left and right halves, [N, pairs, half, K] each."""
-    pairs = x.unflatten(1, (x.shape[1] // (2 * half), 2, half))
-    return pairs[:, :, 0], pairs[:, :, 1]
+    left, right = x.view(len(x), -1, 2, half, x.shape[2]).unbind(2)
+    return left, right
 
 
 def _rectangles(square: Tensor, half: int) -> Tensor:
     """View the rectangles (t in a right half, s in its left half) of [N, C, C] as [N, pairs, half, half]."""
     count = square.shape[1] // (2 * half)
-    blocks = square.unflatten(2, (count, 2, half)).unflatten(1, (count, 2, half))
+    blocks = square.view(len(square), count, 2, half, count, 2, half)
     return blocks[:, :, 1, :, :, 0].diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)

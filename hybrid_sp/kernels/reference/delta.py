@@ -93,7 +93,7 @@ class DeltaPhases:
     @classmethod
     def prepare(cls, x: Inputs, spans: Spans, options: Options) -> tuple[DeltaPhases, Inputs]:
         """Convert the inputs to the dtype of states, fp32 or fp64."""
-        return cls(chunks_of(spans, x.v), options), x.to(torch.promote_types(x.v.dtype, torch.float32))
+        return cls(chunks_of(spans, x.v, x.k.shape[-1]), options), x.to(torch.promote_types(x.v.dtype, torch.float32))
 
     def states_forward(self, x: Inputs) -> tuple[AffineState | None, Kept]:
         """Compute the WY form of the chunks, and the transitions and states of the spans, as if each began empty."""

@@ -78,7 +78,7 @@ class LinearPhases:
     @classmethod
     def prepare(cls, x: Inputs, spans: Spans, options: Options) -> tuple[LinearPhases, Inputs]:
         """Convert the inputs to the dtype of states, fp32 or fp64."""
-        return cls(chunks_of(spans, x.v), options), x.to(torch.promote_types(x.v.dtype, torch.float32))
+        return cls(chunks_of(spans, x.v, x.k.shape[-1]), options), x.to(torch.promote_types(x.v.dtype, torch.float32))
 
     def states_forward(self, x: Inputs) -> tuple[AffineState | None, Kept | None]:
         """Compute the states that enter the chunks and leave the spans, as if every span began empty."""

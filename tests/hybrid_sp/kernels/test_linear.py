@@ -91,7 +91,7 @@ def test_each_input_alone_has_its_gradient_from_the_state_alone(kind: str) -> No
 def test_cut_covers_every_token_once_and_never_crosses_a_document() -> None:
     for lengths, boundaries in (((1,), ()), ((64, 65), (3, 64, 70, 128)), ((130, 7, 64), (5, 6, 130)), ((1, 1), (1,))):
         length = sum(lengths)
-        cut = chunks.chunks_of(Spans(lengths, boundaries), torch.empty(1, length, 4, 1))
+        cut = chunks.chunks_of(Spans(lengths, boundaries), torch.empty(1, length, 4, 64), 64)
         seen, chunk_of = torch.zeros(1, length, 1, 1), torch.full((1, length, 1), -1)
         for block in cut.blocks:
             block.add(seen, torch.ones(block.count, block.chunk, 1))

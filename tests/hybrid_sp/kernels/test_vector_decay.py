@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hybrid_sp.kernels.phases import Inputs, Options
 from hybrid_sp.kernels.pieces import Spans
+from hybrid_sp.kernels.reference import chunks
 from hybrid_sp.kernels.reference.decays import chunk_decays
 from hybrid_sp.kernels.reference.linear import LinearPhases
 from tests.support.interpreter import mend
@@ -180,8 +181,9 @@ def test_large_gradients_fit_into_fp16() -> None:
 
 
 @pytest.mark.parametrize("bonus", tiered([False], [True]), ids=["plain", "bonus"])
-def test_the_same_as_the_torch_kernels(bonus: bool) -> None:
+def test_the_same_as_the_torch_kernels(bonus: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """With these variables and a state from chunk to chunk, o and all gradients of `kernels/reference/linear.py`."""
+    monkeypatch.setattr(chunks, "CHUNK", 128)  # narrow keys and values take half of it
     lengths, documents = (80, 20), (70,)
     case = Case(12, segment(Spans(lengths, documents), 2, 64, CPU), shared=2, bonus=bonus)
     q, k, v, g, do = (x.double() for x in (case.q, case.k, case.v, case.g, case.do))
