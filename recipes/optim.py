@@ -44,11 +44,12 @@ class Optimizer:
             {"params": [p for p in self.masters.values() if p.ndim >= 2], "weight_decay": config.weight_decay},
             {"params": [p for p in self.masters.values() if p.ndim < 2], "weight_decay": 0.0},
         ]
-        self.adamw = torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr, betas=config.betas)
+        given = [group for group in groups if group["params"]]
+        self.adamw = torch.optim.AdamW(given, lr=config.lr, betas=config.betas, fused=True)
         # Create the moments now, before the first step, so that a checkpoint can be read into them.
         for p in self.masters.values():
             moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-            self.adamw.state[p] = {"step": torch.tensor(0.0), **moments}
+            self.adamw.state[p] = {"step": torch.zeros((), device=p.device), **moments}
 
     def collect(self) -> None:
         """Add the model's gradients to those of the masters; call it after every backward pass."""

@@ -10,6 +10,7 @@ losses of its tokens. Gradients and token counts are summed over all ranks and a
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import math
 import signal
@@ -225,6 +226,8 @@ class Run:
         """Train to the last step, or stop after a step in which a signal reached any rank; return True if stopped."""
         train, saving = self.recipe.train, self.recipe.checkpoint
         stop = False
+        gc.collect()
+        gc.freeze()  # automatic collections would look through all that was imported, again and again
         with _stop_signals() as asked:
             while self.step < train.steps and not stop:
                 begin = time.perf_counter()
