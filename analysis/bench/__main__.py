@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from analysis.bench.cpu.limit import limit
 from analysis.bench.cpu.mixers import mixers
 from analysis.bench.cpu.operators import delta, linear
 from analysis.bench.cpu.training import model
@@ -26,7 +28,7 @@ from recipes.allocator import keep_freed_memory
 BENCHES: dict[str, Callable[[Sizes, Path], Result]] = {
     bench.__name__: bench
     for bench in (
-        linear, delta, mixers, model, strategies, overlap, balance, exchange_vs_length, memory, kernels,
+        limit, linear, delta, mixers, model, strategies, overlap, balance, exchange_vs_length, memory, kernels,
     )
 }  # fmt: skip
 
@@ -43,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("names", nargs="*", metavar="NAME", help="a benchmark of the list below; default: all of them")
     parser.add_argument("--quick", action="store_true", help="take tiny sizes: seconds, only to see that it works")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="the folder of results (%(default)s)")
+    parser.add_argument("--against", type=Path, help="a checkout of another commit, which `limit` measures in turn")
     parser.add_argument("--commit", help="the commit of this tree, if it is a copy without git")
     return parser
 
@@ -53,13 +56,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if unknown := [name for name in options.names if name not in BENCHES]:
         parser.error(f"unknown benchmark {', '.join(unknown)}; known: {', '.join(BENCHES)}")
+    sizes = replace(QUICK if options.quick else Sizes(), against=options.against)
     keep_freed_memory()
     facts = provenance(options.commit)
     for name in options.names or BENCHES:
         folder = options.out / name
         folder.mkdir(parents=True, exist_ok=True)
         print(f"measuring {name}: minutes, on a machine that does nothing else ...", flush=True)
-        print(write(BENCHES[name](QUICK if options.quick else Sizes(), folder), facts, folder) + "\n", flush=True)
+        print(write(BENCHES[name](sizes, folder), facts, folder) + "\n", flush=True)
 
 
 if __name__ == "__main__":

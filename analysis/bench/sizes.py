@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 
@@ -46,6 +47,10 @@ class Sizes:
     overlap_repetitions: int = 20
     overlap_megabits: float = 120.0
     memory_lengths: tuple[int, int] = (4096, 8192)  # memory per token is equal at both
+    rounds: int = 3  # of processes, in `limit`
+    short_model_length: int = 512  # of the quickstart
+    short_model_steps: int = 60
+    against: Path | None = None  # the checkout of another commit, which `limit` measures in turn
     kernels: KernelSizes = KernelSizes()
 
 
@@ -65,6 +70,9 @@ QUICK = Sizes(
     overlap_repetitions=2,
     overlap_megabits=200.0,
     memory_lengths=(128, 256),
+    rounds=1,
+    short_model_length=64,
+    short_model_steps=3,
     kernels=KernelSizes(
         lengths=(48, 96),
         heads=(1, 2),

@@ -178,14 +178,14 @@ MUTANTS = [
     Mutant(
         name="a bonus beside the decay of its own token",
         file="hybrid_sp/kernels/reference/decays.py",
-        old="_shifted(through) if exclusive else through",
+        old="_shifted(through) if self.exclusive else through",
         new="through",
         test=f"{PARITY}[1-contiguous-linear]",
     ),
     Mutant(
         name="pairs of a bonus that reach their own token",
         file="hybrid_sp/kernels/reference/decays.py",
-        old="_shifted(right) if exclusive else right.clone()",
+        old="_shifted(right) if self.exclusive else right.clone()",
         new="right.clone()",
         test=f"{PARITY}[1-contiguous-linear]",
     ),

@@ -23,7 +23,8 @@ def model(sizes: Sizes, out: Path) -> Result:
     for repetition in range(sizes.model_repetitions):
         for name, processes in PROCESSES.items():
             folder = out / f"{name.replace('=', '').replace(',', '').replace(' ', '-')}-{repetition}"
-            rows[name].values.append(_tokens_per_second(folder, processes, sizes))
+            size = f"data.length={length}", f"train.steps={sizes.model_steps}", "train.batch=1"
+            rows[name].values.append(statistics.median(train_quickstart(folder, processes, *size)))
     lines = tuple(
         (row.contender, str(length), f"{row.median:,.0f}", f"{min(row.values):,.0f} to {max(row.values):,.0f}")
         for row in rows.values()
@@ -39,16 +40,15 @@ def model(sizes: Sizes, out: Path) -> Result:
     )
 
 
-def _tokens_per_second(folder: Path, processes: int, sizes: Sizes) -> float:
-    """Train in a fresh run folder and return the median speed of all steps except the first."""
+def train_quickstart(folder: Path, processes: int, *overrides: str, tree: Path = ROOT) -> list[float]:
+    """Train in a fresh run folder, with the recipes of a checkout. Return the tokens/s of all steps but the first."""
     threads = 2 // processes
     command = [
-        sys.executable, "-m", "recipes.train", str(ROOT / "recipes/quickstart.yaml"),
-        f"out={folder.parent.absolute()}", f"name={folder.name}", f"data.length={sizes.model_length}",
-        f"train.steps={sizes.model_steps}", f"train.threads={threads}", "train.batch=1", "train.device=cpu",
-        "train.validation_sequences=1", "train.sample=0", "optim.warmup=0", "wandb.mode=disabled",
-        "checkpoint.resume=never",
+        sys.executable, "-m", "recipes.train", "recipes/quickstart.yaml",
+        f"out={folder.parent.absolute()}", f"name={folder.name}", f"train.threads={threads}", "train.device=cpu",
+        "train.validation_sequences=2", "train.sample=0", "optim.warmup=0", "wandb.mode=disabled",
+        "checkpoint.resume=never", *overrides,
     ]  # fmt: skip
-    launch(command, loopback(processes), threads)
+    launch(command, loopback(processes), threads, tree)
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return statistics.median([line["tokens_per_second"] for line in metrics if line["kind"] == "train"][1:])
+    return [line["tokens_per_second"] for line in metrics if line["kind"] == "train"][1:]

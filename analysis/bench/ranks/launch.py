@@ -27,8 +27,8 @@ TIMEOUT = timedelta(minutes=5)  # for a collective
 QUESTION, ANSWER = "question.json", "answer.json"
 
 
-def launch(command: Sequence[str], network: Network, threads: int = 1) -> None:
-    """Run the command on every rank of the network, with the variables of torchrun, from the root of the tree.
+def launch(command: Sequence[str], network: Network, threads: int = 1, tree: Path = ROOT) -> None:
+    """Run the command on every rank of the network, with the variables of torchrun, from the root of a checkout.
 
     The first failure ends all ranks and raises RuntimeError with the last output of each rank.
     """
@@ -38,7 +38,7 @@ def launch(command: Sequence[str], network: Network, threads: int = 1) -> None:
         for rank, (prefix, environment) in enumerate(network.ranks):
             output = stack.enter_context(tempfile.TemporaryFile("w+"))
             variables = os.environ | environment | shared | {"RANK": str(rank)}
-            process = subprocess.Popen([*prefix, *command], env=variables, cwd=ROOT, stdout=output, stderr=output)
+            process = subprocess.Popen([*prefix, *command], env=variables, cwd=tree, stdout=output, stderr=output)
             stack.callback(process.wait)
             stack.callback(process.kill)
             processes.append((process, output))

@@ -36,10 +36,11 @@ ROOT = Path(__file__).parents[3]
 RECIPES = ("omegaconf", "wandb", "matplotlib", "rich")  # packages of recipes and reports
 PEERS = ("triton", "fla", "transformers")
 SHORT = ("linear", "kernels", "balance")
-LONG = ("delta", "mixers", "strategies", "overlap", "exchange_vs_length", "memory")
+LONG = ("limit", "delta", "mixers", "strategies", "overlap", "exchange_vs_length", "memory")
 NAIVE, CHUNKED = "fla-core naive_chunk_simple_gla", "transformers torch_chunk_gated_delta_rule"
 MIXER_COUNT = sum(spec.letter == "L" for spec in MIXERS.values())
 ROWS = {  # without peers: lengths, heads, passes, decays and so on, multiplied
+    "limit": (1 + 5) + 2 + 2 * 2 + 2,
     "linear": 2 * 4 + 1,
     "delta": 2 * 3,
     "mixers": 2 * MIXER_COUNT,
@@ -50,8 +51,8 @@ ROWS = {  # without peers: lengths, heads, passes, decays and so on, multiplied
     "memory": 2 * 2 * len(KINDS),
     "kernels": 2 * 2 * 2 * len(DECAYS) + 2 * 2 + 2 * 2 + 2 * 2 * 2 * len(overlap_model.PHASES),
 }
-CLAIMS = {"linear": 3, "delta": 1, "mixers": MIXER_COUNT, "strategies": 7, "overlap": 8, "balance": 1,
-          "exchange_vs_length": 1, "memory": len(KINDS) + 1, "kernels": 0}  # fmt: skip
+CLAIMS = {"limit": 5 + 1 + 2 + 1, "linear": 3, "delta": 1, "mixers": MIXER_COUNT, "strategies": 7, "overlap": 8,
+          "balance": 1, "exchange_vs_length": 1, "memory": len(KINDS) + 1, "kernels": 0}  # fmt: skip
 
 
 def run_without(packages: tuple[str, ...], names: tuple[str, ...], folder: Path) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,120 @@
+"""Time one part of the table of `limit`: ``PYTHONPATH=CHECKOUT python probe.py PART LENGTHS REPETITIONS``.
+
+The program prints a JSON object from "name, length" to seconds. It uses the public operators alone, so that it can time
+the checkout of an earlier commit.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import hybrid_sp as hsp
+
+HEADS, WIDTH, CHUNK = 4, 64, 64
+SQUARES = 256  # matrices of 64 x 64 in the product that is the ceiling
+CEILING = "torch.bmm, 256 pairs of 64 x 64"
+KINDS = ("no decay", "[B,T,H]", "[B,T,H,K]", "delta rule [B,T,H]", "delta rule [B,T,H,K]")
+SHORT, PLAIN = "linear_attention, one chunk", "the same in plain torch"
+OURS, SDPA = "softmax_attention", "torch SDPA"
+Timed = Callable[[], object]
+
+
+def operator(kind: str, length: int) -> Timed:
+    """Return a forward and backward call of an operator with these decays."""
+    torch.manual_seed(0)
+    q, k, v, do = (torch.randn(1, length, HEADS, WIDTH) for _ in range(4))
+    gate, beta = F.logsigmoid(torch.randn(1, length, HEADS, WIDTH)) / 16, torch.rand(1, length, HEADS)
+    if kind.startswith("delta"):
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+    given: dict[str, Tensor] = {"q": q, "k": k, "v": v}
+    if kind != "no decay":
+        given["log_decay"] = gate if kind.endswith("K]") else gate[..., 0].contiguous()
+    if kind.startswith("delta"):
+        given["beta"] = beta
+    call: Any = hsp.delta_rule if kind.startswith("delta") else hsp.linear_attention
+    given = {name: x.requires_grad_() for name, x in given.items()}
+    return lambda: torch.autograd.grad(call(**given), list(given.values()), do)
+
+
+def plain(length: int) -> Timed:
+    """Return linear attention by chunks, forward and backward, in a dozen lines of torch."""
+    torch.manual_seed(0)
+    leaves = [torch.randn(1, length, HEADS, WIDTH).requires_grad_() for _ in range(3)]
+    do, causal = torch.randn(1, length, HEADS, WIDTH), torch.ones(CHUNK, CHUNK).tril()
+
+    def run() -> object:
+        q, k, v = (x.transpose(1, 2).unflatten(2, (-1, CHUNK)) for x in leaves)
+        added = k.mT @ v
+        states = added.cumsum(2) - added
+        o = (q @ k.mT * causal) @ v + q @ states
+        o = (o * WIDTH**-0.5).flatten(2, 3).transpose(1, 2)
+        return torch.autograd.grad(o, leaves, do)
+
+    return run
+
+
+def shares(lengths: Sequence[int]) -> dict[tuple[str, int], Timed]:
+    """List the operators, and the product of matrices that is their ceiling."""
+    a, b = torch.randn(2, SQUARES, CHUNK, CHUNK)
+    out = torch.empty_like(a)
+    cases: dict[tuple[str, int], Timed] = {(CEILING, CHUNK): lambda: torch.bmm(a, b, out=out)}
+    return cases | {(kind, length): operator(kind, length) for length in lengths for kind in KINDS}
+
+
+def small(lengths: Sequence[int]) -> dict[tuple[str, int], Timed]:
+    """List one short call and the same mathematics in plain torch, on one thread."""
+    torch.set_num_threads(1)
+    return {(SHORT, CHUNK): operator("no decay", CHUNK), (PLAIN, CHUNK): plain(CHUNK)}
+
+
+def growth(lengths: Sequence[int]) -> dict[tuple[str, int], Timed]:
+    """List operators at a short and a long sequence; memory is left to the allocator's own ways."""
+    return {(kind, length): operator(kind, length) for kind in ("[B,T,H]", KINDS[3]) for length in lengths}
+
+
+def softmax(lengths: Sequence[int]) -> dict[tuple[str, int], Timed]:
+    """List causal softmax attention, ours and torch's."""
+    torch.manual_seed(0)
+    length, leaves = lengths[0], [torch.randn(1, lengths[0], HEADS, WIDTH).requires_grad_() for _ in range(3)]
+    do = torch.randn(1, length, HEADS, WIDTH)
+    by_head = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in leaves]
+    do_by_head = do.transpose(1, 2).contiguous()
+    sdpa: Any = functools.partial(F.scaled_dot_product_attention, is_causal=True)
+    return {
+        (OURS, length): lambda: torch.autograd.grad(hsp.softmax_attention(*leaves), leaves, do),
+        (SDPA, length): lambda: torch.autograd.grad(sdpa(*by_head), by_head, do_by_head),
+    }
+
+
+PARTS = {part.__name__: part for part in (shares, small, growth, softmax)}
+
+
+def main(part: str, lengths: str, repetitions: str) -> None:
+    """Let the cases of a part take turns, and print their seconds."""
+    torch.set_num_threads(2)
+    if part != "growth":
+        from recipes.allocator import keep_freed_memory
+
+        keep_freed_memory()
+    cases = PARTS[part](json.loads(lengths))
+    seconds: dict[str, list[float]] = {f"{name}, {length}": [] for name, length in cases}
+    for repetition in range(-2, int(repetitions)):
+        for (name, length), run in cases.items():
+            begin = time.perf_counter()
+            run()
+            if repetition >= 0:
+                seconds[f"{name}, {length}"].append(time.perf_counter() - begin)
+    print(json.dumps(seconds))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
