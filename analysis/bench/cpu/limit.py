@@ -28,10 +28,15 @@ def limit(sizes: Sizes, out: Path) -> Result:
     rows: dict[tuple[str, int], Row] = {}
     for _ in range(sizes.rounds):
         for label, tree in trees.items():
-            for part in probe.PARTS:
+            for part in (*probe.PARTS, "phases"):
                 for (name, length), seconds in _probe(part, tree, sizes).items():
                     key = f"{part}: {name}{label}", length
                     rows.setdefault(key, Row(contender=key[0], length=length)).values.extend(seconds)
+    peaks = {
+        name + label: (length, value)
+        for label, tree in trees.items()
+        for (name, length), (value,) in _probe("memory", tree, sizes).items()
+    }
     training: dict[str, list[float]] = {}
     for repetition in range(sizes.rounds if sizes.against else 0):
         for label, tree in trees.items():
@@ -43,10 +48,10 @@ def limit(sizes: Sizes, out: Path) -> Result:
     return Result(
         title="distance from the ceiling, forward + backward, fp32, B=1, H=4, K=V=64, two threads",
         unit="seconds",
-        body=[_table(rows), *([_training(training)] if training else [])],
+        body=[_table(rows), _memory(peaks), *([_training(training)] if training else [])],
         rows=list(rows.values()),
         claims=[*_claims(rows, sizes), *_gains(training)],
-        facts={"tokens_per_second": training},
+        facts={"tokens_per_second": training, "peak_bytes": peaks},
     )
 
 
@@ -69,7 +74,9 @@ def flops(length: int) -> float:
 
 
 def _share(rows: Rows, kind: str, length: int, label: str = "") -> float:
-    ceiling = 2 * probe.SQUARES * probe.CHUNK**3 / rows[f"shares: {probe.CEILING}{label}", probe.CHUNK].median
+    ceiling = (
+        2 * probe.AT_ONCE * probe.SQUARES * probe.CHUNK**3 / rows[f"shares: {probe.CEILING}{label}", probe.CHUNK].median
+    )
     return flops(length) / rows[f"shares: {kind}{label}", length].median / ceiling
 
 
@@ -90,6 +97,12 @@ def _table(rows: Rows) -> Table:
             )
         )
     return Table(header=header, rows=tuple(lines), numbers=frozenset(header[1:]))
+
+
+def _memory(peaks: Mapping[str, tuple[int, float]]) -> Table:
+    header = ("peak memory of a call, without its inputs", "T", "MB")
+    lines = tuple((name, str(length), f"{value / 1e6:.1f}") for name, (length, value) in peaks.items())
+    return Table(header=header, rows=lines, numbers=frozenset(header[1:]))
 
 
 def _training(speeds: Mapping[str, list[float]]) -> Table:

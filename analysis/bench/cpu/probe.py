@@ -20,15 +20,15 @@ from torch import Tensor
 import hybrid_sp as hsp
 
 HEADS, WIDTH, CHUNK = 4, 64, 64
-SQUARES = 256  # matrices of 64 x 64 in the product that is the ceiling
-CEILING = "torch.bmm, 256 pairs of 64 x 64"
+SQUARES, AT_ONCE = 256, 16  # matrices of 64 x 64 in the product that is the ceiling, and products in a row
+CEILING = "torch.bmm, 16 times 256 pairs of 64 x 64"
 KINDS = ("no decay", "[B,T,H]", "[B,T,H,K]", "delta rule [B,T,H]", "delta rule [B,T,H,K]")
 SHORT, PLAIN = "linear_attention, one chunk", "the same in plain torch"
 OURS, SDPA = "softmax_attention", "torch SDPA"
 Timed = Callable[[], object]
 
 
-def operator(kind: str, length: int) -> Timed:
+def operator(kind: str, length: int, **options: Any) -> Timed:
     """Return a forward and backward call of an operator with these decays."""
     torch.manual_seed(0)
     q, k, v, do = (torch.randn(1, length, HEADS, WIDTH) for _ in range(4))
@@ -42,7 +42,7 @@ def operator(kind: str, length: int) -> Timed:
         given["beta"] = beta
     call: Any = hsp.delta_rule if kind.startswith("delta") else hsp.linear_attention
     given = {name: x.requires_grad_() for name, x in given.items()}
-    return lambda: torch.autograd.grad(call(**given), list(given.values()), do)
+    return lambda: torch.autograd.grad(call(**given, **options), list(given.values()), do)
 
 
 def plain(length: int) -> Timed:
@@ -66,7 +66,7 @@ def shares(lengths: Sequence[int]) -> dict[tuple[str, int], Timed]:
     """List the operators, and the product of matrices that is their ceiling."""
     a, b = torch.randn(2, SQUARES, CHUNK, CHUNK)
     out = torch.empty_like(a)
-    cases: dict[tuple[str, int], Timed] = {(CEILING, CHUNK): lambda: torch.bmm(a, b, out=out)}
+    cases: dict[tuple[str, int], Timed] = {(CEILING, CHUNK): lambda: [torch.bmm(a, b, out=out) for _ in range(AT_ONCE)]}
     return cases | {(kind, length): operator(kind, length) for length in lengths for kind in KINDS}
 
 
@@ -95,6 +95,34 @@ def softmax(lengths: Sequence[int]) -> dict[tuple[str, int], Timed]:
     }
 
 
+def phases(length: int, repetitions: int) -> dict[str, list[float]]:
+    """Return the seconds of each phase of the operators, by the ledger. An initial state makes them as on ranks."""
+    seconds: dict[str, list[float]] = {}
+    for kind in KINDS:
+        run = operator(kind, length, initial_state=torch.zeros(1, HEADS, WIDTH, WIDTH))
+        for repetition in range(-2, repetitions):
+            with hsp.ledger() as book:
+                run()
+            for phase in book.phases if repetition >= 0 else ():
+                name = f"{kind}, {phase.name} {phase.direction}, {length}"
+                seconds.setdefault(name, []).append(phase.end - phase.begin)
+    return seconds
+
+
+def memory(length: int) -> dict[str, list[float]]:
+    """Return the peak of the bytes that a call adds to its inputs."""
+    from analysis.bench.meter import Meter
+
+    peaks: dict[str, list[float]] = {}
+    for kind in KINDS:
+        run = operator(kind, length)
+        run()
+        with Meter() as meter:
+            run()
+        peaks[f"{kind}, {length}"] = [float(meter.peak)]
+    return peaks
+
+
 PARTS = {part.__name__: part for part in (shares, small, growth, softmax)}
 
 
@@ -105,6 +133,10 @@ def main(part: str, lengths: str, repetitions: str) -> None:
         from recipes.allocator import keep_freed_memory
 
         keep_freed_memory()
+    if part not in PARTS:
+        (length,) = json.loads(lengths)
+        print(json.dumps(memory(length) if part == "memory" else phases(length, int(repetitions))))
+        return
     cases = PARTS[part](json.loads(lengths))
     seconds: dict[str, list[float]] = {f"{name}, {length}": [] for name, length in cases}
     for repetition in range(-2, int(repetitions)):
