@@ -72,7 +72,7 @@ class SequenceParallel:
 
     group     a process group (`mesh["sp"].get_group()`), or None for one device
     layout    "contiguous": rank r owns span r of P. "zigzag": it owns spans r and 2P-1-r of 2P, which gives every rank
-              the same work in causal softmax attention
+              the same work in causal softmax attention. One rank alone has one span
     linear    how states are exchanged; all choices give the same results. "all_gather" is LASP-2 (arXiv 2502.07563),
               "ring" LASP (2404.02882), "pipeline" ZeCO (2507.01004), "doubling" a scan in ceil(log2(spans)) rounds.
               "auto" takes the fastest of these on the link (`exchange.choose`). "star" folds on one rank; it is a

@@ -90,7 +90,8 @@ class Phases(Protocol[W, M, R, L]):
         """Return the pairs of this rank's spans, with state [s,B,H,K,V], or None unless `Options.entered`."""
 
     def intra_forward(self, x: Inputs, work: W) -> tuple[Tensor, W]:
-        """Return the part of o [B,T,H,V] that this rank's tokens give. `inter_forward` may still scale it."""
+        """Return the part of o [B,T,H,V] that this rank's tokens give, as far as `inter_forward` needs it. Unless
+        `Options.entered`, it may already be all of o."""
 
     def inter_forward(self, x: Inputs, work: W, o_intra: Tensor, S_in: Tensor | None) -> tuple[Tensor, M]:
         """Return o, perhaps in the memory of o_intra, and the tensors that backward needs. S_in is [s,B,H,K,V], or None

@@ -152,8 +152,6 @@ def triangle(size: int, kind: str, dtype: torch.dtype, device: torch.device) -> 
         "before": ones.tril(-1),
         "from": ones.triu(),
         "after": ones.triu(1),
-        "mask": torch.zeros_like(ones).masked_fill_(ones.triu(1).bool(), float("-inf")),
-        "strict mask": torch.zeros_like(ones).masked_fill_(ones.triu().bool(), float("-inf")),
     }[kind]
 
 

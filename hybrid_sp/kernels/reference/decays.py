@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .chunks import running_sum, triangle
+from .chunks import running_sum
 
 
 def chunk_decays(g: Tensor | None, exclusive: bool = False) -> Decays:
@@ -117,20 +117,17 @@ class _Decaying(Decays):
 class ScalarDecays(_Decaying):
     """The scores as q_t . k_s times the decay of each pair, for one decay per head.
 
-    Running sums are kept in two parts, which together are as exact as fp64. Their differences are therefore exact in
-    the dtype of g, even next to decays at their floor.
+    Differences of running sums are taken in fp64. They are therefore exact in the dtype of g, even next to decays at
+    their floor.
     """
 
     @cached_property
     def _between(self) -> Tensor:
         """The decay [N, C, C] of each pair, 0 where no score is."""
-        g_NC = self._g.squeeze(-1)
-        through = g_NC.double().cumsum(1)
+        through = self._g.squeeze(-1).double().cumsum(1)
         until = F.pad(through[:, :-1], (1, 0)) if self.exclusive else through
-        (high_t, low_t), (high_s, low_s) = (_two_parts(sums, g_NC.dtype) for sums in (until, through))
-        sums = (high_t[:, :, None] - high_s[:, None, :]).add_(low_t[:, :, None]).sub_(low_s[:, None, :])
-        mask = triangle(g_NC.shape[1], "strict mask" if self.exclusive else "mask", g_NC.dtype, g_NC.device)
-        return sums.add_(mask).exp_()
+        sums = (until[:, :, None] - through[:, None, :]).to(self._g.dtype)
+        return sums.exp_().tril_(-1 if self.exclusive else 0)
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         return (q @ k.mT).mul_(self._between)
@@ -138,11 +135,6 @@ class ScalarDecays(_Decaying):
     def _backward_of_pairs(self, d_scores: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         below = (d_scores * self._between).tril_(-1)
         return below @ k, below.mT @ q
-
-
-def _two_parts(exact: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    high = exact.to(dtype)
-    return high, (exact - high).to(dtype)
 
 
 class VectorDecays(_Decaying):
