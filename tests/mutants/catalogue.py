@@ -207,8 +207,8 @@ MUTANTS = [
     Mutant(
         name="a transition whose columns write values",
         file="hybrid_sp/kernels/reference/delta.py",
-        old="torch.cat([own.r, torch.zeros_like(own.w)], -1)",
-        new="torch.cat([own.r, own.w], -1)",
+        old="own.r[..., width:].zero_()",
+        new="own.r[..., width:].fill_(1)",
         test=f"{PARITY}[2-contiguous-delta]",
     ),
     Mutant(

@@ -14,14 +14,17 @@ With w = (I + L)^-1 (exp(P) k) and r0 = (I + L)^-1 v, the chain of states goes f
 
     chain    r = r0 - w H                          H_next = diag(exp(P_C)) H + (exp(R) b)^T r
 
-Phase `states` is the chain from empty states. The columns of an identity go with it, with v = 0: they end as the dense
-transition. Phase `intra` is M r0 and the effective queries e = exp(P) q - M w. Phase `inter` is the chain again, from
-the states that enter the spans, and o = scale * (M r0 + e H). If nothing is exchanged, phase `intra` is all of these in
-one walk, with o from r.
+Phase `states` is the chain from empty states, h and r_h. The columns of an identity go with it, with v = 0: these are
+D, the product of transitions from the span's start, and r_D. At the span's end D is the transition of the span. For the
+state S_in that enters the span then
 
-A walk goes from block to block of chunks, with bounded temporaries. Of the states H only those that enter blocks are
-kept for backward, which makes the others again. Decays g are natural logs, at most 0 and at least `checks.FLOORS`.
-Everything is in one dtype, fp32 or fp64. Tensors per chunk have the shape [N,BH,...], BH = B*H.
+    H = h + D S_in          r = r_h + r_D S_in          o = scale * (M r_h + (exp(P) q) h + e S_in)
+
+with e = M r_D + (exp(P) q) D. Phase `intra` is e and the rest of o, and `inter` is the products with S_in. If nothing
+is exchanged, phase `intra` is all of these in one walk, with neither D nor e.
+
+A walk goes from block to block of chunks, with bounded temporaries. Decays g are natural logs, at most 0 and at least
+`checks.FLOORS`. Everything is in one dtype, fp32 or fp64. Tensors per chunk have the shape [N,BH,...], BH = B*H.
 
 Sources: WY form, DeltaNet (arXiv 2406.06484, section 3.2); with decays, Gated DeltaNet (arXiv 2412.06464, section 3.3)
 and Kimi Delta Attention (arXiv 2510.26692, section 3).
@@ -48,8 +51,9 @@ class Kept(NamedTuple):
     inverse: Tensor  # (I + L)^-1 [N,BH,C,C]
     w: Tensor  # [N,BH,C,K]
     M: Tensor  # [N,BH,C,C]
-    r: Tensor  # [N,BH,C,V]; r0 before the states are known
-    H: Tensor  # [N,BH,K,V]
+    r: Tensor  # [N,BH,C,V]; after phase 1, r_h and r_D side by side if states are exchanged
+    H: Tensor  # [N,BH,K,V]; after phase 1, h and D side by side
+    e: Tensor  # [N,BH,C,K]; empty unless states are exchanged
 
     def of(self, block: Block) -> Kept:
         """View the chunks of a block as [(N B H),...]."""
@@ -98,7 +102,8 @@ class DeltaPhases:
     def states_forward(self, x: Inputs) -> tuple[AffineState | None, Kept]:
         """Compute the WY form of the chunks, and the transitions and states of the spans, as if each began empty."""
         (batch, _, heads, width), key, size = x.v.shape, x.k.shape[-1], self.chunks.blocks[0].chunk
-        shapes = (size, size), (size, key), (size, size), (size, width), (key, width)
+        columns, queries = (width + key, key) if self.options.entered else (width, 0)
+        shapes = (size, size), (size, key), (size, size), (size, columns), (key, columns), (size, queries)
         kept = Kept(*(x.v.new_empty(self.chunks.pieces.count, batch * heads, *shape) for shape in shapes))
         if not self.options.entered:
             return None, kept
@@ -107,52 +112,49 @@ class DeltaPhases:
         for block in self.chunks.blocks:
             tokens, own = _Tokens(block, x), kept.of(block)
             tokens.solve(own)
-            r = torch.cat([own.r, torch.zeros_like(own.w)], -1)
-            S = tokens.states(first if block.begins_span else S, own.w, r, r.new_empty(len(r), *first.shape[1:]))
+            S = tokens.states(first if block.begins_span else S, own)
             if block.ends_span:
                 leaving.append(S)
         spans = torch.stack(leaving).unflatten(1, (batch, heads))
         return AffineState(spans[..., width:], spans[..., :width]), kept
 
     def intra_forward(self, x: Inputs, work: Kept) -> tuple[Tensor, Kept]:
-        """Compute M; all of o if nothing is exchanged."""
-        if not self.options.entered:
-            return self._forward(x, work, None)
+        """Compute M, e, and the part of o that does not depend on S_in; all of o if nothing is exchanged."""
+        o, width, S = torch.empty_like(x.v), x.v.shape[-1], _empty(x)
         for block in self.chunks.blocks:
-            work.of(block).M.copy_(_Tokens(block, x).M)
-        return torch.empty_like(x.v), work
-
-    def inter_forward(self, x: Inputs, work: Kept, o_intra: Tensor, S_in: Tensor | None) -> tuple[Tensor, Kept]:
-        """Compute o."""
-        return (o_intra, work) if S_in is None else self._forward(x, work, S_in)
-
-    def _forward(self, x: Inputs, kept: Kept, S_in: Tensor | None) -> tuple[Tensor, Kept]:
-        """Walk through the chain of states and read it."""
-        o, scale = torch.empty_like(x.v), self.options.scale
-        for block in self.chunks.blocks:
-            tokens, own = _Tokens(block, x), kept.of(block)
+            tokens, own = _Tokens(block, x), work.of(block)
             if not self.options.entered:
                 tokens.solve(own)
-                own.M.copy_(tokens.M)
-            if block.begins_span:
-                S = _empty(x) if S_in is None else S_in[block.span].flatten(0, 1)
-            S = tokens.states(S, own.w, own.r, own.H)
-            block.store(o, (own.M @ own.r).baddbmm_(tokens.reading, own.H, beta=scale, alpha=scale))
-        return o, kept
+                S = tokens.states(_empty(x) if block.begins_span else S, own)
+            own.M.copy_(tokens.M)
+            read = (own.M @ own.r).baddbmm_(tokens.reading, own.H, beta=self.options.scale, alpha=self.options.scale)
+            block.store(o, read[..., :width])
+            own.e.copy_(read[..., width:])
+        return o, work
+
+    def inter_forward(self, x: Inputs, work: Kept, o_intra: Tensor, S_in: Tensor | None) -> tuple[Tensor, Kept]:
+        """Complete o, in place, and the states that enter the chunks."""
+        if S_in is None:
+            return o_intra, work
+        width = x.v.shape[-1]
+        H, r = (part.new_empty(*part.shape[:-1], width) for part in (work.H, work.r))
+        kept = work._replace(r=r, H=H)
+        for block in self.chunks.blocks:
+            wide, own, S = work.of(block), kept.of(block), S_in[block.span].flatten(0, 1).repeat(block.count, 1, 1)
+            torch.baddbmm(wide.H[..., :width], wide.H[..., width:], S, out=own.H)
+            torch.baddbmm(wide.r[..., :width], wide.r[..., width:], S, out=own.r)
+            block.store(o_intra, torch.baddbmm(block.load(o_intra, x.v.shape[2]), own.e, S))
+        return o_intra, kept
 
     def inter_backward(self, do: Tensor, x: Inputs, saved: Kept, S_in: Tensor | None) -> tuple[Tensor | None, Reading]:
-        """Compute dS_in, the chain of gradients from empty ones back to the start of each span."""
-        read = Reading(do, x, saved)
+        """Compute dS_in, the sum of e^T do."""
         if S_in is None:
-            return None, read
-        dS_in, dS = torch.empty_like(S_in), _empty(x)
-        for block in reversed(self.chunks.blocks):
-            own, do_ = saved.of(block), block.load(do, do.shape[2]) * self.options.scale
-            dS = _empty(x) if block.ends_span else dS
-            _, _, dS = _Tokens(block, x).states_backward(do_, own.w, own.M.mT @ do_, dS)
-            if block.begins_span:
-                dS_in[block.span] = dS.view_as(dS_in[block.span])
-        return dS_in, read
+            return None, Reading(do, x, saved)
+        dS_in = torch.zeros_like(S_in)
+        for block in self.chunks.blocks:
+            read = saved.of(block).e.mT @ block.load(do, do.shape[2])
+            dS_in[block.span] += read.view(block.count, *dS_in.shape[1:]).sum(0)
+        return dS_in, Reading(do, x, saved)
 
     def intra_backward(self, read: Reading) -> tuple[Tensor, None, Local]:
         """Compute dq, and the part of the other gradients from the outputs, block by block; all gradients if nothing is
@@ -250,7 +252,9 @@ class _Tokens:
         identity = torch.eye(L.shape[1], dtype=L.dtype, device=L.device)
         own.inverse.copy_(torch.linalg.solve_triangular(L, identity.expand_as(L), upper=False, unitriangular=True))
         torch.bmm(own.inverse, self.reading_k, out=own.w)
-        torch.bmm(own.inverse, self.v, out=own.r)
+        width = self.v.shape[-1]
+        torch.bmm(own.inverse, self.v, out=own.r[..., :width])
+        own.r[..., width:].zero_()
 
     def _by_chunk(self, x: Tensor) -> Tensor:
         """View [(N B H),...] as [N,BH,...]."""
@@ -268,10 +272,10 @@ class _Tokens:
         """The decay of a state over each whole chunk, [N,BH,K or 1,1]."""
         return None if self.decays.whole is None else self._by_chunk(self.decays.whole)
 
-    def states(self, S: Tensor, w: Tensor, r: Tensor, H: Tensor) -> Tensor:
+    def states(self, S: Tensor, own: Kept) -> Tensor:
         """Compute the states H that enter the chunks, and r in place of r0, for S that enters the block. Returns the
         state after the last chunk."""
-        r, w, written, H = (self._by_chunk(part) for part in (r, w, self.written.mT, H))
+        r, w, written, H = (self._by_chunk(part) for part in (own.r, own.w, self.written.mT, own.H))
         states = [*H.unbind(), torch.empty_like(S)]
         states[0].copy_(S)
         for n, piece in enumerate(self.block.pieces):
