@@ -149,10 +149,17 @@ MUTANTS = [
     ),
     Mutant(
         name="a state carried into the next document",
-        file="hybrid_sp/kernels/pieces.py",
-        old="return self.begins_span or self.begins_document",
-        new="return self.begins_span",
+        file="hybrid_sp/kernels/reference/linear.py",
+        old="if piece.begins_document:",
+        new="if False:",
         test=f"{PARITY}[1-contiguous-linear]",
+    ),
+    Mutant(
+        name="a state of the delta rule carried into the next document",
+        file="hybrid_sp/kernels/reference/delta.py",
+        old="if piece.begins_document:",
+        new="if False:",
+        test=f"{PARITY}[1-contiguous-delta]",
     ),
     Mutant(
         name="an entering state read by later documents",
