@@ -155,13 +155,6 @@ MUTANTS = [
         test=f"{PARITY}[1-contiguous-linear]",
     ),
     Mutant(
-        name="a state of the delta rule carried into the next document",
-        file="hybrid_sp/kernels/reference/delta.py",
-        old="if piece.begins_document:",
-        new="if False:",
-        test=f"{PARITY}[1-contiguous-delta]",
-    ),
-    Mutant(
         name="an entering state read by later documents",
         file="hybrid_sp/kernels/pieces.py",
         old="t in documents, t < first",

@@ -28,4 +28,11 @@ RECURRENCE_MUTANTS = [
         new="initial is not None  # else",
         test="tests/hybrid_sp/kernels/test_linear.py::test_every_length[1-none]",
     ),
+    Mutant(
+        name="a state of the delta rule carried into the next document",
+        file="hybrid_sp/kernels/reference/delta.py",
+        old="if piece.begins_document:",
+        new="if False:",
+        test=f"{PARITY}[1-contiguous-delta]",
+    ),
 ]
