@@ -42,7 +42,7 @@ from torch import Tensor
 from ..phases import AffineState, Gradients, Inputs, Options
 from ..pieces import Spans
 from .chunks import Block, Chunks, chunks_of
-from .decays import chunk_decays
+from .tokens import Tokens
 
 
 class Kept(NamedTuple):
@@ -198,24 +198,8 @@ class DeltaPhases:
         return dS
 
 
-class _Tokens:
-    """The tokens of a block, loaded when they are needed, and the arithmetic on them."""
-
-    def __init__(self, block: Block, x: Inputs) -> None:
-        self.block, self.x, self.heads = block, x, x.v.shape[2]
-        self.decays = chunk_decays(None if x.g is None else block.load(x.g, self.heads))
-
-    @cached_property
-    def q(self) -> Tensor:
-        return self.block.load(self.x.q, self.heads)
-
-    @cached_property
-    def k(self) -> Tensor:
-        return self.block.load(self.x.k, self.heads)
-
-    @cached_property
-    def v(self) -> Tensor:
-        return self.block.load(self.x.v, self.heads)
+class _Tokens(Tokens):
+    """The arithmetic on the tokens of a block."""
 
     @cached_property
     def beta(self) -> Tensor:
@@ -226,11 +210,6 @@ class _Tokens:
     def b(self) -> Tensor:
         """The written keys beta k."""
         return self.beta * self.k
-
-    @cached_property
-    def reading(self) -> Tensor:
-        """The queries exp(P) q."""
-        return self.decays.since(self.q)
 
     @cached_property
     def reading_k(self) -> Tensor:

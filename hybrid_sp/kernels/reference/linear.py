@@ -34,8 +34,8 @@ from torch import Tensor
 
 from ..phases import AffineState, Gradients, Inputs, Options
 from ..pieces import Spans, decays_before, over_state, span_decays
-from .chunks import Block, Chunks, chunks_of
-from .decays import chunk_decays
+from .chunks import Chunks, chunks_of
+from .tokens import Tokens
 
 
 class Kept(NamedTuple):
@@ -197,29 +197,8 @@ class LinearPhases:
         return before
 
 
-class _Tokens:
-    """The tokens of a block, loaded when they are needed, and the arithmetic on them."""
-
-    def __init__(self, block: Block, x: Inputs) -> None:
-        self.block, self.x, self.heads = block, x, x.v.shape[2]
-        self.decays = chunk_decays(None if x.g is None else block.load(x.g, self.heads), x.bonus is not None)
-
-    @cached_property
-    def q(self) -> Tensor:
-        return self.block.load(self.x.q, self.heads)
-
-    @cached_property
-    def k(self) -> Tensor:
-        return self.block.load(self.x.k, self.heads)
-
-    @cached_property
-    def v(self) -> Tensor:
-        return self.block.load(self.x.v, self.heads)
-
-    @cached_property
-    def reading(self) -> Tensor:
-        """The queries exp(P_t) q_t."""
-        return self.decays.since(self.q)
+class _Tokens(Tokens):
+    """The arithmetic on the tokens of a block."""
 
     @cached_property
     def written(self) -> Tensor:
