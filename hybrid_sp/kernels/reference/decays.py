@@ -179,11 +179,14 @@ class VectorDecays(_Decaying):
 
 
 def _product(weights: Tensor, x: Tensor) -> Tensor:
-    """Return weights [..., half, half] @ x [..., half, K]. torch has no fast product of matrices as small as 2 x 2."""
-    if weights.shape[-1] > 2:
+    """Return weights [..., half, half] @ x [..., half, K]. torch has no fast product below 400 multiplications."""
+    half = weights.shape[-1]
+    if half * half * x.shape[-1] >= 400:
         return weights @ x
     total = weights[..., :1] * x[..., :1, :]
-    return total.addcmul_(weights[..., 1:], x[..., 1:, :]) if weights.shape[-1] == 2 else total
+    for column in range(1, half):
+        total.addcmul_(weights[..., column, None], x[..., column, None, :])
+    return total
 
 
 def _shifted(factors: Tensor) -> Tensor:

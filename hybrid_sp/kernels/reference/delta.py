@@ -42,14 +42,13 @@ from torch import Tensor
 from ..phases import AffineState, Gradients, Inputs, Options
 from ..pieces import Spans
 from .chunks import Block, Chunks, chunks_of
-from .tokens import Tokens
+from .tokens import Tokens, empty_states
 
 
 class Kept(NamedTuple):
     """The tensors of each chunk that backward needs."""
 
     inverse: Tensor  # (I + L)^-1 [N,BH,C,C]
-    w: Tensor  # [N,BH,C,K]
     M: Tensor  # [N,BH,C,C]
     r: Tensor  # [N,BH,C,V]; after phase 1, r_h and r_D side by side if states are exchanged
     H: Tensor  # [N,BH,K,V]; after phase 1, h and D side by side
@@ -103,12 +102,12 @@ class DeltaPhases:
         """Compute the WY form of the chunks, and the transitions and states of the spans, as if each began empty."""
         (batch, _, heads, width), key, size = x.v.shape, x.k.shape[-1], self.chunks.blocks[0].chunk
         columns, queries = (width + key, key) if self.options.entered else (width, 0)
-        shapes = (size, size), (size, key), (size, size), (size, columns), (key, columns), (size, queries)
+        shapes = (size, size), (size, size), (size, columns), (key, columns), (size, queries)
         kept = Kept(*(x.v.new_empty(self.chunks.pieces.count, batch * heads, *shape) for shape in shapes))
         if not self.options.entered:
             return None, kept
         leaving = []
-        first = S = torch.cat([_empty(x), torch.eye(key).to(x.k).expand(batch * heads, key, key)], -1)
+        first = S = torch.cat([empty_states(x), torch.eye(key).to(x.k).expand(batch * heads, key, key)], -1)
         for block in self.chunks.blocks:
             tokens, own = _Tokens(block, x), kept.of(block)
             tokens.solve(own)
@@ -120,12 +119,12 @@ class DeltaPhases:
 
     def intra_forward(self, x: Inputs, work: Kept) -> tuple[Tensor, Kept]:
         """Compute M, e, and the part of o that does not depend on S_in; all of o if nothing is exchanged."""
-        o, width, S = torch.empty_like(x.v), x.v.shape[-1], _empty(x)
+        o, width, S = torch.empty_like(x.v), x.v.shape[-1], empty_states(x)
         for block in self.chunks.blocks:
             tokens, own = _Tokens(block, x), work.of(block)
             if not self.options.entered:
                 tokens.solve(own)
-                S = tokens.states(_empty(x) if block.begins_span else S, own)
+                S = tokens.states(empty_states(x) if block.begins_span else S, own)
             own.M.copy_(tokens.M)
             read = (own.M @ own.r).baddbmm_(tokens.reading, own.H, beta=self.options.scale, alpha=self.options.scale)
             block.store(o, read[..., :width])
@@ -160,7 +159,7 @@ class DeltaPhases:
         """Compute dq, and the part of the other gradients from the outputs, block by block; all gradients if nothing is
         exchanged."""
         (do, x, kept), dq, grads, blocks = read, torch.empty_like(read.x.q), _gradients(read.x), []
-        dS = _empty(x)
+        dS = empty_states(x)
         for block in reversed(self.chunks.blocks):
             tokens, own, do_ = _Tokens(block, x), kept.of(block), block.load(do, do.shape[2]) * self.options.scale
             dq_, of_block = tokens.outputs_backward(do_, own)
@@ -168,7 +167,7 @@ class DeltaPhases:
             if self.options.entered:
                 blocks.append(of_block)
             else:
-                dS = self._store(grads, tokens, own, of_block, do_, _empty(x) if block.ends_span else dS)
+                dS = self._store(grads, tokens, own, of_block, do_, empty_states(x) if block.ends_span else dS)
         return dq, None, Local(grads, blocks, read)
 
     def states_backward(self, local: Local, dS_out: Tensor | None) -> Gradients:
@@ -180,14 +179,14 @@ class DeltaPhases:
         for block in reversed(self.chunks.blocks if blocks else ()):
             tokens, do_ = _Tokens(block, x), block.load(do, do.shape[2]) * self.options.scale
             if block.ends_span:
-                dS = _empty(x) if dS_out is None else dS_out[block.span].flatten(0, 1)
+                dS = empty_states(x) if dS_out is None else dS_out[block.span].flatten(0, 1)
             dS = self._store(grads, tokens, kept.of(block), blocks.pop(0), do_, dS)
         return grads
 
     def _store(self, grads: Gradients, tokens: _Tokens, own: Kept, of_block: OfBlock, do: Tensor, dS: Tensor) -> Tensor:
         """Store the gradients of a block, for dS of the state that leaves it; return that of the state that enters."""
         block = tokens.block
-        d_after, dr, dS = tokens.states_backward(do, own.w, of_block.dr, dS)
+        d_after, dr, dS = tokens.states_backward(do, own, of_block.dr, dS)
         dk, dv, dbeta, dg = tokens.writes_backward(own, of_block, d_after, dr)
         block.store(grads.k, dk)
         block.store(grads.v, dv)
@@ -226,54 +225,40 @@ class _Tokens(Tokens):
         return self.decays.scores(self.q, self.b)
 
     def solve(self, own: Kept) -> None:
-        """Compute (I + L)^-1, w and r0."""
+        """Compute (I + L)^-1 and r0."""
         L = self.decays.scores(self.k, self.b)
         identity = torch.eye(L.shape[1], dtype=L.dtype, device=L.device)
         own.inverse.copy_(torch.linalg.solve_triangular(L, identity.expand_as(L), upper=False, unitriangular=True))
-        torch.bmm(own.inverse, self.reading_k, out=own.w)
         width = self.v.shape[-1]
         torch.bmm(own.inverse, self.v, out=own.r[..., :width])
         own.r[..., width:].zero_()
 
-    def _by_chunk(self, x: Tensor) -> Tensor:
-        """View [(N B H),...] as [N,BH,...]."""
-        return x.unflatten(0, (self.block.count, -1))
-
-    def _decayed(self, n: int, S: Tensor, out: Tensor, added: Tensor | None = None) -> Tensor:
-        """Compute S decayed over chunk n, plus `added`."""
-        if self._decay is None:
-            return out.copy_(S) if added is None else torch.add(added, S, out=out)
-        decay = self._decay[n]
-        return torch.mul(decay, S, out=out) if added is None else torch.addcmul(added, decay, S, out=out)
-
-    @cached_property
-    def _decay(self) -> Tensor | None:
-        """The decay of a state over each whole chunk, [N,BH,K or 1,1]."""
-        return None if self.decays.whole is None else self._by_chunk(self.decays.whole)
+    def _w(self, own: Kept) -> Tensor:
+        return own.inverse @ self.reading_k
 
     def states(self, S: Tensor, own: Kept) -> Tensor:
         """Compute the states H that enter the chunks, and r in place of r0, for S that enters the block. Returns the
         state after the last chunk."""
-        r, w, written, H = (self._by_chunk(part) for part in (own.r, own.w, self.written.mT, own.H))
+        r, w, written, H = map(self.by_chunk, (own.r, self._w(own), self.written.mT, own.H))
         states = [*H.unbind(), torch.empty_like(S)]
         states[0].copy_(S)
         for n, piece in enumerate(self.block.pieces):
             if piece.begins_document:
                 states[n].zero_()
             r[n].baddbmm_(w[n], states[n], alpha=-1)
-            self._decayed(n, states[n], out=states[n + 1]).baddbmm_(written[n], r[n])
+            self.decayed(n, states[n], out=states[n + 1]).baddbmm_(written[n], r[n])
         return states[-1]
 
-    def states_backward(self, do: Tensor, w: Tensor, dr: Tensor, dS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def states_backward(self, do: Tensor, own: Kept, dr: Tensor, dS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of the states after the chunks, of r, and of the state that enters the block. dS is that
         of the state that leaves it. dr is given from the outputs alone, and overwritten."""
-        read, w, written, dr = (self._by_chunk(part) for part in (self.reading.mT @ do, w.mT, self.written, dr))
+        read, w, written, dr = map(self.by_chunk, (self.reading.mT @ do, self._w(own).mT, self.written, dr))
         d_after = torch.empty_like(read)
         states = [torch.empty_like(dS), *d_after.unbind()]
         states[-1].copy_(dS)
         for n in reversed(range(self.block.count)):
             dr[n].baddbmm_(written[n], states[n + 1])
-            self._decayed(n, states[n + 1], out=states[n], added=read[n]).baddbmm_(w[n], dr[n], alpha=-1)
+            self.decayed(n, states[n + 1], out=states[n], added=read[n]).baddbmm_(w[n], dr[n], alpha=-1)
             if self.block.pieces[n].begins_document:
                 states[n].zero_()
         return d_after.flatten(0, 1), dr.flatten(0, 1), states[0]
@@ -301,12 +286,6 @@ class _Tokens(Tokens):
             dg.sub_(minus_dg).add_(of_block.dg)
         # 4. Split the gradient of b = beta k into those of beta and k.
         return torch.addcmul(minus_dk.neg_(), db, self.beta), dv, (db * self.k).sum(-1), dg
-
-
-def _empty(x: Inputs) -> Tensor:
-    """Return empty states [BH,K,V]."""
-    batch, _, heads, width = x.v.shape
-    return x.v.new_zeros(batch * heads, x.k.shape[-1], width)
 
 
 def _gradients(x: Inputs) -> Gradients:

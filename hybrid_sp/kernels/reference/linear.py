@@ -35,11 +35,11 @@ from torch import Tensor
 from ..phases import AffineState, Gradients, Inputs, Options
 from ..pieces import Spans, decays_before, over_state, span_decays
 from .chunks import Chunks, chunks_of
-from .tokens import Tokens
+from .tokens import Tokens, empty_states
 
 
 class Kept(NamedTuple):
-    """The states [...,B,H,K,V] that enter the chunks if states are exchanged, else those that enter the blocks. The log
+    """The states [...,BH,K,V] that enter the chunks if states are exchanged, else those that enter the blocks. The log
     decays of the chunks are None | [N,B,H] | [N,B,H,K]."""
 
     states: Tensor
@@ -84,27 +84,28 @@ class LinearPhases:
         """Compute the states that enter the chunks and leave the spans, as if every span began empty."""
         if not self.options.entered:
             return None, None
-        S, leaving, totals = _empty(x), [], []
+        (batch, _, heads, _), S, leaving, totals = x.v.shape, empty_states(x), [], []
         h = S.new_empty(self.chunks.pieces.count, *S.shape)
         for block in self.chunks.blocks:
             tokens = _Tokens(block, x)
-            S = tokens.chain(_empty(x) if block.begins_span else S, h[block.chunks])
+            S = tokens.chain(empty_states(x) if block.begins_span else S, h[block.chunks])
             if x.g is not None and tokens.decays.total is not None:
-                totals.append(tokens.decays.total.view(-1, *S.shape[:2], *x.g.shape[3:]))
+                totals.append(tokens.decays.total.view(block.count, batch, heads, *x.g.shape[3:]))
             if block.ends_span:
                 leaving.append(S)
         kept = Kept(h, torch.cat(totals) if totals else None)
-        return AffineState(span_decays(kept.totals, self.chunks.pieces), torch.stack(leaving)), kept
+        states = torch.stack(leaving).unflatten(1, (batch, heads))
+        return AffineState(span_decays(kept.totals, self.chunks.pieces), states), kept
 
     def intra_forward(self, x: Inputs, work: Kept | None) -> tuple[Tensor, Kept]:
         """Compute the part of o [B,T,H,V] from tokens of the same chunk, before scaling. If nothing is exchanged,
         compute all of o."""
-        o, S, entering = torch.empty_like(x.v), _empty(x), []
+        o, S, entering = torch.empty_like(x.v), empty_states(x), []
         for block in self.chunks.blocks:
             tokens = _Tokens(block, x)
             o_ = tokens.scores @ tokens.v
             if work is None:
-                entering.append(_empty(x) if block.begins_span else S)
+                entering.append(empty_states(x) if block.begins_span else S)
                 H, S = self._states(tokens, entering[-1])
                 o_ = tokens.read(o_, H, self.options.scale)
             block.store(o, o_)
@@ -117,8 +118,8 @@ class LinearPhases:
             return o_intra, work
         before = self._before_chunks(work.totals, S_in)
         for block in self.chunks.blocks:
-            tokens, H, S = _Tokens(block, x), work.states[block.chunks], S_in[block.span]
-            H.add_(S) if before is None else H.addcmul_(over_state(before[block.chunks]), S)
+            tokens, H, S = _Tokens(block, x), work.states[block.chunks], S_in[block.span].flatten(0, 1)
+            H.add_(S) if before is None else H.addcmul_(over_state(before[block.chunks]).flatten(1, 2), S)
             block.store(o_intra, tokens.read(block.load(o_intra, tokens.heads), H, self.options.scale))
         return o_intra, work
 
@@ -126,20 +127,20 @@ class LinearPhases:
         """Compute dh, and dS_in by the chain of dh back to the start of each span, from empty gradients."""
         if S_in is None:
             return None, Reading(do, x, saved, None)
-        dh, dS_in, dS = torch.empty_like(saved.states), torch.empty_like(S_in), _empty(x)
+        dh, dS_in, dS = torch.empty_like(saved.states), torch.empty_like(S_in), empty_states(x)
         for block in reversed(self.chunks.blocks):
             tokens, dh_ = _Tokens(block, x), dh[block.chunks]
             dh_.copy_(tokens.read_backward(block.load(do, tokens.heads) * self.options.scale))
-            _, dS = tokens.chain_backward(dh_, _empty(x) if block.ends_span else dS)
+            _, dS = tokens.chain_backward(dh_, empty_states(x) if block.ends_span else dS)
             if block.begins_span:
-                dS_in[block.span] = dS
+                dS_in[block.span] = dS.view_as(S_in[block.span])
         return dS_in, Reading(do, x, saved, dh)
 
     def intra_backward(self, read: Reading) -> tuple[Tensor, Tensor | None, Local]:
         """Compute dq and the gradient of the bonus completely, and dk, dv and dg without the part that flows through
         the states after the chunks. If nothing is exchanged, compute all gradients."""
         do, x, kept, dh = read
-        dq, dk, dv, dS = torch.empty_like(x.q), torch.empty_like(x.k), torch.empty_like(x.v), _empty(x)
+        dq, dk, dv, dS = torch.empty_like(x.q), torch.empty_like(x.k), torch.empty_like(x.v), empty_states(x)
         dg = None if x.g is None else torch.empty_like(x.g)
         d_bonus = None if x.bonus is None else torch.zeros_like(x.bonus)
         for n, block in reversed(list(enumerate(self.chunks.blocks))):
@@ -147,7 +148,9 @@ class LinearPhases:
             H = kept.states[block.chunks] if dh is not None else self._states(tokens, kept.states[n])[0]
             dq_, dk_, dv_, dg_ = tokens.outputs_backward(do_, H, d_bonus)
             if dh is None and H is not None:
-                d_after, dS = tokens.chain_backward(tokens.read_backward(do_), _empty(x) if block.ends_span else dS)
+                d_after, dS = tokens.chain_backward(
+                    tokens.read_backward(do_), empty_states(x) if block.ends_span else dS
+                )
                 dk_through, dv_through, dg_through = tokens.writes_backward(H, d_after)
                 dk_, dv_ = dk_.add_(dk_through), dv_.add_(dv_through)
                 dg_ = None if dg_ is None or dg_through is None else dg_.add_(dg_through)
@@ -169,7 +172,7 @@ class LinearPhases:
         for block in reversed(self.chunks.blocks):
             tokens = _Tokens(block, x)
             if block.ends_span:
-                dS = _empty(x) if dS_out is None else dS_out[block.span]
+                dS = empty_states(x) if dS_out is None else dS_out[block.span].flatten(0, 1)
             d_after, dS = tokens.chain_backward(dh[block.chunks], dS)
             dk_, dv_, dg_ = tokens.writes_backward(kept.states[block.chunks], d_after)
             block.add(dk, dk_)
@@ -219,24 +222,15 @@ class _Tokens(Tokens):
             scores.diagonal(dim1=1, dim2=2).add_((self.bonus * self.q * self.k).sum(-1))
         return scores
 
-    def _by_chunk(self, x: Tensor) -> Tensor:
-        """View [(N B H),...] as [N,B,H,...]."""
-        return x.unflatten(0, (self.block.count, self.x.v.shape[0], self.heads))
-
-    @cached_property
-    def _decay(self) -> Tensor | None:
-        """The decay of a state over each whole chunk, [N,B,H,K or 1,1]."""
-        return None if self.decays.whole is None else self._by_chunk(self.decays.whole)
-
     def chain(self, S: Tensor, H: Tensor) -> Tensor:
-        """Compute the states H [N,B,H,K,V] that enter the chunks of a block that S enters. Returns the state after."""
-        added = self._by_chunk(self.written.mT @ self.v)
+        """Compute the states H [N,BH,K,V] that enter the chunks of a block that S enters. Returns the state after."""
+        added = self.by_chunk(self.written.mT @ self.v)
         states = [*H.unbind(), torch.empty_like(S)]
         states[0].copy_(S)
         for n, piece in enumerate(self.block.pieces):
             if piece.begins_document:
                 states[n].zero_()
-            self._step(added, n, states[n], out=states[n + 1])
+            self.decayed(n, states[n], out=states[n + 1], added=added[n])
         return states[-1]
 
     def chain_backward(self, dh: Tensor, dS: Tensor) -> tuple[Tensor, Tensor]:
@@ -246,25 +240,18 @@ class _Tokens(Tokens):
         states = [torch.empty_like(dS), *d_after.unbind()]
         states[-1].copy_(dS)
         for n in reversed(range(self.block.count)):
-            self._step(dh, n, states[n + 1], out=states[n])
+            self.decayed(n, states[n + 1], out=states[n], added=dh[n])
             if self.block.pieces[n].begins_document:
                 states[n].zero_()
         return d_after, states[0]
 
-    def _step(self, added: Tensor, n: int, S: Tensor, out: Tensor) -> None:
-        """Compute the n-th of `added` plus S, decayed over chunk n."""
-        if self._decay is None:
-            torch.add(added[n], S, out=out)
-        else:
-            torch.addcmul(added[n], self._decay[n], S, out=out)
-
     def read(self, o: Tensor, H: Tensor | None, scale: float) -> Tensor:
         """Return scale * (o + (exp(P) q) H)."""
-        return o * scale if H is None else torch.baddbmm(o, self.reading, H.flatten(0, 2), beta=scale, alpha=scale)
+        return o * scale if H is None else torch.baddbmm(o, self.reading, H.flatten(0, 1), beta=scale, alpha=scale)
 
     def read_backward(self, do: Tensor) -> Tensor:
         """Return the gradients of H from the outputs."""
-        return self._by_chunk(self.reading.mT @ do)
+        return self.by_chunk(self.reading.mT @ do)
 
     def outputs_backward(
         self, do: Tensor, H: Tensor | None, d_bonus: Tensor | None
@@ -272,7 +259,7 @@ class _Tokens(Tokens):
         """Return dq, and the parts of dk, dv and dg from the outputs of the same chunk. Adds to d_bonus."""
         d_scores = do @ self.v.mT
         d_self = None if self.bonus is None else d_scores.diagonal(dim1=1, dim2=2).unsqueeze(-1).clone()
-        dq_read = None if H is None else self.decays.since(do @ H.flatten(0, 2).mT)
+        dq_read = None if H is None else self.decays.since(do @ H.flatten(0, 1).mT)
         dq, dk, dg = self.decays.backward(d_scores, self.q, self.k, dq_read)
         if self.bonus is not None and d_self is not None and d_bonus is not None:
             dq.addcmul_(d_self, self.bonus * self.k)
@@ -282,12 +269,6 @@ class _Tokens(Tokens):
 
     def writes_backward(self, H: Tensor, d_after: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return the parts of dk, dv and dg that flow through the states after the chunks."""
-        H, d_after = H.flatten(0, 2), d_after.flatten(0, 2)
+        H, d_after = H.flatten(0, 1), d_after.flatten(0, 1)
         dk = self.decays.until(self.v @ d_after.mT)
         return dk, self.written @ d_after, self.decays.writes_backward(self.k, dk, H, d_after)
-
-
-def _empty(x: Inputs) -> Tensor:
-    """Return empty states [B,H,K,V]."""
-    batch, _, heads, width = x.v.shape
-    return x.v.new_zeros(batch, heads, x.k.shape[-1], width)
