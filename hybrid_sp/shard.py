@@ -25,6 +25,7 @@ from .comm.agreement import Agreement
 from .comm.groups import Group
 from .comm.link import Link
 from .comm.pending import Header
+from .eager import eager
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -328,6 +329,7 @@ class Shard:
             raise ValueError(f"take: dim {dim} of x has {x.shape[dim]} tokens, the sequence has {self.length}")
         return torch.cat([x.narrow(dim, start, end - start) for start, end in self.spans], dim)
 
+    @eager
     def gather(self, x_local: Tensor, dim: int = 1) -> Tensor:
         """Return the whole sequence; every rank gives its tokens along `dim`. Backward sums over ranks."""
         self.require_agreement()

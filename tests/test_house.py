@@ -17,7 +17,7 @@ import hybrid_sp
 ROOT = Path(__file__).parents[1]
 ROOMS = ["hybrid_sp", "layers", "recipes", "analysis"]
 LEVELS = [  # of the engine: a wing imports its own level or one before it
-    {"comm", "kernels", "backends"},
+    {"comm", "kernels", "backends", "eager"},
     {"shard", "mesh", "gradients"},
     {"overlap", "recompute", "checks"},
     {"exchange"},
@@ -150,12 +150,14 @@ def test_tests_are_no_packages() -> None:
 
 
 def test_the_engine_needs_torch_and_einops_alone() -> None:
-    """With the optional packages missing altogether; and importing it starts neither CUDA nor a process group."""
+    """With the optional packages missing altogether; and importing it starts neither CUDA nor a process group, nor
+    does it import torch's compiler."""
     code = f"""
 import sys
 sys.modules.update(dict.fromkeys({NOT_FOR_THE_ENGINE}))  # importing None raises ModuleNotFoundError
 import hybrid_sp, torch
 assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()
+assert "torch._dynamo" not in sys.modules, "this costs every process a second"
 """
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)

@@ -12,8 +12,6 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from . import collectives
 from .groups import Group
 
@@ -29,7 +27,6 @@ class Agreement:
         what = f"the comparison of sp.shard ({lines[0]}), which every rank of the group must call, in the same order"
         self._pending = collectives.start_texts("\n".join(lines), group, what)
 
-    @torch.compiler.disable
     def require(self) -> None:
         """Wait for the other ranks, the first time; raise ValueError, on every rank and every time, if any differ."""
         if self._difference:

@@ -35,4 +35,11 @@ RECURRENCE_MUTANTS = [
         new="if False:",
         test=f"{PARITY}[1-contiguous-delta]",
     ),
+    Mutant(
+        name="operators traced by torch.compile",
+        file="hybrid_sp/eager.py",
+        old="if torch.compiler.is_compiling()",
+        new="if False",
+        test="tests/layers/test_compile.py::test_a_block_breaks_once_at_every_operator[softmax]",
+    ),
 ]

@@ -375,7 +375,7 @@ FAULTS: dict[str, Callable[[int], None]] = {
 
 if __name__ == "__main__":
     import matplotlib.pyplot  # noqa: F401
-    import torch
+    import torch._dynamo  # an optimiser imports it
     import wandb  # noqa: F401
 
     import recipes.train  # noqa: F401

@@ -22,7 +22,9 @@ from typing import Any
 def fork_ranks(pipe: Connection) -> None:
     """Answer the tests: fork a rank and say its number, or wait for one to end and say its exit code."""
     sys.path[:] = pipe.recv()
-    import hybrid_sp  # noqa: F401 (and torch, so that no rank has to; neither starts a thread)
+    import torch._dynamo  # noqa: F401 (an optimiser imports it)
+
+    import hybrid_sp  # noqa: F401 (and torch, so that no rank has to; none of them starts a thread)
 
     while True:
         try:
