@@ -28,7 +28,7 @@ def limit(sizes: Sizes, out: Path) -> Result:
     rows: dict[tuple[str, int], Row] = {}
     for _ in range(sizes.rounds):
         for label, tree in trees.items():
-            for part in (*probe.PARTS, "phases"):
+            for part in (*probe.PARTS, "phases", "ranks"):
                 for (name, length), seconds in _probe(part, tree, sizes).items():
                     key = f"{part}: {name}{label}", length
                     rows.setdefault(key, Row(contender=key[0], length=length)).values.extend(seconds)
@@ -57,9 +57,12 @@ def limit(sizes: Sizes, out: Path) -> Result:
 
 def _probe(part: str, tree: Path, sizes: Sizes) -> dict[tuple[str, int], list[float]]:
     """Time one part in a process of its own, in a checkout."""
-    lengths = {"shares": sizes.compared, "growth": (sizes.lengths[0], sizes.lengths[-1])}.get(part, sizes.compared[:1])
-    repetitions = sizes.repetitions * (20 if part == "small" else 1)
-    command = [sys.executable, probe.__file__, part, json.dumps(lengths), str(repetitions)]
+    lengths = {"shares": sizes.compared, "growth": (sizes.lengths[0], sizes.lengths[-1]), "ranks": (probe.CHUNK,)}.get(
+        part, sizes.compared[:1]
+    )
+    repetitions = sizes.repetitions * (20 if part in ("small", "ranks") else 1)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2") if part == "ranks" else ()
+    command = [sys.executable, *launcher, probe.__file__, part, json.dumps(lengths), str(repetitions)]
     run = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(tree)}, capture_output=True, text=True)
     if run.returncode:
         raise RuntimeError(f"{' '.join(command)} failed in {tree}:\n{run.stderr}")
@@ -122,6 +125,11 @@ def _claims(rows: Rows, sizes: Sizes) -> list[Claim]:
     ]
     ours, plain = (rows[f"small: {name}", probe.CHUNK].median for name in (probe.SHORT, probe.PLAIN))
     claims.append(Claim(what="one chunk, time over plain torch", measured=ours / plain, at_most=2.0))
+    ours, launches, plain = (
+        rows[f"ranks: {name}", probe.CHUNK].median for name in (probe.ON_RANKS, probe.LAUNCHES, probe.PLAIN)
+    )
+    what = "one chunk on each of two ranks, without communication, time over plain torch"
+    claims.append(Claim(what=what, measured=(ours - launches) / plain, at_most=2.5))
     first, last = sizes.lengths[0], sizes.lengths[-1]
     for kind in ("[B,T,H]", "delta rule [B,T,H]"):
         per_token = [rows[f"growth: {kind}", length].median / length for length in (first, last)]

@@ -1,7 +1,7 @@
 """Time one part of the table of `limit`: ``PYTHONPATH=CHECKOUT python probe.py PART LENGTHS REPETITIONS``.
 
 The program prints a JSON object from "name, length" to seconds. It uses the public operators alone, so that it can time
-the checkout of an earlier commit.
+the checkout of an earlier commit. Part `ranks` needs two processes of torchrun.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -24,6 +25,7 @@ SQUARES, AT_ONCE = 256, 16  # matrices of 64 x 64 in the product that is the cei
 CEILING = "torch.bmm, 16 times 256 pairs of 64 x 64"
 KINDS = ("no decay", "[B,T,H]", "[B,T,H,K]", "delta rule [B,T,H]", "delta rule [B,T,H,K]")
 SHORT, PLAIN = "linear_attention, one chunk", "the same in plain torch"
+ON_RANKS, LAUNCHES = "linear_attention, one chunk on each of two ranks", "launching two gathers of its states"
 OURS, SDPA = "softmax_attention", "torch SDPA"
 Timed = Callable[[], object]
 
@@ -109,7 +111,40 @@ def phases(length: int, repetitions: int) -> dict[str, list[float]]:
     return seconds
 
 
-def memory(length: int) -> dict[str, list[float]]:
+def ranks(length: int, repetitions: int) -> dict[str, list[float]]:
+    """Return the seconds of one short call on two ranks without its waits, of launching its two gathers, and of the
+    mathematics of one rank in plain torch."""
+    torch.set_num_threads(1)
+    group = hsp.init_mesh(sp=2)["sp"].get_group()
+    run, alone = operator("no decay", length, shard=hsp.SequenceParallel(group).shard(2 * length)), plain(length)
+    gather = (
+        getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    )  # the name since torch 2.13, and before
+    state, states = torch.zeros(HEADS * WIDTH * WIDTH), torch.zeros(2 * HEADS * WIDTH * WIDTH)
+    seconds: dict[str, list[float]] = {f"{name}, {length}": [] for name in (ON_RANKS, LAUNCHES, PLAIN)}
+    for _ in range(2 + repetitions):
+        dist.barrier(group)
+        begin = time.perf_counter()
+        with hsp.ledger() as book:
+            run()
+        called = time.perf_counter() - begin - book.blocked_seconds
+        dist.barrier(group)
+        begin = time.perf_counter()
+        gathers = [gather(states, state, group, async_op=True) for _ in range(2)]
+        launched = time.perf_counter() - begin
+        for work in gathers:
+            work.wait()
+        dist.barrier(group)
+        begin = time.perf_counter()
+        alone()
+        for values, value in zip(seconds.values(), (called, launched, time.perf_counter() - begin), strict=True):
+            values.append(value)
+    is_first = dist.get_rank(group) == 0
+    dist.destroy_process_group()
+    return {name: values[2:] for name, values in seconds.items()} if is_first else {}
+
+
+def memory(length: int, repetitions: int) -> dict[str, list[float]]:
     """Return the peak of the bytes that a call adds to its inputs."""
     from analysis.bench.meter import Meter
 
@@ -123,7 +158,8 @@ def memory(length: int) -> dict[str, list[float]]:
     return peaks
 
 
-PARTS = {part.__name__: part for part in (shares, small, growth, softmax)}
+PARTS = {part.__name__: part for part in (shares, small, growth, softmax)}  # whose cases take turns
+ALONE = {part.__name__: part for part in (phases, ranks, memory)}
 
 
 def main(part: str, lengths: str, repetitions: str) -> None:
@@ -133,9 +169,10 @@ def main(part: str, lengths: str, repetitions: str) -> None:
         from recipes.allocator import keep_freed_memory
 
         keep_freed_memory()
-    if part not in PARTS:
+    if part in ALONE:
         (length,) = json.loads(lengths)
-        print(json.dumps(memory(length) if part == "memory" else phases(length, int(repetitions))))
+        if found := ALONE[part](length, int(repetitions)):
+            print(json.dumps(found))
         return
     cases = PARTS[part](json.loads(lengths))
     seconds: dict[str, list[float]] = {f"{name}, {length}": [] for name, length in cases}

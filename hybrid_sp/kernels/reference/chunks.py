@@ -12,6 +12,7 @@ import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -40,31 +41,31 @@ class Block:
     rows: Tensor | None = None
     places: Tensor | None = None
 
-    @property
+    @cached_property
     def count(self) -> int:
         return len(self.pieces)
 
-    @property
+    @cached_property
     def chunks(self) -> slice:
         """The indices of this block's chunks among all chunks of the rank."""
         return slice(self.first, self.first + self.count)
 
-    @property
+    @cached_property
     def begins_span(self) -> bool:
         return self.pieces[0].begins_span
 
-    @property
+    @cached_property
     def ends_span(self) -> bool:
         return self.pieces[-1].ends_span
 
-    @property
+    @cached_property
     def padding(self) -> int:
         return self.count * self.chunk - (self.stop - self.start)
 
     def load(self, x_BTHD: Tensor, heads: int) -> Tensor:
         """Return the tokens of this block as [(N B H), C, D] with N chunks. Key heads are repeated up to `heads`. The
         result may be a view: do not write to it."""
-        x = x_BTHD[:, self.start : self.stop]
+        x = x_BTHD.narrow(1, self.start, self.stop - self.start)
         if self.rows is not None:
             x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, 1)).index_select(1, self.rows.to(x.device))
         elif self.padding:
@@ -92,7 +93,7 @@ class Block:
         x = x.view(self.count, batch, heads, self.chunk, *width)
         if groups < heads:
             x = x.unflatten(2, (groups, -1)).sum(3)
-        place = out_BTHD[:, self.start : self.stop]
+        place = out_BTHD.narrow(1, self.start, self.stop - self.start)
         if not self.padding:
             return self._by_chunk(place), x
         x = x.transpose(2, 3).transpose(0, 1).flatten(1, 2)  # [B, N C, G, D]

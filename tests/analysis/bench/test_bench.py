@@ -40,7 +40,7 @@ LONG = ("limit", "delta", "mixers", "strategies", "overlap", "exchange_vs_length
 NAIVE, CHUNKED = "fla-core naive_chunk_simple_gla", "transformers torch_chunk_gated_delta_rule"
 MIXER_COUNT = sum(spec.letter == "L" for spec in MIXERS.values())
 ROWS = {  # without peers: lengths, heads, passes, decays and so on, multiplied
-    "limit": (1 + 5) + 2 + 2 * 2 + 2 + 5 * 8,
+    "limit": (1 + 5) + 2 + 2 * 2 + 2 + 5 * 8 + 3,
     "linear": 2 * 4 + 1,
     "delta": 2 * 3,
     "mixers": 2 * MIXER_COUNT,
@@ -51,7 +51,7 @@ ROWS = {  # without peers: lengths, heads, passes, decays and so on, multiplied
     "memory": 2 * 2 * len(KINDS),
     "kernels": 2 * 2 * 2 * len(DECAYS) + 2 * 2 + 2 * 2 + 2 * 2 * 2 * len(overlap_model.PHASES),
 }
-CLAIMS = {"limit": 5 + 1 + 2 + 1, "linear": 3, "delta": 1, "mixers": MIXER_COUNT, "strategies": 7, "overlap": 8,
+CLAIMS = {"limit": 5 + 1 + 1 + 2 + 1, "linear": 3, "delta": 1, "mixers": MIXER_COUNT, "strategies": 7, "overlap": 8,
           "balance": 1, "exchange_vs_length": 1, "memory": len(KINDS) + 1, "kernels": 0}  # fmt: skip
 
 
