@@ -25,11 +25,12 @@ from ..checks import compute_dtype, require
 from ..comm import collectives
 from ..comm.pending import Header
 from ..exchange.strategy import GRADIENT, TokenSizes, TokenStrategy
+from ..exchange.visible import tiles_by_rank
 from ..kernels.softmax.tiles import Tile
 from ..overlap import Call
 from ..shard import Shard, spans_of
 from . import left_product as quadratic
-from .ring_attention import Block, Ring, tiles_of
+from .ring_attention import Block, Ring
 
 
 def left_product(
@@ -63,7 +64,9 @@ def left_product(
         'linear="ring_attention" takes log_decay [H] or [B,T,H], not one per key channel',
     )
     g = v.new_zeros(v.shape[2], dtype=compute_dtype(q)) if log_decay is None else log_decay.to(compute_dtype(q))
-    return _LeftProduct.apply(Call(shard, "linear"), shard.once(tiles_of, causal), q, k, v, g, normalize, scale)
+    return _LeftProduct.apply(
+        Call(shard, "linear"), shard.once(tiles_by_rank, causal, None), q, k, v, g, normalize, scale
+    )
 
 
 class _LeftProduct(torch.autograd.Function):

@@ -21,7 +21,7 @@ from ..checks import compute_dtype
 from ..comm import messages
 from ..comm.pending import Header, Pending
 from ..exchange.strategy import GRADIENT, TokenSizes, TokenStrategy
-from ..exchange.visible import own_tiles, tiles_by_rank
+from ..exchange.visible import tiles_by_rank
 from ..kernels.softmax.tiled import attend_tiles, attend_tiles_backward
 from ..kernels.softmax.tiles import Tile
 from ..overlap import Call
@@ -80,18 +80,11 @@ class Ring:
         return Pending(lambda: arrived)
 
 
-def tiles_of(shard: Shard, causal: bool, window: int | None = None) -> list[list[Tile]]:
-    """Return the tiles of this rank's queries over every rank's keys; over its own, first those with fresh queries."""
-    tiles = tiles_by_rank(shard, causal, window)
-    tiles[shard.sp.rank] = own_tiles(shard, causal, window, shard.tokens) + tiles[shard.sp.rank]
-    return tiles
-
-
 def ring_softmax(
     q: Tensor, k: Tensor, v: Tensor, shard: Shard, causal: bool, window: int | None, scale: float, backend: str
 ) -> Tensor:
     """Compute softmax attention as in `softmax_attention`; q [B,T,H,D], k and v [B,T,G,D]."""
-    return _Softmax.apply(Call(shard, "softmax"), shard.once(tiles_of, causal, window), q, k, v, scale, backend)
+    return _Softmax.apply(Call(shard, "softmax"), shard.once(tiles_by_rank, causal, window), q, k, v, scale, backend)
 
 
 class _Softmax(torch.autograd.Function):

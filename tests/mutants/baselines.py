@@ -95,9 +95,9 @@ BASELINE_MUTANTS = [
     ),
     Mutant(
         name="queries that are fresh merged with what memory held",
-        file="hybrid_sp/baselines/ring_attention.py",
-        old="own_tiles(shard, causal, window, shard.tokens) + tiles[shard.sp.rank]",
-        new="tiles[shard.sp.rank] + own_tiles(shard, causal, window, shard.tokens)",
+        file="hybrid_sp/exchange/visible.py",
+        old="                    found += _before(",
+        new="                    found[:0] = _before(",
         test=f"{BASELINES}::test_rings[ring-2-zigzag]",
     ),
     Mutant(

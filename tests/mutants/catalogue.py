@@ -385,7 +385,7 @@ MUTANTS = [
     Mutant(
         name="tokens between a window and its queries not counted",
         file="hybrid_sp/exchange/visible.py",
-        old="window - (end - first)",
+        old="window - between",
         new="window",
         test="tests/hybrid_sp/exchange/test_visible.py::test_parts_over_the_keys_of_each_rank_are_the_mask",
     ),

@@ -1,7 +1,7 @@
 """Time one part of the table of `limit`: ``PYTHONPATH=CHECKOUT python probe.py PART LENGTHS REPETITIONS``.
 
-The program prints a JSON object from "name, length" to seconds. It uses the public operators alone, so that it can time
-the checkout of an earlier commit. Part `ranks` needs two processes of torchrun.
+The program prints a JSON object from "name, length" to seconds. It uses names that earlier commits have too, so that it
+can time their checkouts. Part `ranks` needs two processes of torchrun.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 import hybrid_sp as hsp
+from hybrid_sp.comm import collectives, groups
 
 HEADS, WIDTH, CHUNK = 4, 64, 64
 SQUARES, AT_ONCE = 256, 16  # matrices of 64 x 64 in the product that is the ceiling, and products in a row
 CEILING = "torch.bmm, 16 times 256 pairs of 64 x 64"
 KINDS = ("no decay", "[B,T,H]", "[B,T,H,K]", "delta rule [B,T,H]", "delta rule [B,T,H,K]")
 SHORT, PLAIN = "linear_attention, one chunk", "the same in plain torch"
-ON_RANKS, LAUNCHES = "linear_attention, one chunk on each of two ranks", "launching two gathers of its states"
+ON_RANKS = "linear_attention, one chunk on each of two ranks"
 OURS, SDPA = "softmax_attention", "torch SDPA"
 Timed = Callable[[], object]
 
@@ -112,36 +112,26 @@ def phases(length: int, repetitions: int) -> dict[str, list[float]]:
 
 
 def ranks(length: int, repetitions: int) -> dict[str, list[float]]:
-    """Return the seconds of one short call on two ranks without its waits, of launching its two gathers, and of the
-    mathematics of one rank in plain torch."""
+    """Return the seconds of one short call on two ranks, without its waits, and those of plain torch on one."""
     torch.set_num_threads(1)
     group = hsp.init_mesh(sp=2)["sp"].get_group()
     run, alone = operator("no decay", length, shard=hsp.SequenceParallel(group).shard(2 * length)), plain(length)
-    gather = (
-        getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    )  # the name since torch 2.13, and before
-    state, states = torch.zeros(HEADS * WIDTH * WIDTH), torch.zeros(2 * HEADS * WIDTH * WIDTH)
-    seconds: dict[str, list[float]] = {f"{name}, {length}": [] for name in (ON_RANKS, LAUNCHES, PLAIN)}
-    for _ in range(2 + repetitions):
-        dist.barrier(group)
+    seconds: dict[str, list[float]] = {f"{ON_RANKS}, {length}": [], f"{PLAIN}, {length}": []}
+    for repetition in range(-2, repetitions):
+        collectives.barrier(group)
         begin = time.perf_counter()
         with hsp.ledger() as book:
             run()
         called = time.perf_counter() - begin - book.blocked_seconds
-        dist.barrier(group)
-        begin = time.perf_counter()
-        gathers = [gather(states, state, group, async_op=True) for _ in range(2)]
-        launched = time.perf_counter() - begin
-        for work in gathers:
-            work.wait()
-        dist.barrier(group)
+        collectives.barrier(group)
         begin = time.perf_counter()
         alone()
-        for values, value in zip(seconds.values(), (called, launched, time.perf_counter() - begin), strict=True):
-            values.append(value)
-    is_first = dist.get_rank(group) == 0
-    dist.destroy_process_group()
-    return {name: values[2:] for name, values in seconds.items()} if is_first else {}
+        for values, value in zip(seconds.values(), (called, time.perf_counter() - begin), strict=True):
+            if repetition >= 0:
+                values.append(value)
+    first = groups.rank(group) == 0
+    collectives.leave(group)
+    return seconds if first else {}
 
 
 def memory(length: int, repetitions: int) -> dict[str, list[float]]:

@@ -40,7 +40,7 @@ LONG = ("limit", "delta", "mixers", "strategies", "overlap", "exchange_vs_length
 NAIVE, CHUNKED = "fla-core naive_chunk_simple_gla", "transformers torch_chunk_gated_delta_rule"
 MIXER_COUNT = sum(spec.letter == "L" for spec in MIXERS.values())
 ROWS = {  # without peers: lengths, heads, passes, decays and so on, multiplied
-    "limit": (1 + 5) + 2 + 2 * 2 + 2 + 5 * 8 + 3,
+    "limit": (1 + 5) + 2 + 2 * 2 + 2 + 5 * 8 + 2,
     "linear": 2 * 4 + 1,
     "delta": 2 * 3,
     "mixers": 2 * MIXER_COUNT,

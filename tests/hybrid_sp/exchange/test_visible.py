@@ -10,7 +10,7 @@ from torch import Tensor
 
 import hybrid_sp as hsp
 from hybrid_sp.comm import groups
-from hybrid_sp.exchange.visible import own_tiles, tiles_by_rank
+from hybrid_sp.exchange.visible import tiles_by_rank
 from hybrid_sp.kernels.softmax.tiles import Tile
 from tests.hybrid_sp.cases import LENGTH, LONG_DOCUMENTS, SHORT_DOCUMENTS
 
@@ -44,16 +44,16 @@ def check_parts(sp: hsp.SequenceParallel, rank: int) -> None:
         shard = sp.shard(LENGTH, documents)
         tokens = [torch.cat([torch.arange(*span) for span in shard.spans_at(r)]) for r in range(sp.size)]
         mine = tokens[rank]
-        own = own_tiles(shard, causal, window, len(mine))
+        todo = tiles_by_rank(shard, causal, window)
         want = visible(causal, window, documents)[mine]
         got = torch.zeros_like(want)
-        for keys, todo in ((mine, own), *zip(tokens, tiles_by_rank(shard, causal, window), strict=True)):
-            for part in todo:
+        for keys, parts in zip(tokens, todo, strict=True):
+            for part in parts:
                 i, j = pairs(part).unbind(1)
                 got.index_put_((i, keys[j]), torch.ones_like(i, dtype=got.dtype), accumulate=True)
         where = f"{causal=} {window=} {documents} on rank {rank}"
         assert torch.equal(got, want), where
-        fresh = torch.cat([pairs(part)[:, 0].unique() for part in own if part.fresh])
+        fresh = torch.cat([pairs(part)[:, 0].unique() for part in todo[rank] if part.fresh])
         assert torch.equal(fresh.sort().values, torch.arange(len(mine))), where
 
 
