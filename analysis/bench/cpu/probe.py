@@ -26,6 +26,7 @@ CEILING = "torch.bmm, 16 times 256 pairs of 64 x 64"
 KINDS = ("no decay", "[B,T,H]", "[B,T,H,K]", "delta rule [B,T,H]", "delta rule [B,T,H,K]")
 SHORT, PLAIN = "linear_attention, one chunk", "the same in plain torch"
 ON_RANKS = "linear_attention, one chunk on each of two ranks"
+STEP = "training step of the quickstart's model"
 OURS, SDPA = "softmax_attention", "torch SDPA"
 Timed = Callable[[], object]
 
@@ -135,17 +136,35 @@ def ranks(length: int, repetitions: int) -> dict[str, list[float]]:
 
 
 def memory(length: int, repetitions: int) -> dict[str, list[float]]:
-    """Return the peak of the bytes that a call adds to its inputs."""
+    """Return the peak of the bytes that a call adds to its inputs, and a training step to weights and optimizer."""
     from analysis.bench.meter import Meter
 
     peaks: dict[str, list[float]] = {}
-    for kind in KINDS:
-        run = operator(kind, length)
+    for name, run in [*((kind, operator(kind, length)) for kind in KINDS), (STEP, training_step(length))]:
         run()
         with Meter() as meter:
             run()
-        peaks[f"{kind}, {length}"] = [float(meter.peak)]
+        peaks[f"{name}, {length}"] = [float(meter.peak)]
     return peaks
+
+
+def training_step(length: int) -> Timed:
+    """Return a training step of the quickstart's model."""
+    from layers.config import ModelConfig
+    from layers.model import HybridLM
+
+    torch.manual_seed(0)
+    model = HybridLM(ModelConfig(dim=96, depth=8, heads=4, linear="gla", ratio="1/4"))
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    tokens = torch.randint(256, (1, length))
+
+    def run() -> None:
+        loss = F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return run
 
 
 PARTS = {part.__name__: part for part in (shares, small, growth, softmax)}  # whose cases take turns
