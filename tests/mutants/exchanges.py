@@ -185,4 +185,18 @@ EXCHANGE_MUTANTS = [
         new="rows[self.shard.span_count]",
         test=f"{SCAN}[4-contiguous-star]",
     ),
+    Mutant(
+        name="a ring whose ranks all receive first",
+        file="hybrid_sp/comm/messages.py",
+        old="    if me % 2:",
+        new="    if True:",
+        test="tests/hybrid_sp/comm/test_nccl.py::test_every_exchange_meets_in_order[2]",
+    ),
+    Mutant(
+        name="doubling that receives before it sends, on every rank",
+        file="hybrid_sp/exchange/doubling.py",
+        old="for p in range(d, count):",
+        new="for p in sorted(range(d, count), key=lambda p: scan.owners[p] != scan.here):",
+        test="tests/hybrid_sp/comm/test_nccl.py::test_every_exchange_meets_in_order[2]",
+    ),
 ]
