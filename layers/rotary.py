@@ -13,9 +13,13 @@ def token_positions(x_BTD: Tensor, shard: Shard | None, cache: LayerCache | None
     """Return the position [T] of each local token: the shard's, or the next ones after those in the cache."""
     require_one_device(shard, cache)
     if shard is not None:
-        return shard.positions.to(x_BTD.device)
+        return shard.positions if x_BTD.device.type == "cpu" else shard.once(_positions, x_BTD.device)
     start = 0 if cache is None else cache.position
     return torch.arange(start, start + x_BTD.shape[1], device=x_BTD.device)
+
+
+def _positions(shard: Shard, device: torch.device) -> Tensor:
+    return shard.positions.to(device)
 
 
 def rotate(positions_T: Tensor, base: float, *tensors_BTHK: Tensor) -> list[Tensor]:

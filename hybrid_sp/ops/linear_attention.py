@@ -157,7 +157,8 @@ def _by_states(
         known = (_lengths(shard.bounds, g.dtype, g.device)[:, None] * g.detach()).unsqueeze(1)
         x = x._replace(g=g.expand(*x.v.shape[:3]))
     if known is not None:
-        known[list(shard.broken)] = float("-inf")
+        for span in shard.broken:
+            known[span].fill_(float("-inf"))
     return run_recurrence(
         recurrence,
         x,

@@ -199,7 +199,7 @@ class _Local(torch.autograd.Function):
         ctx.call, ctx.exchange, ctx.starts = call, exchange, starts
         ctx.save_for_backward(x, weight)
         with call.phase("own", "forward", x):
-            return kernel.local_forward(x, Taps(weight, starts, x.shape[1]), bias, exchange.dtype)
+            return kernel.local_forward(x, Taps(weight, starts, x), bias, exchange.dtype)
 
     @staticmethod
     @once_differentiable
@@ -207,7 +207,7 @@ class _Local(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         want_x, _, want_weight, want_bias = ctx.needs_input_grad[2:6]
         with ctx.call.phase("own", "backward", x):
-            taps = Taps(weight, ctx.starts, x.shape[1])
+            taps = Taps(weight, ctx.starts, x)
             ctx.exchange.own, d_weight = kernel.local_backward(dy, x, taps, want_x, want_weight)
             d_bias = dy.sum((0, 1)) if want_bias else None
         return None, None, dy.new_empty(0) if want_x else None, None, d_weight, d_bias, None
@@ -224,14 +224,14 @@ class _AddHalo(torch.autograd.Function):
         ctx.save_for_backward(halo, weight)
         ctx.mark_dirty(y)
         with call.phase("halo", "forward", y):
-            return kernel.halo_forward(y, halo, Taps(weight, [], y.shape[1]), reaches)
+            return kernel.halo_forward(y, halo, Taps(weight, [], y), reaches)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         halo, weight = ctx.saved_tensors
         with ctx.call.phase("halo", "backward", dy):
-            d_halo, d_weight = kernel.halo_backward(dy, halo, Taps(weight, [], dy.shape[1]), ctx.reaches)
+            d_halo, d_weight = kernel.halo_backward(dy, halo, Taps(weight, [], dy), ctx.reaches)
         return None, dy, d_halo, None if weight is None else d_weight, None
 
 

@@ -9,6 +9,7 @@ GENERATE = "tests/recipes/test_generate.py"
 STRANGER = "tests/recipes/test_checkpoint.py::test_a_checkpoint_of_a_stranger_runs_nothing"
 RUNS = "tests/analysis/test_runs.py"
 FAMILIES = "tests/analysis/test_families.py"
+DEVICE = "tests/layers/test_device.py::test_no_mixer_stops_the_host[documents1-True]"
 
 MODEL_MUTANTS = [
     Mutant(
@@ -122,5 +123,33 @@ MODEL_MUTANTS = [
         old='    if summary.transition == "matrix":\n        return "delta rule"\n',
         new='    if summary.transition == "matrix":\n        return "vector gate"\n',
         test=f"{FAMILIES}::test_what_each_mixer_is_and_keeps",
+    ),
+    Mutant(
+        name="positions copied to the device in every layer",
+        file="layers/rotary.py",
+        old="shard.once(_positions, x_BTD.device)",
+        new="_positions(shard, x_BTD.device)",
+        test=DEVICE,
+    ),
+    Mutant(
+        name="starts of a convolution copied to the device in every call",
+        file="hybrid_sp/kernels/reference/conv.py",
+        old="@functools.lru_cache(maxsize=64)\ndef _crossing",
+        new="def _crossing",
+        test=DEVICE,
+    ),
+    Mutant(
+        name="rows of documents copied to the device in every call",
+        file="hybrid_sp/kernels/reference/chunks.py",
+        old="@functools.lru_cache(maxsize=64)\ndef _chunks",
+        new="def _chunks",
+        test=DEVICE,
+    ),
+    Mutant(
+        name="broken spans given as a list of indices",
+        file="hybrid_sp/ops/linear_attention.py",
+        old='        for span in shard.broken:\n            known[span].fill_(float("-inf"))\n',
+        new='        known[list(shard.broken)] = float("-inf")\n',
+        test=DEVICE,
     ),
 ]

@@ -67,7 +67,7 @@ class Block:
         result may be a view: do not write to it."""
         x = x_BTHD.narrow(1, self.start, self.stop - self.start)
         if self.rows is not None:
-            x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, 1)).index_select(1, self.rows.to(x.device))
+            x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, 1)).index_select(1, self.rows)
         elif self.padding:
             x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, self.padding))
         batch, _, groups, *width = x.shape
@@ -97,7 +97,7 @@ class Block:
         if not self.padding:
             return self._by_chunk(place), x
         x = x.transpose(2, 3).transpose(0, 1).flatten(1, 2)  # [B, N C, G, D]
-        return place, x[:, : place.shape[1]] if self.places is None else x.index_select(1, self.places.to(x.device))
+        return place, x[:, : place.shape[1]] if self.places is None else x.index_select(1, self.places)
 
     def _by_chunk(self, x: Tensor) -> Tensor:
         """View [B, N C, G, D] as [N, B, G, C, D]."""
@@ -117,23 +117,23 @@ def chunks_of(spans: Spans, v_BTHV: Tensor, key_width: int) -> Chunks:
     """Cut spans into chunks, and group these in blocks for the batch and heads of v."""
     batch, _, heads, width = v_BTHV.shape
     chunk = CHUNK if max(key_width, width) > CHUNK // 2 else CHUNK // 2
-    return _chunks(spans, batch * heads, chunk, BLOCK_ROWS)
+    return _chunks(spans, batch * heads, chunk, BLOCK_ROWS, v_BTHV.device)
 
 
 @functools.lru_cache(maxsize=64)
-def _chunks(spans: Spans, rows_per_token: int, chunk: int, block_rows: int) -> Chunks:
+def _chunks(spans: Spans, rows_per_token: int, chunk: int, block_rows: int, device: torch.device) -> Chunks:
     longest = max(piece.stop - piece.start for piece in cut(spans).all)
     size = min(chunk, 1 << (longest - 1).bit_length())
     pieces, per_block = cut(spans, size), max(1, block_rows // (rows_per_token * size))
     blocks = [
-        _block(span, size, first, pieces.all[first : min(first + per_block, end)])
+        _block(span, size, first, pieces.all[first : min(first + per_block, end)], device)
         for span, (start, end) in enumerate(itertools.pairwise(pieces.bounds))
         for first in range(start, end, per_block)
     ]
     return Chunks(pieces, tuple(blocks))
 
 
-def _block(span: int, size: int, first: int, chunks: Sequence[Piece]) -> Block:
+def _block(span: int, size: int, first: int, chunks: Sequence[Piece], device: torch.device) -> Block:
     start, stop = chunks[0].start, chunks[-1].stop
     rows = places = None
     if any(chunk.stop - chunk.start < size for chunk in chunks[:-1]):
@@ -141,7 +141,7 @@ def _block(span: int, size: int, first: int, chunks: Sequence[Piece]) -> Block:
         for n, chunk in enumerate(chunks):
             rows[n, : chunk.stop - chunk.start] = torch.arange(chunk.start - start, chunk.stop - start)
         rows = rows.flatten()
-        places = (rows < stop - start).nonzero().squeeze(1)
+        rows, places = rows.to(device), (rows < stop - start).nonzero().squeeze(1).to(device)
     return Block(span, start, stop, size, first, tuple(chunks), rows, places)
 
 

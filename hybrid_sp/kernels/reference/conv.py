@@ -10,6 +10,7 @@ is multiply-adds of shifted tokens, block by block, so a block stays in the cach
 from __future__ import annotations
 
 import bisect
+import functools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -22,17 +23,24 @@ class Taps:
     """The taps of one call: weight [D,W], or None for the shift. `starts` are local tokens in ascending order, without
     0."""
 
-    def __init__(self, weight: Tensor | None, starts: Sequence[int], tokens: int) -> None:
+    def __init__(self, weight: Tensor | None, starts: Sequence[int], x: Tensor) -> None:
         self.width = 2 if weight is None else weight.shape[1]
         self.weights = [None, None] if weight is None else list(weight.t().flip(0).contiguous())
-        self._crossing = [
-            sorted({t for start in starts for t in range(start, min(start + j, tokens))}) for j in range(self.width)
-        ]
+        self._crossing = _crossing(tuple(starts), self.width, x.shape[1], x.device)
 
-    def crossing(self, j: int, begin: int, end: int) -> list[int]:
-        """Return the tokens of [begin, end) whose tap j would cross a start, counted from begin."""
-        tokens = self._crossing[j]
-        return [t - begin for t in tokens[bisect.bisect_left(tokens, begin) : bisect.bisect_left(tokens, end)]]
+    def crossing(self, j: int, begin: int, end: int) -> Tensor | None:
+        """Return the tokens of [begin, end) whose tap j would cross a start, counted from begin; None if no tap
+        does."""
+        tokens, index = self._crossing[j]
+        first, last = bisect.bisect_left(tokens, begin), bisect.bisect_left(tokens, end)
+        return index[first:last] - begin if first < last else None
+
+
+@functools.lru_cache(maxsize=64)
+def _crossing(starts: tuple[int, ...], width: int, tokens: int, device: torch.device) -> list[tuple[list[int], Tensor]]:
+    """Return for each tap the tokens whose tap would cross a start, here and on the device."""
+    found = [sorted({t for start in starts for t in range(start, min(start + j, tokens))}) for j in range(width)]
+    return [(here, torch.tensor(here, device=device)) for here in found]
 
 
 def blocks(x: Tensor) -> Iterator[tuple[int, int]]:
@@ -117,6 +125,6 @@ def _add(out: Tensor, x: Tensor, weight: Tensor | None) -> None:
     out.add_(x) if weight is None else out.addcmul_(x, weight)
 
 
-def _cleared(x: Tensor, tokens: list[int]) -> Tensor:
+def _cleared(x: Tensor, tokens: Tensor | None) -> Tensor:
     """Return x with these tokens set to zero, or x itself if there are none."""
-    return x.index_fill(1, torch.tensor(tokens, device=x.device), 0) if tokens else x
+    return x if tokens is None else x.index_fill(1, tokens, 0)

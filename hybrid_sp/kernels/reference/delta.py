@@ -107,7 +107,9 @@ class DeltaPhases:
         if not self.options.entered:
             return None, kept
         leaving = []
-        first = S = torch.cat([empty_states(x), torch.eye(key).to(x.k).expand(batch * heads, key, key)], -1)
+        first = S = torch.cat(
+            [empty_states(x), torch.eye(key, dtype=x.k.dtype, device=x.k.device).expand(batch * heads, key, key)], -1
+        )
         for block in self.chunks.blocks:
             tokens, own = _Tokens(block, x), kept.of(block)
             tokens.solve(own)

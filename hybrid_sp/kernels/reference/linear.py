@@ -196,7 +196,10 @@ class LinearPhases:
         if totals is None and all(pieces.open):
             return None
         before = S_in.new_zeros(pieces.count, 1, 1) if totals is None else decays_before(totals, pieces)
-        before[[n for n, piece in enumerate(pieces.all) if not piece.reached]] = float("-inf")
+        for span in range(pieces.spans):
+            here = pieces.of_span(span)
+            reached = sum(piece.reached for piece in pieces.all[here])
+            before[here.start + reached : here.stop].fill_(float("-inf"))
         return before
 
 

@@ -1,0 +1,89 @@
+"""A host that computes on a device never stops within a block: it neither copies to the device nor reads from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import hybrid_sp as hsp
+from layers.block import Block
+from layers.registry import MIXERS
+from tests.layers.test_compile import WIDE, block_of
+from tests.support.device import DEVICE, Device
+from tests.support.oracle import assert_close
+from tests.support.ranks import run_ranks
+from tests.support.tiers import tiered
+
+LENGTH, DOCUMENTS = 64, (0, 5, 40, 64)
+
+
+def moved(block: nn.Module, device: Device) -> nn.Module:
+    """The block with weights and buffers on the device."""
+    for module in block.modules():
+        for name, weight in module._parameters.items():
+            module._parameters[name] = None if weight is None else nn.Parameter(device.put(weight))
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else device.put(buffer)
+    return block
+
+
+def step(block: Block, x: Tensor, shard: hsp.Shard, recomputed: bool) -> list[Tensor]:
+    """The output, and the gradients of the input and of the weights."""
+    x.requires_grad_()
+    if recomputed:
+        y, _ = checkpoint(block, x, shard, use_reentrant=False, context_fn=hsp.checkpoint_contexts)
+    else:
+        y, _ = block(x, shard)
+    return [y, *torch.autograd.grad(y.square().sum(), [x, *block.parameters()])]
+
+
+def on_the_device(group: Any, mixers: list[str], documents: tuple[int, ...] | None, recomputed: bool) -> None:
+    sp = hsp.SequenceParallel(group, layout="zigzag")
+    for mixer in mixers:
+        shard = sp.shard(LENGTH, documents)
+        x = torch.randn(1, shard.tokens, WIDE.dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        want = step(block_of(mixer), x.clone(), shard, recomputed)
+        with Device() as device:
+            block = moved(block_of(mixer), device)
+            for _ in range(2):  # the first makes plans of this shard
+                device.stops.clear()
+                got = step(block, device.put(x), shard, recomputed)
+            assert not device.stops, f"{mixer}: {dict(device.stops)}"
+        for i, (a, b) in enumerate(zip(got, want, strict=True)):
+            assert a.device == DEVICE
+            assert_close(f"{mixer}, tensor {i}", a.data_here, b, 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("documents", "recomputed"), tiered([(None, False), (DOCUMENTS, True)], [(None, True), (DOCUMENTS, False)])
+)
+def test_no_mixer_stops_the_host(documents: tuple[int, ...] | None, recomputed: bool) -> None:
+    run_ranks(on_the_device, 2, list(MIXERS), documents, recomputed, deadline=120)
+
+
+STOPS: dict[str, tuple[Callable[[Tensor], Any], int]] = {
+    "arithmetic": (lambda x: (x * 2).sum() + torch.arange(4, device=x.device)[1:], 0),
+    "a slice filled": (lambda x: x[1:].fill_(0.0), 0),
+    "item": (lambda x: x.sum().item(), 1),
+    "a branch": (lambda x: 1 if x.sum() > 0 else 0, 1),
+    "numbers": (lambda x: torch.tensor([1.0, 2.0], device=x.device), 1),
+    "new numbers": (lambda x: x.new_tensor([1.0, 2.0]), 1),
+    "a copy": (lambda x: torch.arange(4).to(x.device), 1),
+    "back": (lambda x: x.cpu(), 1),
+    "a list as index": (lambda x: x[[0, 2]], 2),
+    "a mask": (lambda x: x[x > 0], 1),
+    "nonzero": (lambda x: x.nonzero(), 1),
+}
+
+
+@pytest.mark.parametrize("name", STOPS)
+def test_the_device_counts_what_stops_a_host(name: str) -> None:
+    run, count = STOPS[name]
+    with Device() as device:
+        run(device.put(torch.ones(4)))
+    assert sum(device.stops.values()) == count, device.stops
