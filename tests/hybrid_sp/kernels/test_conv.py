@@ -16,7 +16,7 @@ STARTS = [1, 2, 9, 10, 14]
 def results(weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> list[Tensor | None]:
     make = torch.Generator().manual_seed(1)
     x, dy = (torch.randn(2, 17, 3, generator=make, dtype=torch.float64) for _ in range(2))
-    taps = Taps(weight, STARTS, 17)
+    taps = Taps(weight, STARTS, x)
     y = conv.local_forward(x.to(dtype), taps, bias, torch.float64)
     return [y, *conv.local_backward(dy, x.to(dtype), taps, True, weight is not None)]
 
