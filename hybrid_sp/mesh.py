@@ -23,11 +23,16 @@ def init_mesh(dp: int = 1, sp: int = 1, device: str = "cpu", timeout: timedelta 
     and WORLD_SIZE is unset or 1. gloo serves the CPU, nccl CUDA. If a collective takes longer than `timeout`, it fails
     on every rank that waits for it.
 
-    Raises ValueError if the number of processes is not dp x sp, or if a launcher's variables are not all set.
+    On CUDA a process takes the GPU of its LOCAL_RANK, or the only one that it sees.
+
+    Raises ValueError if the number of processes is not dp x sp, or if a launcher's variables are not all set. The same
+    if no GPU belongs to this process.
     """
     world = dist.get_world_size() if dist.is_initialized() else _processes()
     if min(dp, sp) < 1 or dp * sp != world:
         raise ValueError(f"dp x sp must be the number of processes: got dp={dp}, sp={sp} for {world} processes")
+    if device == "cuda":
+        torch.cuda.set_device(_gpu(world))  # before anything could open GPU 0 in every process
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         options: dict[str, Any] = {"timeout": timeout, "pg_options": groups.group_options(backend, timeout)}
@@ -35,8 +40,6 @@ def init_mesh(dp: int = 1, sp: int = 1, device: str = "cpu", timeout: timedelta 
             dist.init_process_group(backend, **options)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, **options)
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     ranks = torch.arange(world).view(dp, sp)
     backends = str(dist.get_backend_config())
     (sp_group, _), (dp_group, _) = (
@@ -44,6 +47,21 @@ def init_mesh(dp: int = 1, sp: int = 1, device: str = "cpu", timeout: timedelta 
         for members in (ranks.tolist(), ranks.T.tolist())
     )
     return DeviceMesh.from_group([dp_group, sp_group], device, mesh=ranks, mesh_dim_names=("dp", "sp"))
+
+
+def _gpu(world: int) -> int:
+    """Return the index of this process's GPU. Raises ValueError if LOCAL_RANK does not give one."""
+    local, seen = os.environ.get("LOCAL_RANK"), torch.cuda.device_count()
+    if seen == 1 or (world == 1 and not local):
+        return 0
+    if not local:
+        raise ValueError(
+            f"init_mesh: LOCAL_RANK is not set, so all {world} processes would take GPU 0 of {seen}: start with "
+            "torchrun, or set LOCAL_RANK to the process's number on its machine (srun: SLURM_LOCALID)"
+        )
+    if not (local.isdecimal() and int(local) < seen):
+        raise ValueError(f"init_mesh: LOCAL_RANK={local}, but torch sees {seen} GPUs: start one process for each GPU")
+    return int(local)
 
 
 def _processes() -> int:

@@ -13,6 +13,7 @@ import argparse
 import gc
 import hashlib
 import math
+import os
 import signal
 import sys
 import time
@@ -369,11 +370,13 @@ def _digest(parameter: torch.Tensor) -> str:
 def _device(recipe: Recipe) -> str:
     """Resolve ``train.device`` on this machine."""
     chosen, local = recipe.train.device, processes("LOCAL_WORLD_SIZE")
-    enough = torch.cuda.is_available() and torch.cuda.device_count() >= local
+    seen, given = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    own = seen == 1 and bool(given) and "," not in given  # the launcher shows each process a GPU of its own
+    enough = torch.cuda.is_available() and (seen >= local or own)
     if chosen == "cuda" and not enough:
         raise RecipeError(
             f"train.device=cuda needs one GPU for each of the {local} processes of this machine, but torch sees "
-            f"{torch.cuda.device_count()}; set train.device=cpu or start fewer processes"
+            f"{seen}; set train.device=cpu or start fewer processes"
         )
     return "cuda" if enough and chosen != "cpu" else "cpu"
 

@@ -153,7 +153,7 @@ def _start(
         compare(what, group)
     row = note_row(collective, header, received, x.device)
     work, result = launch()
-    return Pending(result, carried(work, size(group) - 1, received), what, header, row, x.device)
+    return Pending(result, carried(work, size(group) - 1, received, x.device), what, header, row, x.device)
 
 
 def compare(what: str, group: Group) -> None:

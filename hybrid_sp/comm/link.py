@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+import torch
+
 from .pending import Work
 
 
@@ -66,6 +68,13 @@ class _Slowed:
         self._done.result()
 
 
-def carried(work: Work, messages: int, received: int) -> Work:
-    """Return the work; while a slow link is pretended, return work that is done when that link has carried it."""
-    return work if _pretended is None else _Slowed(work, _pretended, messages, received)
+def carried(work: Work, messages: int, received: int, device: torch.device) -> Work:
+    """Return the work; while a slow link is pretended, return work that is done when that link has carried it.
+
+    Raises ValueError on CUDA: the thread that carries would make the stream of the computation wait.
+    """
+    if _pretended is None:
+        return work
+    if device.type == "cuda":
+        raise ValueError("slowed: a slow link can be pretended on the CPU alone, not for tensors on CUDA")
+    return _Slowed(work, _pretended, messages, received)

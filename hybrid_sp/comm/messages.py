@@ -51,7 +51,7 @@ def start_receive(like: Tensor, source: int, number: int, group: Group, header: 
     row = note_row("message", header, out.nbytes, out.device)
     work = dist.irecv(out, group=message_group(group), group_src=source, tag=_message_tag(header, number))
     assert work is not None
-    return Pending(lambda: out, carried(work, 1, out.nbytes), what, header, row, out.device)
+    return Pending(lambda: out, carried(work, 1, out.nbytes, out.device), what, header, row, out.device)
 
 
 def start_shift(x: Tensor, number: int, group: Group, header: Header) -> Pending:

@@ -104,7 +104,7 @@ def over_a_slow_link(group: Any) -> dict[str, dict[Part, ledger.Times]]:
         class Slow:
             """Work that has come two seconds after it was launched."""
 
-            def __init__(self, work: Any, messages: int, received: int) -> None:
+            def __init__(self, work: Any, messages: int, received: int, device: torch.device) -> None:
                 self.work, self.comes = work, clock.now + 2
 
             def wait(self) -> None:

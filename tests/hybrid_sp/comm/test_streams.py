@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hybrid_sp.comm import background, groups
+from hybrid_sp import mesh
+from hybrid_sp.comm import background, groups, link
 from hybrid_sp.comm.pending import Header
 
 DEVICE = torch.device("cuda", 0)
@@ -97,3 +98,55 @@ def test_groups_of_nccl_have_streams_of_high_priority(monkeypatch: pytest.Monkey
     assert groups.group_options("cpu:gloo", minute) is None
     one, other = (groups.group_options("cpu:gloo,cuda:nccl", minute) for _ in range(2))
     assert one is not other and one.is_high_priority_stream and one._timeout == minute
+
+
+@pytest.mark.parametrize(
+    ("local", "seen", "world", "gpu"),
+    [("3", 8, 8, 3), ("5", 1, 8, 0), (None, 1, 8, 0), (None, 8, 1, 0), ("1", 8, 1, 1)],
+)
+def test_a_process_takes_the_gpu_that_is_its_own(
+    monkeypatch: pytest.MonkeyPatch, local: str | None, seen: int, world: int, gpu: int
+) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local is not None:
+        monkeypatch.setenv("LOCAL_RANK", local)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    assert mesh._gpu(world) == gpu
+
+
+@pytest.mark.parametrize(
+    ("local", "said"), [("", "LOCAL_RANK is not set"), ("8", "LOCAL_RANK=8, but torch sees 8 GPUs")]
+)
+def test_a_process_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch, local: str, said: str) -> None:
+    monkeypatch.setenv("LOCAL_RANK", local)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    with pytest.raises(ValueError, match=said):
+        mesh._gpu(16)
+
+
+def test_the_gpu_is_chosen_before_the_groups_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that makes groups first would open GPU 0 as well."""
+    log: list[str] = []
+
+    def stop(*_: Any, **__: Any) -> None:
+        log.append("groups")
+        raise KeyError
+
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: log.append(f"GPU {device}"))
+    monkeypatch.setattr(groups, "group_options", stop)
+    with pytest.raises(KeyError):
+        mesh.init_mesh(device="cuda")
+    assert log == ["GPU 1", "groups"]
+
+
+def test_a_slow_link_cannot_be_pretended_on_cuda() -> None:
+    work: Any = SimpleNamespace(wait=lambda: None)
+    with link.slowed(link.Link(latency=0.0, bandwidth=1e9)):
+        with pytest.raises(ValueError, match="slow link can be pretended on the CPU alone"):
+            link.carried(work, 1, 8, DEVICE)
+        link.carried(work, 1, 8, torch.device("cpu")).wait()
+    assert link.carried(work, 1, 8, DEVICE) is work
