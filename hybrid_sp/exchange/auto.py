@@ -20,7 +20,8 @@ from ..comm.groups import Group
 from ..comm.link import Link
 from ..comm.pending import Header
 
-SMALL, LARGE = 8, 1 << 20  # bytes of the two messages that measure a link
+# Bytes of the messages that measure a link. The large one must take much longer than the latency.
+SMALL, LARGE = 8, {"cpu": 1 << 20, "cuda": 1 << 26}
 REPEATS = 5
 
 
@@ -44,8 +45,9 @@ def measure_link(group: Group) -> Link:
     if group not in _links:
         shift = _Shift(group)
         latency = shift.seconds(SMALL)
-        large = shift.seconds(LARGE)
-        bandwidth = LARGE / max(large - latency, large / 2)  # a busy moment may make the small message the slower one
+        size = LARGE[shift.device.type]
+        large = shift.seconds(size)
+        bandwidth = size / max(large - latency, large / 2)  # a busy moment may make the small message the slower one
         here = torch.tensor([latency, bandwidth], dtype=torch.float64, device=groups.device(group))
         latencies, bandwidths = collectives.all_gather(here, group, tag="link").T.tolist()
         _links[group] = Link(latency=max(latencies), bandwidth=min(bandwidths))
