@@ -43,8 +43,10 @@ def init_mesh(dp: int = 1, sp: int = 1, device: str = "cpu", timeout: timedelta 
     ranks = torch.arange(world).view(dp, sp)
     backends = str(dist.get_backend_config())
     (sp_group, _), (dp_group, _) = (
-        dist.new_subgroups_by_enumeration(members, timeout=timeout, pg_options=groups.group_options(backends, timeout))
-        for members in (ranks.tolist(), ranks.T.tolist())
+        dist.new_subgroups_by_enumeration(
+            members, timeout=timeout, pg_options=groups.group_options(backends, timeout), group_desc=name
+        )
+        for name, members in (("sp", ranks.tolist()), ("dp", ranks.T.tolist()))
     )
     return DeviceMesh.from_group([dp_group, sp_group], device, mesh=ranks, mesh_dim_names=("dp", "sp"))
 

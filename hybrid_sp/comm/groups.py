@@ -51,7 +51,10 @@ def _twin(group: Group, backend: str) -> dist.ProcessGroup:
     if backend not in twins:
         timeout = group._get_backend(group._device_types[0]).options._timeout
         ranks, options = dist.get_process_group_ranks(group), group_options(backend, timeout)
-        twins[backend] = dist.new_group(ranks, timeout, backend, options, use_local_synchronization=True)
+        name = f"{group.group_desc}, twin on {backend}"  # which NCCL's watchdog prints
+        twins[backend] = dist.new_group(
+            ranks, timeout, backend, options, use_local_synchronization=True, group_desc=name
+        )
     return twins[backend]
 
 

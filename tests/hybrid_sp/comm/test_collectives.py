@@ -178,6 +178,9 @@ def test_a_rank_that_does_not_come_is_a_timeout_that_names_the_collective() -> N
 
 def strided_mesh(group: Any) -> tuple[list[int], list[int], int]:
     mesh = hsp.init_mesh(dp=2, sp=2)
+    assert [mesh[axis].get_group().group_desc for axis in ("dp", "sp")] == ["dp", "sp"]
+    twin = groups.message_group(mesh["sp"].get_group())
+    assert twin.group_desc.startswith("sp, twin on "), "a watchdog tells which group is stuck"
     assert whole_group(mesh) is dist.group.WORLD
     members = [dist.get_process_group_ranks(mesh[axis].get_group()) for axis in ("dp", "sp")]
     return members[0], members[1], mesh.size()
