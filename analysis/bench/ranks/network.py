@@ -14,6 +14,7 @@ import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from hybrid_sp.comm.link import Link
 
@@ -98,8 +99,8 @@ def hosts(count: int, megabits: float, base: str = "hsp") -> Iterator[list[Host]
     switch, names = f"{base}-switch", [f"{base}-h{i}" for i in range(count)]
     with ExitStack() as made:
         for name in (switch, *names):
+            made.callback(_remove, name)  # first, for a signal may come while it is made
             _ip("netns", "add", name)
-            made.callback(_ip, "netns", "del", name)
             _ip("-n", name, "link", "set", "lo", "up")
         _ip("-n", switch, "link", "add", "bridge0", "type", "bridge")
         _ip("-n", switch, "link", "set", "bridge0", "up")
@@ -118,6 +119,11 @@ def hosts(count: int, megabits: float, base: str = "hsp") -> Iterator[list[Host]
 
 def _address(host: int) -> str:
     return NETWORK.replace("0/24", str(host + 1))
+
+
+def _remove(name: str) -> None:
+    if Path("/var/run/netns", name).exists():
+        _ip("netns", "del", name)
 
 
 def _ip(*words: str) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,3 +78,25 @@ def test_hosts_are_gone_afterwards(two_hosts: list[network.Host]) -> None:
         raise AssertionError("these hosts exist already")
     again = subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True).stdout
     assert listed == again
+
+
+def test_a_bench_that_is_ended_leaves_no_hosts(tmp_path: Path) -> None:
+    if reason := network.impossible():
+        pytest.skip(reason)
+
+    def hosts_of(bench: subprocess.Popen[bytes]) -> list[str]:
+        listed = subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True).stdout
+        return [line for line in listed.splitlines() if f"-{bench.pid}-" in line]
+
+    command = [sys.executable, "-m", "analysis.bench", "overlap", "--out", str(tmp_path)]
+    with (tmp_path / "said.txt").open("w") as said:
+        bench = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=said)
+        try:
+            while not hosts_of(bench):
+                assert bench.poll() is None, (tmp_path / "said.txt").read_text()
+                time.sleep(0.1)
+            bench.terminate()
+            assert bench.wait(DEADLINE) == 143
+        finally:
+            bench.kill()
+    assert not hosts_of(bench)
