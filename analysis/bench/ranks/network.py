@@ -99,7 +99,8 @@ def hosts(count: int, megabits: float, base: str = "hsp") -> Iterator[list[Host]
     switch, names = f"{base}-switch", [f"{base}-h{i}" for i in range(count)]
     with ExitStack() as made:
         for name in (switch, *names):
-            made.callback(_remove, name)  # first, for a signal may come while it is made
+            if not _exists(name):  # else "add" refuses, and it is not ours to remove
+                made.callback(_remove, name)  # first, for a signal may come while it is made
             _ip("netns", "add", name)
             _ip("-n", name, "link", "set", "lo", "up")
         _ip("-n", switch, "link", "add", "bridge0", "type", "bridge")
@@ -121,8 +122,12 @@ def _address(host: int) -> str:
     return NETWORK.replace("0/24", str(host + 1))
 
 
+def _exists(name: str) -> bool:
+    return Path("/var/run/netns", name).exists()
+
+
 def _remove(name: str) -> None:
-    if Path("/var/run/netns", name).exists():
+    if _exists(name):
         _ip("netns", "del", name)
 
 
