@@ -25,8 +25,8 @@ def init_mesh(dp: int = 1, sp: int = 1, device: str = "cpu", timeout: timedelta 
 
     On CUDA a process takes the GPU of its LOCAL_RANK, or the only one that it sees.
 
-    Raises ValueError if the number of processes is not dp x sp, or if a launcher's variables are not all set. The same
-    if no GPU belongs to this process.
+    Raises ValueError if the number of processes is not dp x sp, or if a launcher's variables are not all set. It also
+    raises ValueError if this process has no GPU of its own.
     """
     world = dist.get_world_size() if dist.is_initialized() else _processes()
     if min(dp, sp) < 1 or dp * sp != world:

@@ -1,8 +1,8 @@
 """The keys that a rank's queries see under a mask, and their owners: causal or not, a window, packed documents.
 
-A mask is a list of tiles (`kernels/softmax/tiles.py`). Some lie over this rank's own keys, and are computed
-while the others' keys travel. The rest lie over keys of other ranks, numbered by their place in the result of the
-exchange of keys.
+A mask is a list of tiles (`kernels/softmax/tiles.py`). Some lie over this rank's own keys, and are computed while the
+keys of other ranks travel. The rest lie over keys of other ranks, numbered by their place in the result of the exchange
+of keys.
 """
 
 from __future__ import annotations

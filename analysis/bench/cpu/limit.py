@@ -57,9 +57,8 @@ def limit(sizes: Sizes, out: Path) -> Result:
 
 def _probe(part: str, tree: Path, sizes: Sizes) -> dict[tuple[str, int], list[float]]:
     """Time one part in a process of its own, in a checkout."""
-    lengths = {"shares": sizes.compared, "growth": (sizes.lengths[0], sizes.lengths[-1]), "ranks": (probe.CHUNK,)}.get(
-        part, sizes.compared[:1]
-    )
+    growth = sizes.lengths[0], sizes.lengths[-1]
+    lengths = {"shares": sizes.compared, "growth": growth, "ranks": (probe.CHUNK,)}.get(part, sizes.compared[:1])
     repetitions = sizes.repetitions * (20 if part in ("small", "ranks") else 1)
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2") if part == "ranks" else ()
     command = [sys.executable, *launcher, probe.__file__, part, json.dumps(lengths), str(repetitions)]

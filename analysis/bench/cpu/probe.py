@@ -150,11 +150,12 @@ def memory(length: int, repetitions: int) -> dict[str, list[float]]:
 
 def training_step(length: int) -> Timed:
     """Return a training step of the quickstart's model."""
-    from layers.config import ModelConfig
+    import recipes
     from layers.model import HybridLM
+    from recipes.load import load_recipe
 
     torch.manual_seed(0)
-    model = HybridLM(ModelConfig(dim=96, depth=8, heads=4, linear="gla", ratio="1/4"))
+    model = HybridLM(load_recipe(f"{recipes.__path__[0]}/quickstart.yaml").model)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     tokens = torch.randint(256, (1, length))
 
