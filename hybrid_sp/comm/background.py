@@ -9,7 +9,6 @@ from concurrent.futures import Future
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from . import ledger
 from .pending import Header, Pending
@@ -20,11 +19,13 @@ def run_in_background(
 ) -> Pending:
     """Launch a task that waits for messages and sends others, while this thread goes on.
 
-    On a CPU a separate thread runs the task. On CUDA the task blocks no thread: all of it, waits included, is enqueued
-    here on a stream of high priority. That stream starts from the present point of the current stream.
+    On a CPU a separate thread runs the task. On CUDA the task blocks no thread: whoever waits enqueues all of it, waits
+    included, on a stream of high priority. That stream starts from the point of the current stream at this call. The
+    computation that the caller launches meanwhile is therefore queued before the long exchange.
     """
     if device is not None and device.type == "cuda":
-        return _enqueue(task, what, header, device)
+        work = _Enqueued(task, device)
+        return Pending(lambda: work.outcome, work, what, header, device=device)
     done: Future[Any] = Future()
 
     def run() -> None:
@@ -50,29 +51,21 @@ class _Joined:
 _streams: dict[torch.device, torch.cuda.Stream] = {}
 
 
-def _enqueue(task: Callable[[], Any], what: str, header: Header, device: torch.device) -> Pending:
-    """Enqueue the task on a side stream. This has not run yet: it was written for CUDA on a machine without it."""
-    if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device, priority=-1)
-    stream = _streams[device]
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream), torch.no_grad(), ledger.background_thread():
-        outcome = task()
-    return Pending(lambda: outcome, _Enqueued(task, outcome, stream), what, header, device=device)
-
-
 class _Enqueued:
-    """The work on a side stream. It holds the task, and so the memory that the task reads, until somebody waits."""
+    """The task on a side stream. This has not run yet: it was written for CUDA on a machine without it."""
 
-    def __init__(self, task: Callable[[], Any], outcome: Any, stream: torch.cuda.Stream) -> None:
-        self._task: Callable[[], Any] | None = task
-        self._outcome, self._stream, self._done = outcome, stream, stream.record_event()
+    outcome: Any = None
+
+    def __init__(self, task: Callable[[], Any], device: torch.device) -> None:
+        self._task, self._device = task, device
+        self._begin = torch.cuda.current_stream(device).record_event()
 
     def wait(self) -> None:
-        """Make the current stream wait, and keep the outcome's memory from reuse until that stream has read it."""
-        current = torch.cuda.current_stream(self._stream.device)
-        current.wait_event(self._done)
-        for leaf in torch.utils._pytree.tree_leaves(self._outcome):
-            if isinstance(leaf, Tensor) and leaf.is_cuda:
-                leaf.record_stream(current)
-        self._task = self._outcome = None
+        """Enqueue the task, and make the current stream wait for it."""
+        if self._device not in _streams:
+            _streams[self._device] = torch.cuda.Stream(self._device, priority=-1)
+        stream, current = _streams[self._device], torch.cuda.current_stream(self._device)
+        stream.wait_event(self._begin)
+        with torch.cuda.stream(stream), torch.no_grad(), ledger.background_thread():
+            self.outcome = self._task()
+        current.wait_event(stream.record_event())

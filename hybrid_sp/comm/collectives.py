@@ -17,6 +17,7 @@ from torch import Tensor
 from .groups import Group, cpu_group, rank, size
 from .link import carried
 from .pending import Header, Pending, Work, note_row
+from .reporter import launching
 
 _TEXT_BYTES = 1024  # bytes of one rank's text in a comparison
 
@@ -152,8 +153,9 @@ def _start(
     if header.check:
         compare(what, group)
     row = note_row(collective, header, received, x.device)
-    work, result = launch()
-    return Pending(result, carried(work, size(group) - 1, received, x.device), what, header, row, x.device)
+    with launching(what, group, x.device):
+        work, result = launch()
+    return Pending(result, carried(work, size(group) - 1, received, x.device), what, header, row, x.device, group)
 
 
 def compare(what: str, group: Group) -> None:

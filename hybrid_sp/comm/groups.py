@@ -49,13 +49,18 @@ def _twin(group: Group, backend: str) -> dist.ProcessGroup:
     assert group is not None
     twins = _twins.setdefault(group, {})
     if backend not in twins:
-        timeout = group._get_backend(group._device_types[0]).options._timeout
-        ranks, options = dist.get_process_group_ranks(group), group_options(backend, timeout)
+        ranks, limit = dist.get_process_group_ranks(group), timeout(group)
         name = f"{group.group_desc}, twin on {backend}"  # which NCCL's watchdog prints
-        twins[backend] = dist.new_group(
-            ranks, timeout, backend, options, use_local_synchronization=True, group_desc=name
-        )
+        options = group_options(backend, limit)
+        twins[backend] = dist.new_group(ranks, limit, backend, options, use_local_synchronization=True, group_desc=name)
     return twins[backend]
+
+
+def timeout(group: Group) -> timedelta:
+    """Return the time after which the group's collectives and messages fail."""
+    assert group is not None
+    limit: timedelta = group._get_backend(group._device_types[0]).options._timeout
+    return limit
 
 
 def group_options(backend: str, timeout: timedelta) -> Any:

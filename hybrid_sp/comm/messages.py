@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import weakref
 import zlib
@@ -17,6 +16,7 @@ from .collectives import compare
 from .groups import Group, global_rank, message_group, rank, size
 from .link import carried
 from .pending import Header, Pending, note_row
+from .reporter import launching
 
 # The exchanges made so far, numbered, by group.
 _exchanges: weakref.WeakKeyDictionary[dist.ProcessGroup, Iterator[int]] = weakref.WeakKeyDictionary()
@@ -40,8 +40,9 @@ def start_send(x: Tensor, to: int, number: int, group: Group, header: Header) ->
     """Launch message `number` of an exchange to the rank `to` of the group. Both ends give it the same number."""
     x = x.detach().contiguous()
     what = header.text(f"message {number} to rank {global_rank(group, to)}:", x)
-    work = dist.isend(x, group=message_group(group), group_dst=to, tag=_message_tag(header, number))
-    return Pending(lambda: x, work, what, header, device=x.device)
+    with launching(what, group, x.device):
+        work = dist.isend(x, group=message_group(group), group_dst=to, tag=_message_tag(header, number))
+    return Pending(lambda: x, work, what, header, device=x.device, group=group)
 
 
 def start_receive(like: Tensor, source: int, number: int, group: Group, header: Header) -> Pending:
@@ -49,33 +50,44 @@ def start_receive(like: Tensor, source: int, number: int, group: Group, header: 
     out = torch.empty_like(like, memory_format=torch.contiguous_format, requires_grad=False)
     what = header.text(f"message {number} from rank {global_rank(group, source)}:", out)
     row = note_row("message", header, out.nbytes, out.device)
-    work = dist.irecv(out, group=message_group(group), group_src=source, tag=_message_tag(header, number))
+    with launching(what, group, out.device):
+        work = dist.irecv(out, group=message_group(group), group_src=source, tag=_message_tag(header, number))
     assert work is not None
-    return Pending(lambda: out, carried(work, 1, out.nbytes, out.device), what, header, row, out.device)
+    return Pending(lambda: out, carried(work, 1, out.nbytes, out.device), what, header, row, out.device, group)
 
 
 def start_shift(x: Tensor, number: int, group: Group, header: Header) -> Pending:
     """Launch one hop around the ring of the group's ranks: send x to the next rank, receive x of the rank before.
 
-    Odd ranks receive first, even ranks send first. On a network that handles one message after the other, the ranks
-    therefore do not wait for each other in a circle. A single rank receives its own x.
+    Both messages are one operation, so they need no order, and NCCL carries them in both directions at once. A single
+    rank receives its own x.
     """
     ranks, me = size(group), rank(group)
     if ranks == 1:
         return Pending(lambda: x)
-    send = functools.partial(start_send, x, (me + 1) % ranks, number, group, header)
-    receive = functools.partial(start_receive, x, (me - 1) % ranks, number, group, header)
-    if me % 2:
-        received, sent = receive(), send()
-    else:
-        sent, received = send(), receive()
+    x = x.detach().contiguous()
+    out, to, source = torch.empty_like(x), (me + 1) % ranks, (me - 1) % ranks
+    ends = f"to rank {global_rank(group, to)} and from rank {global_rank(group, source)}"
+    what = header.text(f"message {number} {ends}:", x)
+    row = note_row("message", header, out.nbytes, out.device)
+    twin, tag = message_group(group), _message_tag(header, number)
+    sent = dist.P2POp(dist.isend, x, group=twin, group_peer=to, tag=tag)
+    received = dist.P2POp(dist.irecv, out, group=twin, group_peer=source, tag=tag)
+    with launching(what, group, x.device):
+        works = dist.batch_isend_irecv([sent, received])
+    work = carried(_Both(works, x), 1, out.nbytes, out.device)
+    return Pending(lambda: out, work, what, header, row, out.device, group)
 
-    def result() -> Tensor:
-        out = received.wait()
-        sent.wait()
-        return out
 
-    return Pending(result)
+class _Both:
+    """The work of a batch. It holds what is sent until somebody waits."""
+
+    def __init__(self, works: list[dist.Work], sent: Tensor) -> None:
+        self._works, self._sent = works, sent
+
+    def wait(self) -> None:
+        for work in self._works:
+            work.wait()
 
 
 def _message_tag(header: Header, number: int) -> int:

@@ -9,8 +9,10 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from . import ledger
+from . import ledger, reporter
+from .groups import Group
 from .ledger import Row, Wait
 
 
@@ -52,9 +54,11 @@ class Pending:
         header: Header | None = None,
         row: Row | None = None,
         device: torch.device | None = None,
+        group: Group = None,
     ) -> None:
         self._result: Callable[[], Any] | None = result
-        self._work, self._what, self._header, self._row, self._device = work, what, header, row, device
+        self._work, self._what, self._header, self._row = work, what, header, row
+        self._device, self._group = device, group
 
     def wait(self) -> Any:
         if self._result is None:
@@ -69,7 +73,9 @@ class Pending:
             except RuntimeError as error:
                 raise CommunicationError(f"rank {dist.get_rank()} failed in: {self._what}: {error}") from error
             self._arrived(begin)
-        return result()
+            if self._group is not None and self._device is not None:
+                reporter.waiting(self._what, self._group, self._device)
+        return self._read_here(result())
 
     def then(self, step: Callable[[Any], Any]) -> Pending:
         """Return a pending that applies `step` to this one's result when it is waited for."""
@@ -79,6 +85,19 @@ class Pending:
         """Wait and discard, if nobody has waited."""
         if self._result is not None:
             self.wait()
+
+    def _read_here(self, result: Any) -> Any:
+        """Return the result; on CUDA keep its memory from reuse until the current stream has read it.
+
+        It may come from another stream's memory: a task in the background makes its results on a side stream, and
+        messages are asked for on one stream and read on another.
+        """
+        if self._device is not None and self._device.type == "cuda":
+            current = torch.cuda.current_stream(self._device)
+            for leaf in tree_leaves(result):
+                if isinstance(leaf, Tensor):
+                    leaf.record_stream(current)
+        return result
 
     def _arrived(self, begin: float) -> None:
         end, header = ledger.moment(self._device), self._header

@@ -48,3 +48,8 @@ class Impatience:
 
         for name in ("isend", "irecv"):
             patch.setattr(dist, name, launching(getattr(dist, name)))
+
+    def of_batches(self, patch: pytest.MonkeyPatch) -> None:
+        """Every batch of messages that this rank launches from here on."""
+        batch = dist.batch_isend_irecv
+        patch.setattr(dist, "batch_isend_irecv", lambda operations: [self.of(work) for work in batch(operations)])

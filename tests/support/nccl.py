@@ -2,8 +2,10 @@
 
 NCCL knows no tags. The messages of two ranks, both ways, are one queue at each end, and the n-th operation of one end
 meets the n-th of the other. A send that meets a send, or a receive a receive, never ends. The first operation with a
-peer also stops the program until the peer comes to its own first. Tasks in the background are enqueued in the order of
-the program, so here they run at once.
+peer also stops the program until the peer comes to its own first.
+
+A batch of messages is one operation on the group's communicator. All ranks take part in its first, and the n-th batch
+of a rank meets the n-th of each peer. Tasks in the background are enqueued by whoever waits for them.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +27,7 @@ from hybrid_sp.comm import ledger
 from hybrid_sp.comm.pending import Header, Pending
 from hybrid_sp.exchange import scan, star
 
+BATCH = 1_000_000  # no rank, and more than the operations of a pair
 PATIENCE = timedelta(seconds=20)  # until a peer comes to its first operation, and until what it does is known
 
 
@@ -55,15 +60,41 @@ def messages_of_nccl() -> Iterator[None]:
     def irecv(x: torch.Tensor, *, group: Any, group_src: int, tag: int) -> Any:
         return plain_receive(x, group=group, group_src=group_src, tag=meet(group, group_src, "receive"))
 
+    def batch(operations: list[Any]) -> list[Any]:
+        group = operations[0].group
+        number, me = next(numbers[group.group_name, BATCH]), dist.get_rank(group)
+        name = f"nccl {use} {group.group_name} batch {number} of rank "
+        store.set(f"{name}{me}", " ".join(f"{one.kind}{one.group_peer}" for one in operations))
+        if number == 0:
+            store.wait([f"{name}{rank}" for rank in range(dist.get_world_size(group))], PATIENCE)
+        for one in operations:
+            if store.check([f"{name}{one.group_peer}"]):
+                theirs = store.get(f"{name}{one.group_peer}").decode().split()
+                wanted = f"{'receive' if one.kind == 'send' else 'send'}{me}"
+                assert wanted in theirs, f"batch {number}: rank {one.group_peer} has {theirs}, not {wanted}: a deadlock"
+        return [one.run(BATCH + number) for one in operations]
+
+    def one_of_batch(operation: Any, x: torch.Tensor, *, group: Any, group_peer: int, tag: int) -> Any:
+        if operation is isend:
+            run = partial(plain_send, x, group=group, group_dst=group_peer)
+        else:
+            run = partial(plain_receive, x, group=group, group_src=group_peer)
+        kind = "send" if operation is isend else "receive"
+        return SimpleNamespace(group=group, group_peer=group_peer, kind=kind, run=lambda tag: run(tag=tag))
+
     def enqueue(task: Callable[[], Any], what: str, header: Header, device: Any = None) -> Pending:
-        with torch.no_grad(), ledger.background_thread():
-            outcome = task()
-        return Pending(lambda: outcome, what=what, header=header)
+        def run() -> Any:
+            with torch.no_grad(), ledger.background_thread():
+                return task()
+
+        return Pending(run, what=what, header=header)
 
     plain_send, plain_receive = dist.isend, dist.irecv
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "isend", isend)
         patch.setattr(dist, "irecv", irecv)
+        patch.setattr(dist, "P2POp", one_of_batch)
+        patch.setattr(dist, "batch_isend_irecv", batch)
         patch.setattr(scan, "run_in_background", enqueue)
         patch.setattr(star, "run_in_background", enqueue)
         yield

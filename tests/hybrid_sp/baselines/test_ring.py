@@ -123,40 +123,25 @@ def test_a_hop_goes_to_the_next_rank_of_the_group() -> None:
         run_ranks(one_hop, world)
 
 
-# The message that each rank waits for in vain where rank 1 makes its own wrong: by which function, and its number.
-IN_VAIN = {
-    "swapped": [("start_receive", 1), ("start_send", 0), ("start_receive", 0)],
-    "left out": [("start_send", 1), ("start_receive", 2), ("start_send", 2)],
-}
+# The number of the hop that each rank waits for in vain where rank 1 makes its own wrong.
+IN_VAIN = {"swapped": [0, 0, 0], "left out": [1, 2, 1]}
 
 
 def damaged(group: Any, how: str, case: Case) -> str:
-    """What a rank says where rank 1 swaps the numbers of its messages, or leaves out the second one to it."""
+    """What a rank says where rank 1 swaps the numbers of its hops, or leaves out the second one."""
     shard, x = leaves(case, group)
-    send, receive, impatience = messages.start_send, messages.start_receive, Impatience()
-    name, vain = IN_VAIN[how][shard.sp.rank]
+    shift, impatience, me = messages.start_shift, Impatience(), shard.sp.rank
 
-    def swapped(x: torch.Tensor, to: int, number: int, *args: Any) -> Pending:
-        return send(x, to, number ^ 1, *args)
-
-    def left_out(x: torch.Tensor, source: int, number: int, *args: Any) -> Pending:
-        return Pending(lambda: x) if number == 1 else receive(x, source, number, *args)
-
-    def brief(start: Callable[..., Pending]) -> Callable[..., Pending]:
-        def started(x: torch.Tensor, other: int, number: int, *args: Any) -> Pending:
-            pending = start(x, other, number, *args)
-            if number == vain:
-                pending._work = impatience.of(pending._work)
-            return pending
-
-        return started
+    def started(x: torch.Tensor, number: int, *args: Any) -> Pending:
+        if me == 1 and how == "left out" and number == 1:
+            return Pending(lambda: x)
+        with pytest.MonkeyPatch.context() as brief:
+            if number == IN_VAIN[how][me]:
+                impatience.of_batches(brief)
+            return shift(x, number ^ (me == 1 and how == "swapped"), *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        if shard.sp.rank == 1 and how == "swapped":
-            patch.setattr(messages, "start_send", swapped)
-        elif shard.sp.rank == 1:
-            patch.setattr(messages, "start_receive", left_out)
-        patch.setattr(messages, name, brief(getattr(messages, name)))
+        patch.setattr(messages, "start_shift", started)
         with pytest.raises(CommunicationError) as caught:
             loss(case, x, shard)
     return str(caught.value)
@@ -165,9 +150,8 @@ def damaged(group: Any, how: str, case: Case) -> str:
 @pytest.mark.parametrize(("how", "case"), [("swapped", LAYERS[-1]), ("left out", LAYERS[-2])])
 def test_a_hop_that_goes_wrong_fails_and_says_where(how: str, case: Case) -> None:
     said = run_ranks(damaged, 3, how, case)
-    wanted = {
-        "swapped": ["message 1 from rank 2", "message 1 to rank 2", "message 0 from rank 1"],
-        "left out": ["message 1 to rank 1", "message 2 from rank 0", "message 2 to rank 0"],
-    }[how]
+    numbers = {"swapped": [0, 1, 0], "left out": [1, 2, 1]}[how]
+    ends = ["to rank 1 and from rank 2", "to rank 2 and from rank 0", "to rank 0 and from rank 1"]
+    wanted = [f"message {number} {end}" for number, end in zip(numbers, ends, strict=True)]
     for rank, (message, what) in enumerate(zip(said, wanted, strict=True)):
         assert message.startswith(f"rank {rank} failed in: {what}: {case.operator} forward call 0 ["), said

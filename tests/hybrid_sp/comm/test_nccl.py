@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import hybrid_sp as hsp
 from hybrid_sp.comm import groups, messages
@@ -66,3 +67,20 @@ def messages_alone(group: Any) -> None:
         for number in range(3):
             x = messages.start_shift(x, number, group, header).wait()
     assert x == (groups.rank(group) - 3) % groups.size(group)
+
+
+def uneven_batches(group: Any) -> None:
+    """Both ranks send in their second batch, and neither receives."""
+    x = torch.zeros(1)
+    header = messages.open_exchange(Header(tag="test"), "shift", x, group)
+    twin, me = messages.message_group(group), groups.rank(group)
+    with messages_of_nccl():
+        messages.start_shift(x, 0, group, header).wait()
+        dist.batch_isend_irecv([dist.P2POp(dist.isend, x, group=twin, group_peer=1 - me, tag=0)])
+        dist.barrier(group)
+        dist.batch_isend_irecv([dist.P2POp(dist.isend, x, group=twin, group_peer=1 - me, tag=0)])
+
+
+def test_the_stand_in_refuses_batches_that_do_not_meet() -> None:
+    with pytest.raises(RankError, match="batch 1: rank . has .*, not receive.: a deadlock"):
+        run_ranks(uneven_batches, 2)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from hybrid_sp import mesh
 from hybrid_sp.comm import background, groups, link
-from hybrid_sp.comm.pending import Header
+from hybrid_sp.comm.pending import Header, Pending
 
 DEVICE = torch.device("cuda", 0)
 
@@ -26,9 +26,6 @@ class Stream:
     def __init__(self, device: torch.device, name: str = "side", priority: int = 0) -> None:
         self.device, self.name = device, name
         self.log.append(f"{name} has priority {priority}")
-
-    def wait_stream(self, other: Stream) -> None:
-        self.log.append(f"{self.name} waits for {other.name}")
 
     def record_event(self) -> str:
         self.log.append(f"event on {self.name}")
@@ -63,27 +60,45 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return Stream.log
 
 
-def test_a_task_aside_is_enqueued_on_a_stream_of_high_priority(cuda: list[str]) -> None:
-    x = torch.zeros(2)
+class Read(torch.Tensor):
+    """A tensor whose memory the allocator keeps for the streams that read it."""
+
+    def record_stream(self, stream: Any) -> None:
+        stream.log.append(f"kept for {stream.name}")
+
+
+def test_a_task_aside_is_enqueued_after_the_computation_and_begins_before_it(cuda: list[str]) -> None:
+    x = torch.zeros(2).as_subclass(Read)
 
     def task() -> Outcome:
         cuda.append(f"task on {torch.cuda.current_stream(DEVICE).name}, grad {torch.is_grad_enabled()}")
         return Outcome([x], None)
 
     pending = background.run_in_background(task, "a pipeline", Header(tag="linear"), DEVICE)
-    launched = ["side has priority -1", "side waits for main", "task on side, grad False", "event on side"]
-    assert cuda == launched
-    assert pending.wait().states == [x] and cuda == [*launched, "main waits for the event of side"]
-    again = background.run_in_background(task, "a pipeline", Header(tag="linear"), DEVICE)
-    again.drain()
+    cuda.append("computation")
+    assert pending.wait().states[0] is x
+    assert cuda == [
+        "event on main",
+        "computation",
+        "side has priority -1",
+        "side waits for the event of main",
+        "task on side, grad False",
+        "event on side",
+        "main waits for the event of side",
+        "kept for main",
+    ]
+    background.run_in_background(task, "a pipeline", Header(tag="linear"), DEVICE).drain()
     assert cuda.count("side has priority -1") == 1, "one stream serves all"
 
 
-def test_memory_that_a_task_reads_lives_until_somebody_has_waited(cuda: list[str]) -> None:
-    work = background._Enqueued(lambda: None, [torch.zeros(1)], Stream(DEVICE))
-    assert work._task is not None
-    work.wait()
-    assert work._task is None and work._outcome is None
+def test_memory_asked_for_on_one_stream_is_kept_for_the_stream_that_reads_it(cuda: list[str]) -> None:
+    """A message is asked for on the main stream, and read by the task on the side stream."""
+    out = torch.zeros(1).as_subclass(Read)
+    message = Pending(lambda: [out], None, "a message", device=DEVICE)
+    background.run_in_background(message.wait, "a ring", Header(tag="linear"), DEVICE).wait()
+    assert [line for line in cuda if line.startswith("kept")] == ["kept for side", "kept for main"]
+    Pending(lambda: out, None, "a message", device=torch.device("cpu")).wait()
+    assert cuda[-1] == "kept for main"
 
 
 def test_groups_of_nccl_have_streams_of_high_priority(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import hybrid_sp as hsp
-from hybrid_sp.comm import groups, link, messages
+from hybrid_sp.comm import groups, ledger, link, messages
 from hybrid_sp.comm.link import Link
 from hybrid_sp.comm.pending import Header, Pending
 from hybrid_sp.exchange import EXCHANGES, Request, Sizes, auto, choose, choose_by, scan
@@ -403,7 +403,7 @@ def pretended(group: Any) -> tuple[float, float]:
 
     with pytest.MonkeyPatch.context() as patch, link.slowed(Link(latency=0.02, bandwidth=2**20 / 0.1)):
         patch.setattr(link, "time", SimpleNamespace(sleep=sleep))
-        patch.setattr(auto, "time", SimpleNamespace(perf_counter=lambda: now))
+        patch.setattr(ledger, "clock", lambda: now)
         found = auto.measure_link(group)
     return found.latency, 2**20 / found.bandwidth
 
