@@ -26,6 +26,7 @@ from .comm.groups import Group
 from .comm.link import Link
 from .comm.pending import Header
 from .eager import eager
+from .transfer import to_device
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -339,8 +340,8 @@ class Shard:
     def labels(self, tokens_BL: Tensor) -> Tensor:
         """Return each local token's next token in its document [B,T], -100 where there is none: shifted, then cut."""
         labels_BL = tokens_BL.roll(-1, 1)
-        labels_BL[:, [end - 1 for end in (*self.boundaries, self.length)]] = NO_LABEL
-        return self.take(labels_BL, 1)
+        last = torch.tensor([end - 1 for end in (*self.boundaries, self.length)])
+        return self.take(labels_BL.index_fill_(1, to_device(last, tokens_BL.device), NO_LABEL), 1)
 
     def require_agreement(self) -> None:
         """Raise ValueError, on every rank, if the ranks were given different sequences or strategies."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
+
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from hybrid_sp.shard import Shard
+from hybrid_sp.transfer import to_device
 from layers.cache import LayerCache, require_one_device
 
 
@@ -19,7 +23,7 @@ def token_positions(x_BTD: Tensor, shard: Shard | None, cache: LayerCache | None
 
 
 def _positions(shard: Shard, device: torch.device) -> Tensor:
-    return shard.positions.to(device)
+    return to_device(shard.positions, device)
 
 
 def rotate(positions_T: Tensor, base: float, *tensors_BTHK: Tensor) -> list[Tensor]:
@@ -29,12 +33,31 @@ def rotate(positions_T: Tensor, base: float, *tensors_BTHK: Tensor) -> list[Tens
     dtype of the tensors, at least fp32, and rounded once.
     """
     half = tensors_BTHK[0].shape[-1] // 2
-    exponents = torch.arange(half, device=positions_T.device, dtype=torch.float64) / half
-    angles_T1K = torch.outer(positions_T.double(), base**-exponents)[:, None]
     wide = torch.promote_types(tensors_BTHK[0].dtype, torch.float32)
-    cos, sin = angles_T1K.cos().to(wide), angles_T1K.sin().to(wide)
+    cos, sin = _cos_sin(positions_T, base, half, wide)
     rotated = []
     for x_BTHK in tensors_BTHK:
         low, high = x_BTHK.chunk(2, dim=-1)
         rotated.append(torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1).to(x_BTHK.dtype))
     return rotated
+
+
+# What `_cos_sin` has made, while the positions live: all layers rotate by the same positions of a shard.
+_made: MutableMapping[Tensor, dict[tuple[float, int, torch.dtype], tuple[Tensor, Tensor]]] = WeakTensorKeyDictionary()
+
+
+def _cos_sin(positions_T: Tensor, base: float, half: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the cosines and sines [T,1,half] of all angles."""
+
+    def make() -> tuple[Tensor, Tensor]:
+        exponents = torch.arange(half, device=positions_T.device, dtype=torch.float64) / half
+        angles_T1K = torch.outer(positions_T.double(), base**-exponents)[:, None]
+        return angles_T1K.cos().to(dtype), angles_T1K.sin().to(dtype)
+
+    if torch.compiler.is_compiling():
+        return make()
+    made, key = _made.setdefault(positions_T, {}), (base, half, dtype)
+    if key not in made:
+        with torch.inference_mode(False):  # a later training step may save them for backward
+            made[key] = make()
+    return made[key]

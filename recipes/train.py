@@ -28,6 +28,7 @@ import hybrid_sp as hsp
 from hybrid_sp.comm import collectives, groups
 from hybrid_sp.comm.trace import rank_events
 from hybrid_sp.mesh import DeviceMesh, whole_group
+from hybrid_sp.transfer import to_device
 from layers.config import expand_pattern, model_facts, pattern_letters
 from layers.model import HybridLM
 from recipes import checkpoint, config, data, generate, optim, record, tracker
@@ -176,6 +177,7 @@ class Run:
         self.model.to(device=device, dtype=getattr(torch, recipe.train.dtype))
         torch.manual_seed(recipe.train.seed * 1_000_003 + self.rank)  # every rank has random numbers of its own
         self.optimizer = optim.Optimizer(self.model, recipe.optim)
+        self.since = time.perf_counter()  # the last read of a loss, or the start of training
         self.progress = {"step": torch.tensor(0), "seconds": torch.tensor(0.0, dtype=torch.float64)}
         self.checkpoints = config.run_folder(recipe) / "checkpoints"
         self.found = checkpoint.find(self.checkpoints, group)
@@ -229,6 +231,7 @@ class Run:
         stop = False
         gc.collect()
         gc.freeze()  # automatic collections would look through all that was imported, again and again
+        self.since = time.perf_counter()
         with _stop_signals() as asked:
             while self.step < train.steps and not stop:
                 begin = time.perf_counter()
@@ -236,6 +239,9 @@ class Run:
                 last = self.step == train.steps
                 validate = last or self.step % train.validate_every == 0
                 save = last or stop or self.step % saving.every == 0
+                if (validate or save) and self.device == "cuda":
+                    torch.cuda.synchronize()  # the kernels of the optimiser belong to the step, the rest does not
+                pause = time.perf_counter()
                 if validate or save:
                     self.compare_parameters()
                 if validate:
@@ -243,6 +249,7 @@ class Run:
                 self.progress["seconds"] += time.perf_counter() - begin
                 if save:
                     self.save()
+                self.since += time.perf_counter() - pause
         return stop and self.step < train.steps
 
     def save(self) -> None:
@@ -257,10 +264,12 @@ class Run:
             ) from error
 
     def train_step(self, step: int, stop: bool) -> bool:
-        """Take one optimiser step over all ranks and accumulation; return True if any rank was asked to stop."""
+        """Take one optimiser step over all ranks and accumulation; return True if any rank was asked to stop.
+
+        Tokens per second are measured from one read of the loss to the next, so they include the optimiser.
+        """
         recipe, train = self.recipe, self.recipe.train
         lr = optim.learning_rate(recipe.optim, step, train.steps)
-        begin = time.perf_counter()
         with hsp.ledger() as book:
             local = torch.zeros(2, dtype=torch.float64, device=self.device)  # summed loss, request to stop
             valid = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -271,11 +280,18 @@ class Run:
                 self.optimizer.collect()
                 local[0] += loss.detach()
                 valid += count
-            total = hsp.sum_gradients(self.optimizer.masters.values(), self.group, int(valid))
-            norm = float(self.optimizer.clip())
+            total = hsp.sum_gradients(self.optimizer.masters.values(), self.group, valid)
             local[1] = stop
-            loss_sum, stops = collectives.all_reduce(local, self.group, tag="loss").tolist()
-        loss_mean = loss_sum / total
+            sums = collectives.all_reduce(local, self.group, tag="loss")
+            # All that the host needs to know, in one read: on a GPU it waits here, and nowhere else in a step.
+            loss_sum, stops, tokens, norm = torch.stack(
+                [*sums, total.double(), self.optimizer.clip().double()]
+            ).tolist()
+        now = time.perf_counter()
+        seconds, self.since = now - self.since, now
+        if tokens == 0:
+            raise TrainingStopped(f"step {step}: no rank has a valid token; the loss has no mean. Stopped on all ranks")
+        loss_mean, traffic = loss_sum / tokens, record.communication(book)
         if not (math.isfinite(loss_mean) and math.isfinite(norm)):  # both are equal on all ranks
             raise TrainingStopped(
                 f"step {step}: loss {loss_mean}, gradient norm {norm}: not finite. Stopped on all ranks; the step was "
@@ -291,8 +307,8 @@ class Run:
                 "grad_norm": norm,
                 "lr": lr,
                 "tokens": step * step_tokens,
-                "tokens_per_second": round(step_tokens / (time.perf_counter() - begin), 1),
-                **record.communication(book),
+                "tokens_per_second": round(step_tokens / seconds, 1),
+                **traffic,
             }
         )
         if step == self.traced:
@@ -311,7 +327,7 @@ class Run:
 
         With data.pack all sequences are one long row.
         """
-        tokens_BL, cu_seqlens = windows.tokens.to(self.device), None
+        tokens_BL, cu_seqlens = to_device(windows.tokens, self.device), None
         if self.recipe.data.pack:
             tokens_BL, cu_seqlens = tokens_BL.view(1, -1), windows.cu_seqlens
         shard = self.sequence_parallel.shard(tokens_BL.shape[1], cu_seqlens)

@@ -17,7 +17,7 @@ import hybrid_sp
 ROOT = Path(__file__).parents[1]
 ROOMS = ["hybrid_sp", "layers", "recipes", "analysis"]
 LEVELS = [  # of the engine: a wing imports its own level or one before it
-    {"comm", "kernels", "backends", "eager"},
+    {"comm", "kernels", "backends", "eager", "transfer"},
     {"shard", "mesh", "gradients"},
     {"overlap", "recompute", "checks"},
     {"exchange"},

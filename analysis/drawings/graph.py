@@ -15,7 +15,7 @@ ENGINE = Path(__file__).parents[2] / "hybrid_sp"
 LEVELS: tuple[frozenset[str], ...] = tuple(  # the lowest first: a wing may import its own level and lower ones
     frozenset(names.split())
     for names in (
-        "comm kernels backends eager",
+        "comm kernels backends eager transfer",
         "shard mesh gradients",
         "overlap recompute checks",
         "exchange",

@@ -29,6 +29,7 @@ from ..exchange.visible import tiles_by_rank
 from ..kernels.softmax.tiles import Tile
 from ..overlap import Call
 from ..shard import Shard, spans_of
+from ..transfer import to_device
 from . import left_product as quadratic
 from .ring_attention import Block, Ring
 
@@ -286,7 +287,7 @@ def _lengths(shard: Shard, rank: int) -> list[int]:
 
 def _all_lengths(shard: Shard, like: Tensor) -> Tensor:
     """Count the tokens in every span of the sequence [n]."""
-    return like.new_tensor([end - start for start, end in itertools.pairwise(shard.bounds)])
+    return to_device(torch.tensor([b - a for a, b in itertools.pairwise(shard.bounds)], dtype=like.dtype), like.device)
 
 
 def _by_span(function: Callable[[Tensor], Tensor], x: Tensor, shard: Shard, rank: int) -> Tensor:

@@ -33,6 +33,7 @@ from ..kernels.phases import Inputs, Recurrence
 from ..kernels.reference import linear as reference
 from ..overlap import Call, finish, start
 from ..shard import Shard
+from ..transfer import to_device
 from .recurrence import run_recurrence
 
 State = Tensor | tuple[Tensor, Tensor]
@@ -193,7 +194,7 @@ def _bidirectional(q: Tensor, k: Tensor, v: Tensor, scale: float, shard: Shard) 
 @functools.lru_cache(maxsize=32)
 def _lengths(bounds: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return the tokens of each span, cached: each copy from the host would make it wait for the device."""
-    return torch.tensor([b - a for a, b in itertools.pairwise(bounds)], dtype=dtype, device=device)
+    return to_device(torch.tensor([b - a for a, b in itertools.pairwise(bounds)], dtype=dtype), device)
 
 
 def _check(

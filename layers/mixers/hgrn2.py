@@ -67,8 +67,9 @@ class HGRN2Rule(nn.Module):
         z = k_BTHK.to(torch.promote_types(k_BTHK.dtype, torch.float32))
         log_f, write = F.logsigmoid(z), torch.sigmoid(-z)
         if self.start > 0:
-            bound = z.new_tensor(logit(self.start))
-            if self.bound is not None:
+            if self.bound is None:
+                bound = z.new_full((), logit(self.start))
+            else:
                 bound = self.bound.to(z.dtype).view(z.shape[2:])
             log_b = F.logsigmoid(bound)
             # f = sigmoid(z) / sigmoid(z - log b). The second form is equal, and exact for large negative z.

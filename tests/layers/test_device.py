@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import hybrid_sp as hsp
@@ -20,16 +20,6 @@ from tests.support.ranks import run_ranks
 from tests.support.tiers import tiered
 
 LENGTH, DOCUMENTS = 64, (0, 5, 40, 64)
-
-
-def moved(block: nn.Module, device: Device) -> nn.Module:
-    """The block with weights and buffers on the device."""
-    for module in block.modules():
-        for name, weight in module._parameters.items():
-            module._parameters[name] = None if weight is None else nn.Parameter(device.put(weight))
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = None if buffer is None else device.put(buffer)
-    return block
 
 
 def step(block: Block, x: Tensor, shard: hsp.Shard, recomputed: bool) -> list[Tensor]:
@@ -49,7 +39,7 @@ def on_the_device(group: Any, mixers: list[str], documents: tuple[int, ...] | No
         x = torch.randn(1, shard.tokens, WIDE.dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         want = step(block_of(mixer), x.clone(), shard, recomputed)
         with Device() as device:
-            block = moved(block_of(mixer), device)
+            block = device.move(block_of(mixer))
             for _ in range(2):  # the first makes plans of this shard
                 device.stops.clear()
                 got = step(block, device.put(x), shard, recomputed)
@@ -74,6 +64,10 @@ STOPS: dict[str, tuple[Callable[[Tensor], Any], int]] = {
     "numbers": (lambda x: torch.tensor([1.0, 2.0], device=x.device), 1),
     "new numbers": (lambda x: x.new_tensor([1.0, 2.0]), 1),
     "a copy": (lambda x: torch.arange(4).to(x.device), 1),
+    "a copy that is said not to block": (lambda x: torch.arange(4).to(x.device, non_blocking=True), 1),
+    "a copy from pinned memory": (lambda x: torch.arange(4).pin_memory().to(x.device), 1),
+    "both": (lambda x: torch.arange(4).pin_memory().to(x.device, non_blocking=True), 0),
+    "a list": (lambda x: x.tolist(), 1),
     "back": (lambda x: x.cpu(), 1),
     "a list as index": (lambda x: x[[0, 2]], 2),
     "a mask": (lambda x: x[x > 0], 1),

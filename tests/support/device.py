@@ -1,7 +1,8 @@
 """A device that is not there: tensors that compute on the CPU, and say that they lie elsewhere.
 
-It counts what would stop the host of a CUDA device: a copy of data from the host, and a value that the host reads. The
-name of the device is "meta", the one that every build of torch lets autograd use.
+It counts what would stop the host of a CUDA device: a copy of data from the host, unless it is from pinned memory and
+need not be waited for, and a value that the host reads. The name of the device is "meta", the one that every build of
+torch lets autograd use.
 """
 
 from __future__ import annotations
@@ -10,17 +11,20 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from hybrid_sp import transfer
+
 ROOT, ROOMS = Path(__file__).parents[2], ("hybrid_sp", "layers", "recipes")
 DEVICE = torch.device("meta")
 aten = torch.ops.aten
+Module = TypeVar("Module", bound=nn.Module)
 READS = {  # the host needs a value, or a size that depends on values
     aten._local_scalar_dense.default,
     aten.nonzero.default,
@@ -53,21 +57,33 @@ class Device:
 
     def __init__(self) -> None:
         self.stops: Counter[str] = Counter()
+        self.pinned: list[Tensor] = []
         self._modes = (_Python(self), _Operations(self))
 
     def put(self, x: Tensor) -> Tensor:
         """Move a tensor to the device, uncounted."""
         return Elsewhere(x.detach()).requires_grad_(x.requires_grad)
 
+    def move(self, model: Module) -> Module:
+        """Move the weights and buffers of a module to the device, uncounted."""
+        for module in model.modules():
+            for name, weight in module._parameters.items():
+                module._parameters[name] = None if weight is None else nn.Parameter(self.put(weight))
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else self.put(buffer)
+        return model
+
     def stop(self, kind: str) -> None:
         self.stops[f"{kind} at {_line()}"] += 1
 
     def __enter__(self) -> Device:
+        transfer.PINNED.add(DEVICE.type)
         for mode in self._modes:
             mode.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
+        transfer.PINNED.discard(DEVICE.type)
         for mode in reversed(self._modes):
             mode.__exit__(*error)
 
@@ -87,6 +103,11 @@ class _Python(TorchFunctionMode):
             return made.to(target) if target == DEVICE else made
         if func is Tensor.new_tensor and isinstance(args[0], Elsewhere):
             return torch.tensor(*args[1:], **({"dtype": args[0].dtype} | kwargs)).to(DEVICE)
+        if func is Tensor.tolist and isinstance(args[0], Elsewhere):
+            return args[0].cpu().tolist()
+        if func is Tensor.pin_memory:
+            self.device.pinned.append(args[0].clone())
+            return self.device.pinned[-1]
         if func in (Tensor.__getitem__, Tensor.__setitem__) and isinstance(args[0], Elsewhere):
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
             if any(isinstance(part, list) for part in index):
@@ -110,6 +131,8 @@ class _Operations(TorchDispatchMode):
         if target is not None:
             kwargs["device"] = torch.device("cpu")
         goes_there = bool(there) if target is None else torch.device(target) == DEVICE
+        if kwargs.get("non_blocking"):
+            here = [x for x in here if not any(x is pinned for pinned in self.device.pinned)]
         if goes_there and here:
             self.device.stop(f"a copy from the host, {func.__name__}")
         if there and (not goes_there or func in READS or _picks_by_value(func, args)):

@@ -39,6 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...transfer import to_device
 from ..heads import sum_groups
 from ..phases import AffineState, Gradients, Inputs, Options
 from ..pieces import Piece, Pieces, Spans, cut
@@ -159,10 +160,10 @@ def _runs(spans: Spans, batch: int, device: torch.device, chunk: int) -> Runs:
     fla, length = passes(), sum(spans.lengths)
     edges = [row * length + run.start for row in range(batch) for run in runs.pieces.all] + [batch * length]
     host = torch.tensor(edges)
-    cu_seqlens = host.to(device)
+    cu_seqlens = to_device(host, device)
     indices = fla.prepare_chunk_indices(cu_seqlens, chunk, cu_seqlens_cpu=host)
     runs.tokens.update(cu_seqlens=cu_seqlens, chunk_indices=indices)
-    runs.chain.update(runs.tokens, chunk_offsets=fla.prepare_chunk_offsets(host, chunk).to(device))
+    runs.chain.update(runs.tokens, chunk_offsets=to_device(fla.prepare_chunk_offsets(host, chunk), device))
     return runs
 
 

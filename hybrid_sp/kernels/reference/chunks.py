@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...transfer import to_device
 from ..pieces import Piece, Pieces, Spans, cut
 
 CHUNK = 64  # tokens, a power of two; half as many where keys and values are at most half as wide
@@ -141,7 +142,8 @@ def _block(span: int, size: int, first: int, chunks: Sequence[Piece], device: to
         for n, chunk in enumerate(chunks):
             rows[n, : chunk.stop - chunk.start] = torch.arange(chunk.start - start, chunk.stop - start)
         rows = rows.flatten()
-        rows, places = rows.to(device), (rows < stop - start).nonzero().squeeze(1).to(device)
+        places = (rows < stop - start).nonzero().squeeze(1)
+        rows, places = to_device(rows, device), to_device(places, device)
     return Block(span, start, stop, size, first, tuple(chunks), rows, places)
 
 

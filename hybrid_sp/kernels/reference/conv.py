@@ -16,6 +16,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ...transfer import to_device
+
 BLOCK = 1 << 18  # numbers in a block of x, on the CPU
 
 
@@ -40,7 +42,7 @@ class Taps:
 def _crossing(starts: tuple[int, ...], width: int, tokens: int, device: torch.device) -> list[tuple[list[int], Tensor]]:
     """Return for each tap the tokens whose tap would cross a start, here and on the device."""
     found = [sorted({t for start in starts for t in range(start, min(start + j, tokens))}) for j in range(width)]
-    return [(here, torch.tensor(here, device=device)) for here in found]
+    return [(here, to_device(torch.tensor(here), device)) for here in found]
 
 
 def blocks(x: Tensor) -> Iterator[tuple[int, int]]:
