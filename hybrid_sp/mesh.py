@@ -15,7 +15,15 @@ from .comm import groups
 LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # the variables that torchrun sets for every process
 
 
-def init_mesh(dp: int = 1, sp: int = 1, device: str = "cpu", timeout: timedelta = timedelta(minutes=10)) -> DeviceMesh:
+def init_mesh(
+    dp: int = 1,
+    sp: int = 1,
+    device: str = "cpu",
+    timeout: timedelta = timedelta(minutes=10),
+    *,
+    eager: bool = False,
+    gather_ctas: int | None = None,
+) -> DeviceMesh:
     """Create the mesh with the axes "dp" (replicas of the model) and "sp" (pieces of a sequence); sp ranks are
     neighbours.
 
@@ -23,11 +31,21 @@ def init_mesh(dp: int = 1, sp: int = 1, device: str = "cpu", timeout: timedelta 
     and WORLD_SIZE is unset or 1. gloo serves the CPU, nccl CUDA. If a collective takes longer than `timeout`, it fails
     on every rank that waits for it.
 
-    On CUDA a process takes the GPU of its LOCAL_RANK, or the only one that it sees.
+    On CUDA a process takes the GPU of its LOCAL_RANK, or the only one that it sees. NCCL has two options more, which
+    have not been measured yet:
+
+        eager        connect all ranks of a group now, instead of two at their first message. It finds a broken network
+                     at once. All messages of a rank then share one stream: `pipeline` gains nothing over `ring`
+        gather_ctas  most thread blocks of a collective over sp. A kernel that fills the GPU lets a small collective
+                     start earlier; it also carries fewer bytes per second. None: NCCL chooses
 
     Raises ValueError if the number of processes is not dp x sp, or if a launcher's variables are not all set. It also
-    raises ValueError if this process has no GPU of its own.
+    raises ValueError if this process has no GPU of its own, and for options of NCCL without CUDA.
     """
+    if device != "cuda" and (eager or gather_ctas is not None):
+        raise ValueError(f"init_mesh: eager and gather_ctas are options of NCCL: device must be cuda, got {device}")
+    if gather_ctas is not None and gather_ctas < 1:
+        raise ValueError(f"init_mesh: gather_ctas must be at least 1, got {gather_ctas}")
     world = dist.get_world_size() if dist.is_initialized() else _processes()
     if min(dp, sp) < 1 or dp * sp != world:
         raise ValueError(f"dp x sp must be the number of processes: got dp={dp}, sp={sp} for {world} processes")
@@ -36,6 +54,8 @@ def init_mesh(dp: int = 1, sp: int = 1, device: str = "cpu", timeout: timedelta 
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         options: dict[str, Any] = {"timeout": timeout, "pg_options": groups.group_options(backend, timeout)}
+        if eager:
+            options["device_id"] = torch.device("cuda", torch.cuda.current_device())
         if os.environ.get("RANK"):
             dist.init_process_group(backend, **options)
         else:
@@ -44,9 +64,9 @@ def init_mesh(dp: int = 1, sp: int = 1, device: str = "cpu", timeout: timedelta 
     backends = str(dist.get_backend_config())
     (sp_group, _), (dp_group, _) = (
         dist.new_subgroups_by_enumeration(
-            members, timeout=timeout, pg_options=groups.group_options(backends, timeout), group_desc=name
+            members, timeout=timeout, pg_options=groups.group_options(backends, timeout, ctas), group_desc=name
         )
-        for name, members in (("sp", ranks.tolist()), ("dp", ranks.T.tolist()))
+        for name, members, ctas in (("sp", ranks.tolist(), gather_ctas), ("dp", ranks.T.tolist(), None))
     )
     return DeviceMesh.from_group([dp_group, sp_group], device, mesh=ranks, mesh_dim_names=("dp", "sp"))
 

@@ -61,6 +61,7 @@ class TrainConfig:
         "float32"  # of the weights; AdamW keeps float32 masters of bfloat16
     )
     threads: int | None = None  # CPU threads of one process; null: leave the choice to torch or torchrun
+    deterministic: bool = False  # on a GPU, take kernels that give the same bits every time; slower
     recompute: Literal["none", "full", "selective"] = "none"  # these blocks keep only their input for backward
     recompute_blocks: Any = None  # for selective; null: every second block; or [0, 3]; or L; or N
     trace: bool = False  # write trace.json, for ui.perfetto.dev: one step of every layer on every rank
@@ -95,6 +96,8 @@ class ParallelConfig:
     link: Link | None = None  # for linear=auto, {latency: seconds, bandwidth: bytes/s}; null: measure it
     check: Any = "sequence"  # compare the ranks' arguments per sequence; calls: before each collective; or false
     timeout: float = 600.0  # seconds that a rank waits for another one before it fails
+    nccl_eager: bool = False  # connect all GPUs of a group at the start, instead of two at their first message
+    nccl_ctas: int | None = None  # most thread blocks of a collective of NCCL over sp; null: NCCL chooses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +139,7 @@ TEXT_KEYS = ("data.files", "data.validation", "data.test")
 FREE_KEYS = (
     *TEXT_KEYS, "name", "out", "parallel.", "checkpoint.", "wandb.", "train.device", "train.threads",
     "train.validate_every", "train.validation_sequences", "train.sample", "train.keep_memory", "train.recompute",
-    "train.trace", "model.backend",
+    "train.trace", "train.deterministic", "model.backend",
 )  # fmt: skip
 # Free keys that experiments compare, so the default name of a run includes them.
 STRATEGY_KEYS = (

@@ -13,7 +13,6 @@ import argparse
 import gc
 import hashlib
 import math
-import os
 import signal
 import sys
 import time
@@ -32,8 +31,8 @@ from hybrid_sp.transfer import to_device
 from layers.config import expand_pattern, model_facts, pattern_letters
 from layers.model import HybridLM
 from recipes import checkpoint, config, data, generate, optim, record, tracker
-from recipes.allocator import keep_freed_memory
 from recipes.config import Recipe, RecipeError
+from recipes.device import choose_device, set_up
 from recipes.load import dump, load_recipe
 from recipes.record import TrainingStopped
 from recipes.strategy import Strategy, strategy, with_link
@@ -111,7 +110,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     """
     world = processes()
     validate(recipe, world)
-    device = _device(recipe)
+    device = choose_device(recipe)
     if record.is_main_process():
         tracker.check(recipe)
     corpus = data.read_corpus(recipe.data)
@@ -119,12 +118,17 @@ def train(recipe: Recipe) -> dict[str, Any]:
     record.check_same_run(folder, recipe, corpus.fingerprint)
     if (summary := record.finished(folder, recipe)) is not None:
         return summary
-    if device == "cpu" and recipe.train.keep_memory:
-        keep_freed_memory()
-    if recipe.train.threads is not None:
-        torch.set_num_threads(recipe.train.threads)
+    set_up(recipe, device, folder)
     dp, ranks = mesh_shape(recipe, world)
-    mesh = hsp.init_mesh(dp=dp, sp=ranks, device=device, timeout=timedelta(seconds=recipe.parallel.timeout))
+    parallel, cuda = recipe.parallel, device == "cuda"
+    mesh = hsp.init_mesh(
+        dp=dp,
+        sp=ranks,
+        device=device,
+        timeout=timedelta(seconds=parallel.timeout),
+        eager=cuda and parallel.nccl_eager,
+        gather_ctas=parallel.nccl_ctas if cuda else None,
+    )
     group = whole_group(mesh)
     if len(set(collectives.gather_objects(corpus.fingerprint, group))) > 1:
         raise RecipeError("data.files: processes read different text; give every machine the same files and Python")
@@ -381,20 +385,6 @@ class Run:
 def _digest(parameter: torch.Tensor) -> str:
     content = parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy()
     return hashlib.sha256(content.data).hexdigest()[:16]
-
-
-def _device(recipe: Recipe) -> str:
-    """Resolve ``train.device`` on this machine."""
-    chosen, local = recipe.train.device, processes("LOCAL_WORLD_SIZE")
-    seen, given = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    own = seen == 1 and bool(given) and "," not in given  # the launcher shows each process a GPU of its own
-    enough = torch.cuda.is_available() and (seen >= local or own)
-    if chosen == "cuda" and not enough:
-        raise RecipeError(
-            f"train.device=cuda needs one GPU for each of the {local} processes of this machine, but torch sees "
-            f"{seen}; set train.device=cpu or start fewer processes"
-        )
-    return "cuda" if enough and chosen != "cpu" else "cpu"
 
 
 @contextmanager

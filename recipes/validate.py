@@ -104,6 +104,7 @@ def _validate_numbers(recipe: Recipe) -> None:
         "checkpoint.keep": recipe.checkpoint.keep, "optim.lr": optim.lr, "parallel.timeout": recipe.parallel.timeout,
         "optim.clip": 1.0 if optim.clip is None else optim.clip,
         "parallel.kv_heads_per_gather": 1 if heads is None else heads,
+        "parallel.nccl_ctas": 1 if recipe.parallel.nccl_ctas is None else recipe.parallel.nccl_ctas,
     }  # fmt: skip
     if (link := recipe.parallel.link) is not None:
         positive["parallel.link.bandwidth"] = link.bandwidth

@@ -86,6 +86,9 @@ init_mesh(
     sp: int = 1,
     device: str = 'cpu',
     timeout: timedelta = datetime.timedelta(seconds=600),
+    *,
+    eager: bool = False,
+    gather_ctas: int | None = None,
 ) -> DeviceMesh
 ledger() -> Iterator[Ledger]
 linear_attention(
@@ -124,7 +127,7 @@ softmax_attention(
     scale: float | None = None,
     backend: str = 'auto',
 ) -> Tensor
-sum_gradients(parameters: Iterable[Tensor], group: Group, tokens: int) -> int
+sum_gradients(parameters: Iterable[Tensor], group: Group, tokens: int | Tensor) -> int | Tensor
 token_shift(
     x: Tensor,
     *,
@@ -198,6 +201,7 @@ train.seed: int = 0
 train.device: Literal['auto', 'cpu', 'cuda'] = 'auto'
 train.dtype: Literal['float32', 'float64', 'bfloat16'] = 'float32'
 train.threads: int | None = None
+train.deterministic: bool = False
 train.recompute: Literal['none', 'full', 'selective'] = 'none'
 train.recompute_blocks: Any = None
 train.trace: bool = False
@@ -222,6 +226,8 @@ parallel.link.latency: float
 parallel.link.bandwidth: float
 parallel.check: Any = 'sequence'
 parallel.timeout: float = 600.0
+parallel.nccl_eager: bool = False
+parallel.nccl_ctas: int | None = None
 checkpoint.every: int = 100
 checkpoint.keep: int = 2
 checkpoint.resume: Literal['auto', 'never'] = 'auto'

@@ -63,8 +63,8 @@ def timeout(group: Group) -> timedelta:
     return limit
 
 
-def group_options(backend: str, timeout: timedelta) -> Any:
-    """Return the options of a new group, a new object for each.
+def group_options(backend: str, timeout: timedelta, ctas: int | None = None) -> Any:
+    """Return the options of a new group, a new object for each. NCCL takes at most `ctas` thread blocks.
 
     NCCL's own stream is the communication stream. It has high priority, so that data that arrives does not queue behind
     kernels that do not need it. This has not run yet: it was written on a machine without NCCL.
@@ -73,6 +73,8 @@ def group_options(backend: str, timeout: timedelta) -> Any:
         return None
     options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
     options._timeout = timeout
+    if ctas is not None:
+        options.config.max_ctas = ctas
     return options
 
 

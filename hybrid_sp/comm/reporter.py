@@ -44,7 +44,7 @@ class Reporter:
         self._looking = False
 
     def watch(self, what: str, state: str, timeout: float, done: Callable[[], bool]) -> None:
-        """Watch until `done`, and print a line if that takes more than half of the timeout, in seconds."""
+        """Print a line if it takes more than half of the timeout, in seconds, until `done`."""
         with self._lock:
             self._queue.append(_Awaited(what, state, time.monotonic(), timeout, done))
             if not self._looking:

@@ -15,14 +15,19 @@ from tests.support.ranks import run_ranks
 TOKENS = (5, 0, 11)
 
 
-def summed(group: Any, dtype: torch.dtype) -> None:
+def summed(group: Any, dtype: torch.dtype, as_tensor: bool) -> None:
     rank = groups.rank(group)
     parameters = [torch.nn.Parameter(torch.ones(3, dtype=dtype)) for _ in range(3)]
     parameters[2].requires_grad_(False)
     if TOKENS[rank]:  # a rank without a valid token has no gradient at all
         parameters[0].grad = torch.full((3,), float(rank + 1), dtype=dtype)
         parameters[1].grad = torch.full((3,), TOKENS[rank] * 2.0, dtype=dtype)
-    assert hsp.sum_gradients(parameters, group, TOKENS[rank]) == sum(TOKENS)
+    if as_tensor:
+        tokens = torch.tensor(TOKENS[rank])
+        total = hsp.sum_gradients(parameters, group, tokens)
+        assert isinstance(total, torch.Tensor) and total == sum(TOKENS) and tokens == TOKENS[rank]
+    else:
+        assert hsp.sum_gradients(parameters, group, TOKENS[rank]) == sum(TOKENS)
     assert parameters[0].grad is not None and parameters[1].grad is not None and parameters[2].grad is None
     assert parameters[0].grad.dtype == dtype
     torch.testing.assert_close(parameters[0].grad, torch.full((3,), 4 / 16, dtype=dtype))
@@ -30,8 +35,9 @@ def summed(group: Any, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_the_sum_over_ranks_is_divided_by_all_tokens(dtype: torch.dtype) -> None:
-    run_ranks(summed, 3, dtype)
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_the_sum_over_ranks_is_divided_by_all_tokens(dtype: torch.dtype, as_tensor: bool) -> None:
+    run_ranks(summed, 3, dtype, as_tensor)
 
 
 def test_no_valid_token_anywhere_is_an_error() -> None:

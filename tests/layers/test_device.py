@@ -41,9 +41,9 @@ def on_the_device(group: Any, mixers: list[str], documents: tuple[int, ...] | No
         with Device() as device:
             block = device.move(block_of(mixer))
             for _ in range(2):  # the first makes plans of this shard
-                device.stops.clear()
+                device.clear()
                 got = step(block, device.put(x), shard, recomputed)
-            assert not device.stops, f"{mixer}: {dict(device.stops)}"
+            assert not device.stops and not device.copies, f"{mixer}: {device.stops} {device.copies}"
         for i, (a, b) in enumerate(zip(got, want, strict=True)):
             assert a.device == DEVICE
             assert_close(f"{mixer}, tensor {i}", a.data_here, b, 1e-12)

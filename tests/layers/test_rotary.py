@@ -21,6 +21,16 @@ def test_rotation_by_hand() -> None:
     assert_close("y", y.flatten(), want, 1e-14)
 
 
+def test_positions_keep_the_angles_of_every_base_width_and_dtype_apart() -> None:
+    positions = torch.tensor([3, 5])
+    for dtype in (torch.float64, torch.float32):
+        for base in (1e2, 1e4):
+            for width in (4, 8):
+                x = torch.randn(1, 2, 1, width, dtype=dtype)
+                kept, new = (rotate(where, base, x)[0] for where in (positions, positions.clone()))
+                assert torch.equal(kept, new), (dtype, base, width)
+
+
 def test_products_depend_on_the_distance_alone() -> None:
     q, k = torch.randn(2, 1, 1, 3, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     products = []

@@ -61,8 +61,8 @@ BASELINE_MUTANTS = [
     Mutant(
         name="a hop that is not waited for",
         file="hybrid_sp/comm/messages.py",
-        old="        out = received.wait()\n        sent.wait()\n",
-        new="        out = received._result()\n",
+        old="        for work in self._works:\n            work.wait()\n",
+        new="        pass\n",
         test=f"{BASELINES}::test_rings[ring-4-contiguous]",
     ),
     Mutant(

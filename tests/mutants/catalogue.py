@@ -445,7 +445,7 @@ MUTANTS = [
         file="hybrid_sp/gradients.py",
         old='collectives.all_reduce(flat, group, tag="gradients").div_(total)',
         new='collectives.all_reduce(flat / max(tokens, 1), group, tag="gradients").div_(groups.size(group))',
-        test="tests/hybrid_sp/test_gradients.py::test_the_sum_over_ranks_is_divided_by_all_tokens[torch.float64]",
+        test="tests/hybrid_sp/test_gradients.py::test_the_sum_over_ranks_is_divided_by_all_tokens[False-torch.float64]",
     ),
     Mutant(
         name="unshifted label",
@@ -457,7 +457,7 @@ MUTANTS = [
     Mutant(
         name="label cut before the shift",
         file="hybrid_sp/shard.py",
-        old="return self.take(labels_BL, 1)",
+        old="return self.take(labels_BL.index_fill_(1, to_device(last, tokens_BL.device), NO_LABEL), 1)",
         new="return F.pad(self.take(tokens_BL, 1)[:, 1:], (0, 1), value=NO_LABEL)",
         test="tests/hybrid_sp/test_shard.py::test_ranks_hold_every_token_once[2-contiguous]",
     ),

@@ -7,6 +7,9 @@ from tests.mutants.mutant import Mutant
 EXCHANGE = "tests/hybrid_sp/exchange/test_exchange.py"
 AGREEMENT = "tests/hybrid_sp/comm/test_agreement.py"
 SCAN = f"{EXCHANGE}::test_parity_fp64"
+NCCL = "tests/hybrid_sp/comm/test_nccl.py"
+STREAMS = "tests/hybrid_sp/comm/test_streams.py"
+REPORTER = "tests/hybrid_sp/comm/test_reporter.py"
 
 EXCHANGE_MUTANTS = [
     Mutant(
@@ -186,17 +189,66 @@ EXCHANGE_MUTANTS = [
         test=f"{SCAN}[4-contiguous-star]",
     ),
     Mutant(
-        name="a ring whose ranks all receive first",
-        file="hybrid_sp/comm/messages.py",
-        old="    if me % 2:",
-        new="    if True:",
-        test="tests/hybrid_sp/comm/test_nccl.py::test_every_exchange_meets_in_order[2]",
-    ),
-    Mutant(
         name="doubling that receives before it sends, on every rank",
         file="hybrid_sp/exchange/doubling.py",
         old="for p in range(d, count):",
         new="for p in sorted(range(d, count), key=lambda p: scan.owners[p] != scan.here):",
-        test="tests/hybrid_sp/comm/test_nccl.py::test_every_exchange_meets_in_order[2]",
+        test=f"{NCCL}::test_every_exchange_meets_in_order[2]",
+    ),
+    Mutant(
+        name="a hop that receives from the next rank",
+        file="hybrid_sp/comm/messages.py",
+        old="dist.P2POp(dist.irecv, out, group=twin, group_peer=source, tag=tag)",
+        new="dist.P2POp(dist.irecv, out, group=twin, group_peer=to, tag=tag)",
+        test=f"{NCCL}::test_every_exchange_meets_in_order[3]",
+    ),
+    Mutant(
+        name="a task aside that begins where the wait is",
+        file="hybrid_sp/comm/background.py",
+        old="        stream.wait_event(self._begin)\n",
+        new="        stream.wait_event(current.record_event())\n",
+        test=f"{STREAMS}::test_a_task_aside_is_enqueued_after_the_computation_and_begins_before_it",
+    ),
+    Mutant(
+        name="a side stream that nobody waits for",
+        file="hybrid_sp/comm/background.py",
+        old="        current.wait_event(stream.record_event())\n",
+        new="        stream.record_event()\n",
+        test=f"{STREAMS}::test_a_task_aside_is_enqueued_after_the_computation_and_begins_before_it",
+    ),
+    Mutant(
+        name="memory of a message not kept for the stream that reads it",
+        file="hybrid_sp/comm/pending.py",
+        old="                    leaf.record_stream(current)\n",
+        new="                    pass\n",
+        test=f"{STREAMS}::test_memory_asked_for_on_one_stream_is_kept_for_the_stream_that_reads_it",
+    ),
+    Mutant(
+        name="a report only when it is too late",
+        file="hybrid_sp/comm/reporter.py",
+        old="waited < first.timeout / 2",
+        new="waited < first.timeout",
+        test=f"{REPORTER}::test_the_first_that_does_not_arrive_is_named_once_after_half_of_the_timeout",
+    ),
+    Mutant(
+        name="a launch that is never done",
+        file="hybrid_sp/comm/reporter.py",
+        old="        launched.set()\n",
+        new="        pass\n",
+        test=f"{REPORTER}::test_a_wait_on_cuda_is_watched_until_its_event_has_happened",
+    ),
+    Mutant(
+        name="waits that are not watched",
+        file="hybrid_sp/comm/pending.py",
+        old="                reporter.waiting(self._what, self._group, self._device)\n",
+        new="                pass\n",
+        test=f"{REPORTER}::test_a_wait_on_cuda_is_watched_until_its_event_has_happened",
+    ),
+    Mutant(
+        name="thread blocks limited for the wrong axis",
+        file="hybrid_sp/mesh.py",
+        old='("sp", ranks.tolist(), gather_ctas), ("dp", ranks.T.tolist(), None)',
+        new='("sp", ranks.tolist(), None), ("dp", ranks.T.tolist(), gather_ctas)',
+        test=f"{STREAMS}::test_options_of_nccl_reach_it",
     ),
 ]

@@ -10,6 +10,7 @@ STRANGER = "tests/recipes/test_checkpoint.py::test_a_checkpoint_of_a_stranger_ru
 RUNS = "tests/analysis/test_runs.py"
 FAMILIES = "tests/analysis/test_families.py"
 DEVICE = "tests/layers/test_device.py::test_no_mixer_stops_the_host[documents1-True]"
+STEP = "tests/recipes/test_step.py::test_the_host_waits_once_in_a_step[True]"
 
 MODEL_MUTANTS = [
     Mutant(
@@ -151,5 +152,54 @@ MODEL_MUTANTS = [
         old='        for span in shard.broken:\n            known[span].fill_(float("-inf"))\n',
         new='        known[list(shard.broken)] = float("-inf")\n',
         test=DEVICE,
+    ),
+    Mutant(
+        name="angles of another base",
+        file="layers/rotary.py",
+        old="made, key = _made.setdefault(positions_T, {}), (base, half, dtype)",
+        new="made, key = _made.setdefault(positions_T, {}), (1.0, half, dtype)",
+        test="tests/layers/test_rotary.py::test_positions_keep_the_angles_of_every_base_width_and_dtype_apart",
+    ),
+    Mutant(
+        name="a table for which the host waits",
+        file="hybrid_sp/transfer.py",
+        old="x.pin_memory().to(device, non_blocking=True)",
+        new="x.pin_memory().to(device)",
+        test=STEP,
+    ),
+    Mutant(
+        name="a step that reads the count of tokens",
+        file="recipes/train.py",
+        old="self.group, valid)",
+        new="self.group, int(valid))",
+        test=STEP,
+    ),
+    Mutant(
+        name="validation in the tokens per second",
+        file="recipes/train.py",
+        old="                self.since += time.perf_counter() - pause\n",
+        new="",
+        test="tests/recipes/test_step.py::test_tokens_per_second_include_the_optimiser_and_nothing_else",
+    ),
+    Mutant(
+        name="a clock that begins after the optimiser",
+        file="recipes/train.py",
+        old='        self.progress["step"].fill_(step)\n        step_tokens',
+        new='        self.progress["step"].fill_(step)\n        self.since = time.perf_counter()\n        step_tokens',
+        test="tests/recipes/test_step.py::test_tokens_per_second_include_the_optimiser_and_nothing_else",
+    ),
+    Mutant(
+        name="deterministic kernels that nobody asks for",
+        file="recipes/device.py",
+        old="        torch.use_deterministic_algorithms(True)\n",
+        new="",
+        test="tests/recipes/test_device.py::test_deterministic_kernels_are_asked_for",
+    ),
+    Mutant(
+        name="the caller's count of tokens summed in place",
+        file="hybrid_sp/gradients.py",
+        old="tokens.to(torch.int64, copy=True)",
+        new="tokens.to(torch.int64)",
+        test="tests/hybrid_sp/test_gradients.py::test_the_sum_over_ranks_is_divided_by_all_tokens",
     ),
 ]

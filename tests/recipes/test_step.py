@@ -74,7 +74,7 @@ def on_the_device(group: Any, recipe: config.Recipe) -> None:
         patch.setattr(adamw, "step", step_by_formula)
         run.optimizer = optim.Optimizer(run.model, recipe.optim)
         run.train_step(1, False)
-        device.stops.clear()
+        device.clear()
         assert run.train_step(2, True)
         assert len(device.stops) == 1 and sum(device.stops.values()) == 1, dict(device.stops)
         assert next(iter(device.stops)).startswith("a value read by the host"), dict(device.stops)

@@ -46,6 +46,7 @@ IMPOSSIBLE = [
     ("parallel.overlap=3", 1, ["parallel.overlap=3", "true, false or a list", "linear, softmax, conv"]),
     ("parallel.overlap=linear", 1, ["parallel.overlap=linear", "true, false or a list"]),
     ("parallel.overlap=[linear,delta]", 1, ["parallel.overlap=['linear', 'delta']", "linear, softmax, conv"]),
+    ("parallel.nccl_ctas=0", 1, ["parallel.nccl_ctas=0", "above 0"]),
     ("parallel.kv_heads_per_gather=0", 1, ["parallel.kv_heads_per_gather=0", "above 0"]),
     ("parallel.link={latency: 0, bandwidth: 0}", 1, ["parallel.link.bandwidth=0", "above 0"]),
     ("parallel.link={latency: -1, bandwidth: 1e9}", 1, ["parallel.link.latency=-1", "at least 0"]),

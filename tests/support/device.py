@@ -53,10 +53,12 @@ class Elsewhere(Tensor):
 
 
 class Device:
-    """The device while it is open: `stops` counts the host's stops by kind and line of this project."""
+    """The device while it is open. It counts by line of this project: the host's stops by kind in `stops`, and copies
+    from pinned memory, for which it does not stop, in `copies`."""
 
     def __init__(self) -> None:
         self.stops: Counter[str] = Counter()
+        self.copies: Counter[str] = Counter()
         self.pinned: list[Tensor] = []
         self._modes = (_Python(self), _Operations(self))
 
@@ -73,17 +75,28 @@ class Device:
                 module._buffers[name] = None if buffer is None else self.put(buffer)
         return model
 
+    def _pin(self, x: Tensor) -> Tensor:
+        self.pinned.append(x.clone())
+        return self.pinned[-1]
+
+    def clear(self) -> None:
+        """Begin to count anew."""
+        self.stops.clear()
+        self.copies.clear()
+
     def stop(self, kind: str) -> None:
         self.stops[f"{kind} at {_line()}"] += 1
 
     def __enter__(self) -> Device:
         transfer.PINNED.add(DEVICE.type)
+        self._pin_memory, Tensor.pin_memory = Tensor.pin_memory, lambda x: self._pin(x)  # type: ignore
         for mode in self._modes:
             mode.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         transfer.PINNED.discard(DEVICE.type)
+        Tensor.pin_memory = self._pin_memory  # type: ignore[method-assign]
         for mode in reversed(self._modes):
             mode.__exit__(*error)
 
@@ -105,9 +118,6 @@ class _Python(TorchFunctionMode):
             return torch.tensor(*args[1:], **({"dtype": args[0].dtype} | kwargs)).to(DEVICE)
         if func is Tensor.tolist and isinstance(args[0], Elsewhere):
             return args[0].cpu().tolist()
-        if func is Tensor.pin_memory:
-            self.device.pinned.append(args[0].clone())
-            return self.device.pinned[-1]
         if func in (Tensor.__getitem__, Tensor.__setitem__) and isinstance(args[0], Elsewhere):
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
             if any(isinstance(part, list) for part in index):
@@ -131,8 +141,9 @@ class _Operations(TorchDispatchMode):
         if target is not None:
             kwargs["device"] = torch.device("cpu")
         goes_there = bool(there) if target is None else torch.device(target) == DEVICE
-        if kwargs.get("non_blocking"):
-            here = [x for x in here if not any(x is pinned for pinned in self.device.pinned)]
+        if kwargs.get("non_blocking") and any(x is pinned for x in here for pinned in self.device.pinned):
+            self.device.copies[f"{func.__name__} at {_line()}"] += 1
+            here = []
         if goes_there and here:
             self.device.stop(f"a copy from the host, {func.__name__}")
         if there and (not goes_there or func in READS or _picks_by_value(func, args)):

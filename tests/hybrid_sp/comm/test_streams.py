@@ -105,14 +105,15 @@ def test_groups_of_nccl_have_streams_of_high_priority(monkeypatch: pytest.Monkey
     made: list[Any] = []
 
     def options(**given: Any) -> Any:
-        made.append(SimpleNamespace(**given))
+        made.append(SimpleNamespace(**given, config=SimpleNamespace(max_ctas=None)))
         return made[-1]
 
     monkeypatch.setattr(dist, "ProcessGroupNCCL", SimpleNamespace(Options=options), raising=False)
     minute = timedelta(minutes=1)
     assert groups.group_options("cpu:gloo", minute) is None
     one, other = (groups.group_options("cpu:gloo,cuda:nccl", minute) for _ in range(2))
-    assert one is not other and one.is_high_priority_stream and one._timeout == minute
+    assert one is not other and one.is_high_priority_stream and one._timeout == minute and one.config.max_ctas is None
+    assert groups.group_options("nccl", minute, ctas=4).config.max_ctas == 4
 
 
 @pytest.mark.parametrize(
@@ -156,6 +157,39 @@ def test_the_gpu_is_chosen_before_the_groups_are_made(monkeypatch: pytest.Monkey
     with pytest.raises(KeyError):
         mesh.init_mesh(device="cuda")
     assert log == ["GPU 1", "groups"]
+
+
+def test_options_of_nccl_reach_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def started(*_: Any, **options: Any) -> None:
+        asked.update(options)
+
+    def subgroups(ranks: Any, *, pg_options: Any, group_desc: str, **_: Any) -> Any:
+        asked[group_desc] = pg_options
+        return None, None
+
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(groups, "group_options", lambda backend, timeout, ctas=None: ctas)
+    monkeypatch.setattr(dist, "init_process_group", started)
+    monkeypatch.setattr(dist, "get_backend_config", lambda: "cpu:gloo,cuda:nccl")
+    monkeypatch.setattr(dist, "new_subgroups_by_enumeration", subgroups)
+    monkeypatch.setattr(mesh.DeviceMesh, "from_group", lambda *_, **__: None)
+    mesh.init_mesh(device="cuda", eager=True, gather_ctas=4)
+    assert (asked["device_id"], asked["sp"], asked["dp"]) == (DEVICE, 4, None)
+    asked.clear()
+    mesh.init_mesh(device="cuda")
+    assert "device_id" not in asked and asked["sp"] is None
+
+
+@pytest.mark.parametrize("options", [{"eager": True}, {"gather_ctas": 2}, {"device": "cuda", "gather_ctas": 0}])
+def test_options_that_nccl_cannot_have_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"^init_mesh: .*(device must be cuda, got cpu|at least 1, got 0)"):
+        mesh.init_mesh(**options)
 
 
 def test_a_slow_link_cannot_be_pretended_on_cuda() -> None:
