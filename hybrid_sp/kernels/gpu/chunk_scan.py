@@ -46,6 +46,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import tuning
 from .launch import launch
 from .segments import COLUMNS, Segments, places
 
@@ -326,7 +327,8 @@ class DecayGradient:
         kept = torch.float32 if dtype == torch.float16 else dtype  # fp16 has too few exponents for a state
         self.states = torch.empty(len(segments.chunks), B, H, D, W, dtype=kept, device=S.device)
         launches = [] if by_channel else itertools.product(pieces(W, dtype, split), pieces(D, dtype, split))
-        tiles = [triton.cdiv(w.stop - w.start, _tile(d, w, dtype, split)[1]) for w, d in launches]
+        kind = kind_of_scan("computed", "scalar", True, True, split)
+        tiles = [triton.cdiv(w.stop - w.start, _tile(d, w, dtype, S.device, kind).columns) for w, d in launches]
         self.r = [S.new_empty(count, B, v.shape[1], H) for count in tiles]
         self.dg: list[Tensor] = []
 
@@ -335,12 +337,16 @@ class DecayGradient:
         return torch.cat(self.dg).sum(0)
 
 
-def _tile(d: slice, w: slice, dtype: torch.dtype, split: bool) -> tuple[int, int, int, int]:
-    """Choose BD, BW, warps and stages for a scan over states with the rows d and the columns w."""
-    BD, BW = (max(16, triton.next_power_of_2(x.stop - x.start)) for x in (d, w))
-    if dtype.itemsize == 4:
-        return BD, min(16, BW), 8, 1
-    return BD, min(32 if split or BD > 128 else 64, BW), 8, 2
+def _tile(d: slice, w: slice, dtype: torch.dtype, device: torch.device, kind: tuple[str, ...]) -> tuning.Entry:
+    """Look up the launch parameters of a scan over states with the rows d and the columns w."""
+    return tuning.entry("scan", d.stop - d.start, w.stop - w.start, dtype, device, kind)
+
+
+def kind_of_scan(pairs: str, decay: str, update: bool, gate: bool, split: bool) -> tuple[str, ...]:
+    """Return the words of a scan in the table of launch parameters. Both directions share an entry: the scan for dk
+    reads what each tile of the scan for dq has written."""
+    words = {"writing": update, "gate": gate, "split": split}
+    return pairs, decay, *(word for word, true in words.items() if true)
 
 
 def types(dtype: torch.dtype) -> dict[str, object]:
@@ -408,12 +414,18 @@ def scan(
             r = gradient.r[i] if by_chunk is None else None
             if reverse:
                 dg = gradient.dg[i] if by_chunk is None else gradient.dg[i % len(rows)][..., wide]
-        BD, BW, warps, stages = _tile(tall, wide, dtype, split_x or split_y)
+        tile = _tile(
+            tall,
+            wide,
+            dtype,
+            out.device,
+            kind_of_scan(here, kind, z is not None, gradient is not None, split_x or split_y),
+        )
         y_, z_, w_ = (None if array is None else array[..., d] for array, d in ((y, tall), (z, wide), (w, wide)))
         arrays = (x[..., tall], y_, z_, part, scores, S_, added, out_, w_, r, states, dg)
         launch(
             scan_kernel,
-            (triton.cdiv(S_.shape[4], BW) * B * H * segments.pieces.count,),
+            (triton.cdiv(S_.shape[4], tile.columns) * B * H * segments.pieces.count,),
             *(nothing if array is None else array for array in arrays),
             segments.table,
             read,
@@ -439,8 +451,8 @@ def scan(
             0 if states is None else states.stride(2),
             0 if states is None else states.stride(3),
             C=segments.chunk,
-            BD=BD,
-            BW=BW,
+            BD=tile.rows,
+            BW=tile.columns,
             STRIDE=COLUMNS,
             DECAY=kind,
             PAIRS=here,
@@ -452,7 +464,7 @@ def scan(
             SPLIT_Y=split_y,
             SPLIT_Z=z is not None and z.dtype != dtype,
             **types(dtype),
-            num_warps=warps,
-            num_stages=stages,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
         )
     return out

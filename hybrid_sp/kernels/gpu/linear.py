@@ -24,7 +24,7 @@ from torch import Tensor
 from ..heads import sum_groups
 from ..phases import AffineState, Gradients, Inputs, Options
 from ..pieces import Spans, decays_before, over_state, span_decays
-from . import vector_decay
+from . import tuning, vector_decay
 from .chunk_scan import Decay, DecayGradient, scan, scan_chunk
 from .launch import rows
 from .segments import Segments, segment
@@ -126,7 +126,9 @@ class LinearPhases:
         if bonus is not None and (g is None or g.ndim == 3):
             g = x.v.new_zeros(1, 1, 1, dtype=bonus.dtype) if g is None else g
             g = g.unsqueeze(-1).expand(*x.v.shape[:3], x.k.shape[3])
-        segments = segment(spans, x.v.shape[0] * x.v.shape[2], scan_chunk(x.v.dtype), x.v.device)
+        B, _, H, V = x.v.shape
+        programs = tuning.entry("segments", x.k.shape[3], V, x.v.dtype, x.v.device).programs
+        segments = segment(spans, B * H, scan_chunk(x.v.dtype), x.v.device, programs)
         return cls(segments, options, g is not None and g.requires_grad, by_head), x._replace(g=g, bonus=bonus)
 
     def states_forward(self, x: Inputs) -> tuple[AffineState | None, Work]:

@@ -26,8 +26,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..pieces import Pieces, Spans, cut
+from . import tuning
 
-PROGRAMS = 512  # segments x batch x heads that are enough to fill a device
 SHORTEST = 4  # chunks: a segment's state in and out costs as much as about one chunk
 COLUMNS = 5  # of the table
 FIRST, LAST, NEW = 1, 2, 4
@@ -51,9 +51,11 @@ class Segments:
 
 
 @functools.lru_cache(maxsize=64)
-def segment(spans: Spans, rows_per_token: int, chunk: int, device: torch.device) -> Segments:
+def segment(
+    spans: Spans, rows_per_token: int, chunk: int, device: torch.device, programs: int = tuning.PROGRAMS
+) -> Segments:
     """Cut spans into segments, and these into chunks. `rows_per_token` is batch x heads."""
-    pieces = cut(spans, _size(sum(spans.lengths), rows_per_token, chunk))
+    pieces = cut(spans, _size(sum(spans.lengths), rows_per_token, chunk, programs))
     rows: list[tuple[int, ...]] = []
     chunks: list[tuple[int, int]] = []
     for p in pieces.all:
@@ -65,9 +67,9 @@ def segment(spans: Spans, rows_per_token: int, chunk: int, device: torch.device)
     return Segments(pieces, table, chunk, of_chunks, cut_off)
 
 
-def _size(tokens: int, rows_per_token: int, chunk: int) -> int:
-    """Choose the tokens in a segment: a power of two of chunks, such that about PROGRAMS programs share the work."""
-    wanted = tokens * rows_per_token // (PROGRAMS * chunk)
+def _size(tokens: int, rows_per_token: int, chunk: int, programs: int) -> int:
+    """Choose the tokens in a segment: a power of two of chunks, such that about so many programs share the work."""
+    wanted = tokens * rows_per_token // (programs * chunk)
     return chunk * max(SHORTEST, 1 << max(wanted - 1, 0).bit_length())
 
 

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import tuning
 from .chunk_scan import Decay, decays, factor, strides, types
 from .launch import launch
 from .segments import COLUMNS, FIRST, LAST, NEW, Segments, places
@@ -190,12 +191,11 @@ def summary(
         total = torch.empty(
             segments.pieces.count, B, H, *((D,) if kind == "rows" else ()), dtype=torch.float32, device=y.device
         )
-    side, warps, stages = (64, 4, 3) if dtype.itemsize == 2 else (32, 4, 1)
-    BD, BW = (min(side, max(16, triton.next_power_of_2(width))) for width in (D, W))
+    tile = tuning.entry("summary", D, W, dtype, y.device, (kind,))
     nothing = segments.table
     launch(
         summary_kernel,
-        (triton.cdiv(D, BD) * triton.cdiv(W, BW) * B * H * segments.pieces.count,),
+        (triton.cdiv(D, tile.rows) * triton.cdiv(W, tile.columns) * B * H * segments.pieces.count,),
         y,
         z,
         nothing if log_decay is None else log_decay,
@@ -216,15 +216,15 @@ def summary(
         out.stride(2),
         out.stride(3),
         C=segments.chunk,
-        BD=BD,
-        BW=BW,
+        BD=tile.rows,
+        BW=tile.columns,
         STRIDE=COLUMNS,
         DECAY=kind,
         REVERSE=reverse,
         SPLIT_Z=z.dtype != dtype,
         **types(dtype),
-        num_warps=warps,
-        num_stages=stages,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
     )
     return total
 
@@ -242,10 +242,10 @@ def fold(
     added, given = added.contiguous(), None if given is None else given.contiguous()
     S, left = torch.empty_like(added), added.new_empty(segments.pieces.spans, B, H, K, V)
     kind = "none" if total is None else "scalar" if total.ndim == 3 else "rows"
-    block = 1024
+    block = tuning.entry("fold", K, V, added.dtype, added.device, (kind,))
     launch(
         fold_kernel,
-        (triton.cdiv(K * V, block) * B * H,),
+        (triton.cdiv(K * V, block.columns) * B * H,),
         added,
         added if total is None else total,
         added if given is None else given,
@@ -256,7 +256,7 @@ def fold(
         B * H,
         K,
         V,
-        BLOCK=block,
+        BLOCK=block.columns,
         STRIDE=COLUMNS,
         FROM=LAST if reverse else FIRST,
         TO=FIRST if reverse else LAST,
@@ -264,7 +264,7 @@ def fold(
         DECAY=kind,
         ENTERED=given is not None,
         REVERSE=reverse,
-        num_warps=4,
-        num_stages=2,
+        num_warps=block.warps,
+        num_stages=block.stages,
     )
     return S, left

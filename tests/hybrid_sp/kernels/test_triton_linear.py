@@ -45,16 +45,16 @@ SLOW = ("bonus", "bonus, scalar")
 @contextmanager
 def small(chunk: int) -> Iterator[None]:
     """Chunks of so many tokens, and segments of two, so that little work has many of both."""
-    from hybrid_sp.kernels.gpu import linear, segments
+    from hybrid_sp.kernels.gpu import linear, segments, tuning
     from tests.support.interpreter import mend
 
     mend()
-    kept = linear.scan_chunk, segments.SHORTEST, segments.PROGRAMS
-    linear.scan_chunk, segments.SHORTEST, segments.PROGRAMS = (lambda dtype: chunk), 2, 1 << 20
+    kept = linear.scan_chunk, segments.SHORTEST, tuning.PROGRAMS
+    linear.scan_chunk, segments.SHORTEST, tuning.PROGRAMS = (lambda dtype: chunk), 2, 1 << 20
     try:
         yield
     finally:
-        linear.scan_chunk, segments.SHORTEST, segments.PROGRAMS = kept
+        linear.scan_chunk, segments.SHORTEST, tuning.PROGRAMS = kept
         segments.segment.cache_clear()
 
 
