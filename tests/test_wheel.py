@@ -50,7 +50,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what packages are made of, since setuptools writes beside it."""
     copy = tmp_path_factory.mktemp("checkout")
     for room in ROOMS:
-        names = [path for path in (ROOT / room).rglob("*") if path.suffix in (".py", ".yaml", ".typed")]
+        names = [path for path in (ROOT / room).rglob("*") if path.suffix in (".py", ".yaml", ".json", ".typed")]
         for path in names:
             target = copy / path.relative_to(ROOT)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,8 @@ def test_a_wheel_holds_the_engine_alone(wheel: Path) -> None:
     files = set(ZipFile(wheel).namelist())
     about = f"hybrid_sp-{hybrid_sp.__version__}.dist-info"
     engine = {path.relative_to(ROOT).as_posix() for path in (ROOT / "hybrid_sp").rglob("*.py")}
-    assert {name for name in files if not name.startswith(f"{about}/")} == engine | {"hybrid_sp/py.typed"}
+    data = {"hybrid_sp/py.typed", "hybrid_sp/kernels/gpu/tuned.json"}
+    assert {name for name in files if not name.startswith(f"{about}/")} == engine | data
     metadata = Parser().parsestr(ZipFile(wheel).read(f"{about}/METADATA").decode())
     needed = {one for one in metadata.get_all("Requires-Dist", []) if "extra ==" not in one}
     assert needed == {"torch>=2.11", "einops>=0.8"}

@@ -8,6 +8,7 @@ KERNELS = "tests/hybrid_sp/kernels"
 LINEAR = f"{KERNELS}/test_triton_linear.py"
 ALONE = f"{LINEAR}::test_parity_fp32_on_one_device"
 GATES = f"{KERNELS}/test_vector_decay.py"
+FITS = f"{KERNELS}/test_aot.py::test_kernels_fit_a_chip"
 FLA = f"{KERNELS}/test_fla_adapter.py"
 TWO_SPANS = f"{FLA}::test_agrees_with_the_token_loop[half, on 2]"
 FLASH = f"{KERNELS}/test_flash.py"
@@ -20,8 +21,8 @@ KERNEL_MUTANTS = [
     Mutant(
         name="scan: sign of what spans a chunk in the gradient of its decays",
         file="hybrid_sp/kernels/gpu/chunk_scan.py",
-        old="(tl.cumsum(b_e, 0) - b_e) + spanning",
-        new="(tl.cumsum(b_e, 0) - b_e) - spanning",
+        old="(tl.cumsum(b_e, 0) - b_e) + b_whole",
+        new="(tl.cumsum(b_e, 0) - b_e) - b_whole",
         test=f"{ALONE}[scalar]",
     ),
     Mutant(
@@ -55,8 +56,8 @@ KERNEL_MUTANTS = [
     Mutant(
         name="scan: decays of reading and writing exchanged",
         file="hybrid_sp/kernels/gpu/chunk_scan.py",
-        old="    if REVERSE:\n        b_through, b_after = b_after, b_through",
-        new="    if not REVERSE:\n        b_through, b_after = b_after, b_through",
+        old="(AFTER if REVERSE else THROUGH)",
+        new="(THROUGH if REVERSE else AFTER)",
         test=f"{ALONE}[scalar]",
     ),
     Mutant(
@@ -129,19 +130,83 @@ KERNEL_MUTANTS = [
         new="added = None if not first else None",
         test=f"{LINEAR}::test_wide_dims_are_taken_in_pieces[scalar]",
     ),
+    Mutant(
+        name="scan: loop that waits for each load",
+        file="hybrid_sp/kernels/gpu/chunk_scan.py",
+        old="tl.range(0, count, num_stages=STAGES)",
+        new="range(count)",
+        test=FITS,
+    ),
+    Mutant(
+        name="scan: scale as an int compiled in",
+        file="hybrid_sp/kernels/gpu/chunk_scan.py",
+        old="float(read)",
+        new="read",
+        test=f"{LINEAR}::test_an_int_as_scale_is_a_float_to_the_kernels",
+    ),
+    Mutant(
+        name="within: a minimum that hides decays which are not numbers",
+        file="hybrid_sp/kernels/gpu/scalar_decay.py",
+        old="return tl.where(x > 0.0, 0.0, x)",
+        new="return tl.minimum(x, 0.0)",
+        test=FITS,
+    ),
+    Mutant(
+        name="within: low parts of sums dropped",
+        file="hybrid_sp/kernels/gpu/scalar_decay.py",
+        old="+ (b_low[:, None] - b_low[None, :])",
+        new="",
+        test=f"{LINEAR}::test_sums_of_decays_are_exact_within_a_chunk",
+    ),
+    Mutant(
+        name="padding: rows that no wide copy reads",
+        file="hybrid_sp/kernels/gpu/linear.py",
+        old="PADDING: ClassVar[int] = 16",
+        new="PADDING: ClassVar[int] = 8",
+        test=f"{LINEAR}::test_rows_beside_a_normaliser_are_multiples_of_16",
+    ),
+    # The table of launch parameters.
+    Mutant(
+        name="tuning: entries of another architecture",
+        file="hybrid_sp/kernels/gpu/tuning.py",
+        old="measured().get(architecture, {}).get(here)",
+        new="{k: v for x in measured().values() for k, v in x.items()}.get(here)",
+        test=f"{KERNELS}/test_tuning.py::test_what_is_written_is_used_for_its_key_and_architecture_alone",
+    ),
+    Mutant(
+        name="tuning: no third stage",
+        file="hybrid_sp/kernels/gpu/tuning.py",
+        old="stages = 3 if tall <= 128",
+        new="stages = 2 if tall <= 128",
+        test=FITS,
+    ),
     # States between segments.
+    Mutant(
+        name="summary: a normaliser's column left out",
+        file="hybrid_sp/kernels/gpu/state_passing.py",
+        old="for wide in column_apart(W):",
+        new="for wide in column_apart(W)[:1]:",
+        test=f"{LINEAR}::test_rows_beside_a_normaliser_are_multiples_of_16",
+    ),
+    Mutant(
+        name="fold: loop that waits for each load",
+        file="hybrid_sp/kernels/gpu/state_passing.py",
+        old="[BLOCK], dtype=tl.float32)\n    for i in tl.range(0, count, num_stages=STAGES):",
+        new="[BLOCK], dtype=tl.float32)\n    for i in range(count):",
+        test=FITS,
+    ),
     Mutant(
         name="summary: dropped decay",
         file="hybrid_sp/kernels/gpu/state_passing.py",
-        old="            b_S *= decay\n            total +=",
-        new="            total +=",
+        old="            b_S *= tl.exp(b_a)[:, None]\n            b_total += b_a\n        elif",
+        new="            b_total += b_a\n        elif",
         test=f"{ALONE}[scalar]",
     ),
     Mutant(
         name="summary: dropped decay per key channel",
         file="hybrid_sp/kernels/gpu/state_passing.py",
-        old="            b_S *= tl.exp(b_a)[:, None]\n",
-        new="",
+        old="mask=m_d, other=0.0)\n            b_S *= tl.exp(b_a)[:, None]\n",
+        new="mask=m_d, other=0.0)\n",
         test=f"{ALONE}[vector]",
     ),
     Mutant(
@@ -174,9 +239,9 @@ KERNEL_MUTANTS = [
     ),
     Mutant(
         name="carried: an entering state not cut at a document",
-        file="hybrid_sp/kernels/gpu/linear.py",
-        old="return S if cut_off is None else",
-        new="return S if True else",
+        file="hybrid_sp/kernels/gpu/state_passing.py",
+        old="        if not REVERSE:\n            b_S = tl.where((flags & BEGINS)",
+        new="        if not REVERSE and ADDED:\n            b_S = tl.where((flags & BEGINS)",
         test=f"{ALONE}[normalized]",
     ),
     Mutant(
@@ -184,13 +249,13 @@ KERNEL_MUTANTS = [
         file="hybrid_sp/kernels/pieces.py",
         old="before[here.start + 1 : here.stop] = totals[here.start : here.stop - 1].cumsum(0)",
         new="before[here] = totals[here].cumsum(0)",
-        test=f"{ALONE}[scalar]",
+        test="tests/hybrid_sp/ops/test_parity.py::test_parity_fp64[2-contiguous-linear]",
     ),
     Mutant(
         name="carried: no entering state in the gradient of queries",
         file="hybrid_sp/kernels/gpu/linear.py",
-        old="S = (h if S_in is None else h +",
-        new="S = (h if S_in is None else h + 0 *",
+        old="S = (h if S_in is None else carry(",
+        new="S = (h if True else carry(",
         test=f"{ALONE}[none]",
     ),
     Mutant(

@@ -26,8 +26,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..pieces import Pieces, Spans, cut
+from . import tuning
 
-PROGRAMS = 512  # segments x batch x heads that are enough to fill a device
 SHORTEST = 4  # chunks: a segment's state in and out costs as much as about one chunk
 COLUMNS = 5  # of the table
 FIRST, LAST, NEW = 1, 2, 4
@@ -39,21 +39,20 @@ class Segments:
 
     chunk    C, tokens in a chunk
     chunks   tokens [start, stop) of each chunk of the rank, [N, 2] int32 on the device
-    cut_off  segments that the state entering their span does not reach, because a document has begun since;
-             bool [count] on the device, or None if there are none
     """
 
     pieces: Pieces
     table: Tensor
     chunk: int
     chunks: Tensor
-    cut_off: Tensor | None
 
 
 @functools.lru_cache(maxsize=64)
-def segment(spans: Spans, rows_per_token: int, chunk: int, device: torch.device) -> Segments:
+def segment(
+    spans: Spans, rows_per_token: int, chunk: int, device: torch.device, programs: int = tuning.PROGRAMS
+) -> Segments:
     """Cut spans into segments, and these into chunks. `rows_per_token` is batch x heads."""
-    pieces = cut(spans, _size(sum(spans.lengths), rows_per_token, chunk))
+    pieces = cut(spans, _size(sum(spans.lengths), rows_per_token, chunk, programs))
     rows: list[tuple[int, ...]] = []
     chunks: list[tuple[int, int]] = []
     for p in pieces.all:
@@ -61,13 +60,12 @@ def segment(spans: Spans, rows_per_token: int, chunk: int, device: torch.device)
         rows.append((p.start, p.stop, len(chunks), p.span, flags))
         chunks += [(t, min(t + chunk, p.stop)) for t in range(p.start, p.stop, chunk)]
     table, of_chunks = (torch.tensor(numbers, dtype=torch.int32, device=device) for numbers in (rows, chunks))
-    cut_off = None if all(pieces.open) else torch.tensor([not p.reached for p in pieces.all], device=device)
-    return Segments(pieces, table, chunk, of_chunks, cut_off)
+    return Segments(pieces, table, chunk, of_chunks)
 
 
-def _size(tokens: int, rows_per_token: int, chunk: int) -> int:
-    """Choose the tokens in a segment: a power of two of chunks, such that about PROGRAMS programs share the work."""
-    wanted = tokens * rows_per_token // (PROGRAMS * chunk)
+def _size(tokens: int, rows_per_token: int, chunk: int, programs: int) -> int:
+    """Choose the tokens in a segment: a power of two of chunks, such that about so many programs share the work."""
+    wanted = tokens * rows_per_token // (programs * chunk)
     return chunk * max(SHORTEST, 1 << max(wanted - 1, 0).bit_length())
 
 

@@ -33,11 +33,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import tuning
 from .chunk_scan import factor
 from .launch import launch, rows
 from .segments import Segments
@@ -382,10 +382,10 @@ def _launch(
     *others: Any,
     **constants: Any,
 ) -> None:
-    """Launch one program per chunk and head. It processes BK key channels at once, as registers allow; fp32 products
-    need more registers."""
+    """Launch one program per chunk and head. It processes BK key channels at once, as registers allow."""
     batch, tokens, heads, width = g_BTHK.shape
-    chunk, exact = segments.chunk, k_BTGK.dtype == torch.float32
+    chunk, role = segments.chunk, kernel.fn.__name__.removeprefix("_").removesuffix("_kernel")
+    block = tuning.entry(role, width, constants.get("V", width), k_BTGK.dtype, k_BTGK.device)
     assert chunk >= 16 and chunk.bit_count() == 1, "chunks are halved, and are operands of matrix products"
     strides = (stride for x in strided for stride in x.stride()[:3])
     sizes = batch, tokens, heads, heads // k_BTGK.shape[2]
@@ -393,10 +393,10 @@ def _launch(
         kernel,
         (len(segments.chunks) * batch * heads,),
         *(segments.chunks, *strided, *others, *strides, *sizes),
-        num_warps=8 if kernel is _queries_backward_kernel or (exact and chunk > 32) else 4,
-        num_stages=1,
+        num_warps=block.warps,
+        num_stages=block.stages,
         K=width,
         C=chunk,
-        BK=16 if exact or width <= 16 else 32,
+        BK=block.columns,
         **constants,
     )
