@@ -11,6 +11,7 @@ backend's package is missing, the error names it, and names backend="torch" as t
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
@@ -69,6 +70,14 @@ def needs(backend: str) -> Iterator[None]:
             f'backend="{backend}" needs the package {INSTALL[backend]}, which cannot be imported ({error}); install it '
             f'(pip install {INSTALL[backend]}), or pass backend="torch"'
         ) from error
+
+
+@functools.cache
+def triton_runs_on(device: torch.device) -> bool:
+    """Tell whether our kernels can run on a device, where no backend was asked for."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    return interpreted() if device.type == "cpu" else torch.cuda.get_device_capability(device) >= OLDEST
 
 
 def interpreted() -> bool:

@@ -9,6 +9,7 @@ AGREEMENT = "tests/hybrid_sp/comm/test_agreement.py"
 SCAN = f"{EXCHANGE}::test_parity_fp64"
 NCCL = "tests/hybrid_sp/comm/test_nccl.py"
 STREAMS = "tests/hybrid_sp/comm/test_streams.py"
+AFFINE = "tests/hybrid_sp/exchange/test_affine.py"
 REPORTER = "tests/hybrid_sp/comm/test_reporter.py"
 
 EXCHANGE_MUTANTS = [
@@ -250,5 +251,33 @@ EXCHANGE_MUTANTS = [
         old='("sp", ranks.tolist(), gather_ctas), ("dp", ranks.T.tolist(), None)',
         new='("sp", ranks.tolist(), None), ("dp", ranks.T.tolist(), gather_ctas)',
         test=f"{STREAMS}::test_options_of_nccl_reach_it",
+    ),
+    Mutant(
+        name="groups of spans that forget the state before them",
+        file="hybrid_sp/exchange/affine.py",
+        old="compose(span(through[-1], i), AffineState(None, entering[-1])).state",
+        new="span(through[-1], i).state",
+        test=f"{AFFINE}::test_folds_in_few_launches_are_the_folds_span_by_span[dense-groups]",
+    ),
+    Mutant(
+        name="maps of a group composed in the wrong order",
+        file="hybrid_sp/exchange/affine.py",
+        old="compose(span(cut, j), through[-1])",
+        new="compose(through[-1], span(cut, j))",
+        test=f"{AFFINE}::test_folds_in_few_launches_are_the_folds_span_by_span[dense-groups]",
+    ),
+    Mutant(
+        name="transitions in forward order on the way back",
+        file="hybrid_sp/exchange/affine.py",
+        old="(transitions.mT if transitions.ndim == states.ndim else transitions).flip(0)",
+        new="(transitions.mT if transitions.ndim == states.ndim else transitions)",
+        test=f"{AFFINE}::test_folds_in_few_launches_are_the_folds_span_by_span[scalar-kernel]",
+    ),
+    Mutant(
+        name="a chain of spans that begins empty",
+        file="hybrid_sp/kernels/gpu/state_passing.py",
+        old="fold(added, total, given.unsqueeze(0), chain_of",
+        new="fold(added, total, None, chain_of",
+        test=f"{AFFINE}::test_folds_in_few_launches_are_the_folds_span_by_span[scalar-kernel]",
     ),
 ]

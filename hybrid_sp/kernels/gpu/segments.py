@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...transfer import to_device
 from ..pieces import Pieces, Spans, cut
 from . import tuning
 
@@ -52,14 +53,23 @@ def segment(
     spans: Spans, rows_per_token: int, chunk: int, device: torch.device, programs: int = tuning.PROGRAMS
 ) -> Segments:
     """Cut spans into segments, and these into chunks. `rows_per_token` is batch x heads."""
-    pieces = cut(spans, _size(sum(spans.lengths), rows_per_token, chunk, programs))
+    return _tables(cut(spans, _size(sum(spans.lengths), rows_per_token, chunk, programs)), chunk, device)
+
+
+@functools.lru_cache(maxsize=64)
+def chain_of(count: int, device: torch.device) -> Segments:
+    """Return `count` segments in one span without documents: for folds over something else than tokens."""
+    return _tables(cut(Spans((count,)), 1), 1, device)
+
+
+def _tables(pieces: Pieces, chunk: int, device: torch.device) -> Segments:
     rows: list[tuple[int, ...]] = []
     chunks: list[tuple[int, int]] = []
     for p in pieces.all:
         flags = FIRST * p.begins_span | LAST * p.ends_span | NEW * p.begins_document
         rows.append((p.start, p.stop, len(chunks), p.span, flags))
         chunks += [(t, min(t + chunk, p.stop)) for t in range(p.start, p.stop, chunk)]
-    table, of_chunks = (torch.tensor(numbers, dtype=torch.int32, device=device) for numbers in (rows, chunks))
+    table, of_chunks = (to_device(torch.tensor(numbers, dtype=torch.int32), device) for numbers in (rows, chunks))
     return Segments(pieces, table, chunk, of_chunks)
 
 

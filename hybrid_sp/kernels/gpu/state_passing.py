@@ -21,7 +21,7 @@ from . import tuning
 from .chunk_scan import Decay, column_apart, factor, strides, types
 from .launch import launch
 from .scalar_decay import AFTER, THROUGH
-from .segments import COLUMNS, FIRST, LAST, NEW, Segments, places
+from .segments import COLUMNS, FIRST, LAST, NEW, Segments, chain_of, places
 
 
 @triton.jit
@@ -254,6 +254,17 @@ def fold(
     S, left = torch.empty_like(added), added.new_empty(segments.pieces.spans, *added.shape[1:])
     _fold(added.contiguous(), total, given, S, left, None, segments, reverse)
     return S, left
+
+
+def chain(added: Tensor, decays: Tensor | None, given: Tensor) -> tuple[Tensor, Tensor]:
+    """Fold the spans of a sequence in one launch: S(i + 1) = exp(decays(i)) S(i) + added(i), and S(0) is `given`.
+
+    added is [n,B,H,K,V] fp32, decays [n,B,H] or [n,B,H,K] or broadcast to one of them. Returns S(0) to S(n-1), stacked,
+    and S(n).
+    """
+    total = None if decays is None else decays.expand(*added.shape[:3], *decays.shape[3:]).contiguous()
+    S, left = fold(added, total, given.unsqueeze(0), chain_of(len(added), added.device))
+    return S, left[0]
 
 
 def carry(given: Tensor, total: Tensor | None, beside: Tensor | None, segments: Segments) -> Tensor:

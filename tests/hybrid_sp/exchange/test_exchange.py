@@ -21,7 +21,7 @@ import hybrid_sp as hsp
 from hybrid_sp.comm import groups, ledger, link, messages
 from hybrid_sp.comm.link import Link
 from hybrid_sp.comm.pending import Header, Pending
-from hybrid_sp.exchange import EXCHANGES, Request, Sizes, auto, choose, choose_by, scan
+from hybrid_sp.exchange import EXCHANGES, Request, Sizes, affine, auto, choose, choose_by, scan
 from hybrid_sp.exchange.affine import AffineState
 from hybrid_sp.exchange.chain import Chain
 from hybrid_sp.exchange.scan import Scan, ScanExchange
@@ -55,6 +55,20 @@ def by(exchange: str) -> Wanted:
 def test_parity_fp64(world: int, layout: str, exchange: str) -> None:
     """Checks a third of the cases each; one rank is tested below."""
     check_family(world, layout, by(exchange)[world % 3 :: 3])
+
+
+def check_in_few_launches(group: Any, cases: Wanted) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(affine, "in_few_launches", lambda state: True)
+        check_cases(group, cases, 8, 64)
+
+
+@pytest.mark.parametrize(("world", "layout"), [(3, "zigzag"), (4, "contiguous")])
+def test_parity_fp64_of_folds_in_few_launches(world: int, layout: str) -> None:
+    cases = [case for name in ("all_gather", "star") for case in by(name)[world % 3 :: 3]]
+    run_ranks(
+        check_in_few_launches, world, [(replace(case, layout=layout), want) for case, want in cases], deadline=120
+    )
 
 
 @pytest.mark.slow

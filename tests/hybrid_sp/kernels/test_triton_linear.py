@@ -44,18 +44,22 @@ SLOW = ("bonus", "bonus, scalar")
 
 @contextmanager
 def small(chunk: int) -> Iterator[None]:
-    """Chunks of so many tokens, and segments of two, so that little work has many of both."""
+    """Chunks of so many tokens, and segments of two, so that little work has many of both. Spans are folded as on a
+    GPU."""
+    from hybrid_sp.exchange import affine
     from hybrid_sp.kernels.gpu import linear, segments, tuning
     from tests.support.interpreter import mend
 
     mend()
-    kept = linear.scan_chunk, segments.SHORTEST, tuning.PROGRAMS
-    linear.scan_chunk, segments.SHORTEST, tuning.PROGRAMS = (lambda dtype: chunk), 2, 1 << 20
-    try:
-        yield
-    finally:
-        linear.scan_chunk, segments.SHORTEST, tuning.PROGRAMS = kept
-        segments.segment.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear, "scan_chunk", lambda dtype: chunk)
+        patch.setattr(segments, "SHORTEST", 2)
+        patch.setattr(tuning, "PROGRAMS", 1 << 20)
+        patch.setattr(affine, "in_few_launches", lambda state: True)
+        try:
+            yield
+        finally:
+            segments.segment.cache_clear()
 
 
 def check_cases(group: Any, cases: list[tuple[Case, dict[str, Tensor]]]) -> int:
