@@ -65,8 +65,8 @@ def fold_forward(spans: AffineState, initial: Tensor | None) -> list[Tensor]:
     """
     first = torch.zeros_like(spans.state[0]) if initial is None else initial
     if in_few_launches(spans.state):
-        states, last = _fold_at_once(spans, first)
-        return [*states, last]
+        entering, last = _fold_at_once(spans, first)
+        return [*entering, last]
     states = [first]
     for i in range(len(spans.state)):
         states.append(compose(span(spans, i), AffineState(None, states[-1])).state)
