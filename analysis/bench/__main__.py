@@ -18,6 +18,7 @@ from analysis.bench.cpu.limit import limit
 from analysis.bench.cpu.mixers import mixers
 from analysis.bench.cpu.operators import delta, linear
 from analysis.bench.cpu.training import model
+from analysis.bench.gpu.launches import launches
 from analysis.bench.gpu.operators import kernels
 from analysis.bench.provenance import provenance
 from analysis.bench.ranks.memory import memory
@@ -30,7 +31,8 @@ from recipes.allocator import keep_freed_memory
 BENCHES: dict[str, Callable[[Sizes, Path], Result]] = {
     bench.__name__: bench
     for bench in (
-        limit, linear, delta, mixers, model, strategies, overlap, balance, exchange_vs_length, memory, kernels,
+        limit, linear, delta, mixers, model, strategies, overlap, balance, exchange_vs_length, memory,
+        launches, kernels,
     )
 }  # fmt: skip
 

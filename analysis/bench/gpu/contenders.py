@@ -38,7 +38,7 @@ def find_contenders(device: torch.device, softmax_until: int) -> tuple[list[Cont
     flash = Contender(name="torch flash attention", decay="softmax", call=_softmax, until=softmax_until)
     if missing := _fla_missing(device):
         return [*ours, flash], [f"skipped: {missing}"]
-    return [*ours, flash, *_fla_contenders()], []
+    return [*ours, flash, *fla_contenders()], []
 
 
 def _ours(decay: str) -> Callable[..., Tensor]:
@@ -90,7 +90,7 @@ def _fla_missing(device: torch.device) -> str:
     return ""
 
 
-def _fla_contenders() -> list[Contender]:
+def fla_contenders() -> list[Contender]:
     from fla.ops.gla import chunk_gla
     from fla.ops.lightning_attn import chunk_lightning_attn
     from fla.ops.linear_attn import chunk_linear_attn

@@ -14,8 +14,10 @@ from hybrid_sp.kernels import gpu
 @contextmanager
 def in_place_of_launch(replacement: Callable[..., Any]) -> Iterator[None]:
     """Let every file of kernels call this function with the arguments of `launch`. It may call `launch` itself."""
-    modules = [importlib.import_module(f"{gpu.__name__}.{one.name}") for one in pkgutil.iter_modules(gpu.__path__)]
-    real = importlib.import_module(f"{gpu.__name__}.launch").launch
+    modules: list[Any] = [
+        importlib.import_module(f"{gpu.__name__}.{one.name}") for one in pkgutil.iter_modules(gpu.__path__)
+    ]
+    real = next(module.launch for module in modules if module.__name__.endswith(".launch"))
     holders = [module for module in modules if getattr(module, "launch", None) is real]
     for module in holders:
         module.launch = replacement

@@ -35,7 +35,7 @@ from tests.support.packages import needs
 ROOT = Path(__file__).parents[3]
 RECIPES = ("omegaconf", "wandb", "matplotlib", "rich")  # packages of recipes and reports
 PEERS = ("triton", "fla", "transformers")
-SHORT = ("linear", "kernels", "balance")
+SHORT = ("linear", "kernels", "balance", "launches")
 LONG = ("limit", "delta", "mixers", "strategies", "overlap", "exchange_vs_length", "memory")
 NAIVE, CHUNKED = "fla-core naive_chunk_simple_gla", "transformers torch_chunk_gated_delta_rule"
 MIXER_COUNT = sum(spec.letter == "L" for spec in MIXERS.values())
@@ -49,10 +49,11 @@ ROWS = {  # without peers: lengths, heads, passes, decays and so on, multiplied
     "balance": 2,
     "exchange_vs_length": 2 * 2,
     "memory": 2 * 2 * len(KINDS),
+    "launches": 0,
     "kernels": 2 * 2 * 2 * len(DECAYS) + 2 * 2 + 2 * 2 + 2 * 2 * 2 * len(overlap_model.PHASES),
 }
 CLAIMS = {"limit": 5 + 1 + 1 + 2 + 1, "linear": 3, "delta": 1, "mixers": MIXER_COUNT, "strategies": 7, "overlap": 8,
-          "balance": 1, "exchange_vs_length": 1, "memory": len(KINDS) + 1, "kernels": 0}  # fmt: skip
+          "balance": 1, "exchange_vs_length": 1, "memory": len(KINDS) + 1, "launches": 0, "kernels": 0}  # fmt: skip
 
 
 def run_without(packages: tuple[str, ...], names: tuple[str, ...], folder: Path) -> subprocess.CompletedProcess[str]:
@@ -91,7 +92,8 @@ def test_benchmarks_run_without_optional_packages(tmp_path: Path, names: tuple[s
         assert report.count("| at most ") + report.count("| at least ") == CLAIMS[name], report
         assert len(results["measured"]) == len(results["rows"]) == ROWS[name], results["measured"]
         assert results["commit"] == "abc" and results["device"] is None
-        assert [note.split()[0] for note in results.get("notes", [])] == ["skipped:"] * (name == "kernels")
+        notes = {"kernels": 1, "launches": 2}.get(name, 0)
+        assert [note.split()[0] for note in results.get("notes", [])] == ["skipped:"] * notes
         bytes_ = [claim for claim in results["claims"] if "bytes received" in claim["what"] or name == "memory"]
         assert all(claim["measured"] <= claim["at_most"] for claim in bytes_)
     skipped = {line.split(" (")[0] for line in run.stderr.splitlines() if line.startswith("skipped: ")}
