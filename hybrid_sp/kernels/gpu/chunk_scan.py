@@ -100,7 +100,7 @@ def scan_kernel(
     p_y,
     p_z,
     p_decay,  # scalar: g; rows and columns: log decays of chunks [N,B,H,D or W]
-    p_scores,  # given pairs: [B,T,H,C], of token t the pairs with s <= t
+    p_scores,  # given pairs: [B,T,H,C], of token t the pairs with s <= t, and 0 for others
     p_S,  # states that enter the scan, one per segment
     p_add,  # fp32, added to out
     p_out,
@@ -160,6 +160,7 @@ def scan_kernel(
     SPLIT_Z: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     # 1. Find the columns, batch, head and segment of this program, and load the state that enters the segment.
     i_w, i_bh, i_s = places(tl.cdiv(W, BW), B * H)
@@ -189,7 +190,7 @@ def scan_kernel(
     else:
         m_pairs = o_c[:, None] >= o_c[None, :]
 
-    for i in range(count):
+    for i in tl.range(0, count, num_stages=STAGES):
         # 2. Load x and the decays of the chunk.
         i_n = (count - 1 - i) if REVERSE else i
         n = (first + i_n) * B * H + i_bh
@@ -237,10 +238,9 @@ def scan_kernel(
         if PAIRS == "given":
             p_pairs, unit = p_scores + ((i_b * T + t) * H + i_h) * C, read * write
             if REVERSE:
-                o_pairs, m_given = o_c[None, :] * (H * C) + o_c[:, None], m_pairs & m_t[None, :]
+                b_pairs = tl.load(p_pairs + (o_c[None, :] * (H * C) + o_c[:, None]), mask=m_t[None, :], other=0.0)
             else:
-                o_pairs, m_given = o_c[:, None] * (H * C) + o_c[None, :], m_pairs & m_t[:, None]
-            b_pairs = tl.load(p_pairs + o_pairs, mask=m_given, other=0.0)
+                b_pairs = tl.load(p_pairs + (o_c[:, None] * (H * C) + o_c[None, :]), mask=m_t[:, None], other=0.0)
 
         # 5. Compute the output: read the state that enters the chunk, and add the pairs.
         b_factor, b_rest, state_unit = factor(b_S, DTYPE)
@@ -310,10 +310,17 @@ def scan_chunk(dtype: torch.dtype) -> int:
 def pieces(width: int, dtype: torch.dtype, split: bool = False) -> list[slice]:
     """Split the columns among launches, as registers allow. A last column after a multiple of 16, as a normaliser has,
     gets its own launch. With fp32 or split factors, every 64 columns get one."""
+    whole, *last = column_apart(width)
+    widest = 64 if split or dtype.itemsize == 4 else whole.stop
+    cuts = [*range(0, whole.stop, widest), whole.stop]
+    return [slice(a, b) for a, b in itertools.pairwise(cuts)] + last
+
+
+def column_apart(width: int) -> list[slice]:
+    """Split off a last column after a multiple of 16, as a normaliser has: it would need a tile of its own, and a mask
+    for the others."""
     whole = width - 1 if width % 16 == 1 and width > 1 else width
-    widest = 64 if split or dtype.itemsize == 4 else whole
-    cuts = [*range(0, whole, widest), whole]
-    return [slice(a, b) for a, b in itertools.pairwise(cuts)] + [slice(whole, width)] * (whole < width)
+    return [slice(0, whole)] + [slice(whole, width)] * (whole < width)
 
 
 class DecayGradient:
@@ -385,7 +392,7 @@ def scan(
 
     z         None: nothing is added to the states
     dtype     of matrix products
-    pairs     within chunks: "computed" from x and y, "given" as scores [B,T,H,C], or "none"
+    pairs     within chunks: "computed" from x and y, "given" as scores [B,T,H,C], or "none"; scores are 0 where s > t
     add       [B,T,H,W] fp32, added to out
     gradient  the scan for dq, with w = q, stores here the data for the gradient of the decays;
               the scan for dk, with w = k, reads them
@@ -465,6 +472,7 @@ def scan(
             SPLIT_Z=z is not None and z.dtype != dtype,
             **types(dtype),
             num_warps=tile.warps,
+            STAGES=tile.stages,
             num_stages=tile.stages,
         )
     return out

@@ -114,7 +114,7 @@ class LinearPhases:
     options: Options
     gated: bool
     by_head: bool
-    PADDING: ClassVar[int] = 8  # rows stay aligned
+    PADDING: ClassVar[int] = 16  # rows stay aligned for Triton, which looks for multiples of 16 alone
     q_in_states: ClassVar[bool] = False
 
     @classmethod

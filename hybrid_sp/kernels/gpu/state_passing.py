@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .chunk_scan import Decay, decays, factor, strides, types
+from .chunk_scan import Decay, column_apart, decays, factor, strides, types
 from .launch import launch
 from .segments import COLUMNS, FIRST, LAST, NEW, Segments, places
 
@@ -29,7 +29,7 @@ def summary_kernel(
     p_z,
     p_decay,
     p_S,  # state that leaves each segment, if none enters [segments,B,H,D,W]
-    p_total,  # log decay of each segment [segments,B,H] or [segments,B,H,D]; written when not in reverse
+    p_total,  # log decay of each segment [segments,B,H] or [segments,B,H,D]; if TOTAL
     p_table,
     write,
     B,
@@ -56,9 +56,11 @@ def summary_kernel(
     STRIDE: tl.constexpr,
     DECAY: tl.constexpr,
     REVERSE: tl.constexpr,
+    TOTAL: tl.constexpr,
     SPLIT_Z: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     # 1. Find the tile, batch, head and segment of this program. Its state begins at 0.
     i_tile, i_bh, i_s = places(tl.cdiv(D, BD) * tl.cdiv(W, BW), B * H)
@@ -78,7 +80,7 @@ def summary_kernel(
     b_S = tl.zeros([BD, BW], dtype=tl.float32)
     total = 0.0
     b_total = tl.zeros([BD], dtype=tl.float32)
-    for i in range(count):
+    for i in tl.range(0, count, num_stages=STAGES):
         # 2. Load the tokens of the chunk.
         i_n = (count - 1 - i) if REVERSE else i
         t = start + i_n * C
@@ -112,9 +114,9 @@ def summary_kernel(
     # 5. Store the state and the segment's log decay.
     p_S += (i_s * B * H + i_bh) * s_S
     tl.store(p_S + o_d[:, None] * s_Sd + o_w[None, :], b_S, mask=m_d[:, None] & m_w[None, :])
-    if DECAY == "scalar" and not REVERSE:
+    if DECAY == "scalar" and TOTAL:
         tl.store(p_total + i_s * B * H + i_bh, total, mask=i_tile == 0)
-    if DECAY == "rows" and not REVERSE:
+    if DECAY == "rows" and TOTAL:
         tl.store(p_total + (i_s * B * H + i_bh) * D + o_d, b_total, mask=m_d & (i_w == 0))
 
 
@@ -138,13 +140,14 @@ def fold_kernel(
     DECAY: tl.constexpr,
     ENTERED: tl.constexpr,
     REVERSE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     # 1. Find the numbers of the state that this program folds, and the batch and head.
     i_tile, i_bh, _ = places(tl.cdiv(K * V, BLOCK), BH)
     o = i_tile * BLOCK + tl.arange(0, BLOCK)
     m = o < K * V
     b_S = tl.zeros([BLOCK], dtype=tl.float32)
-    for i in range(count):
+    for i in tl.range(0, count, num_stages=STAGES):
         # 2. At the start of a span (in reverse at its end) take the given state, or 0. A new document cuts the chain.
         i_s = tl.cast(count - 1 - i if REVERSE else i, tl.int64)
         span = tl.load(p_table + i_s * STRIDE + 3).to(tl.int64)
@@ -191,41 +194,45 @@ def summary(
         total = torch.empty(
             segments.pieces.count, B, H, *((D,) if kind == "rows" else ()), dtype=torch.float32, device=y.device
         )
-    tile = tuning.entry("summary", D, W, dtype, y.device, (kind,))
     nothing = segments.table
-    launch(
-        summary_kernel,
-        (triton.cdiv(D, tile.rows) * triton.cdiv(W, tile.columns) * B * H * segments.pieces.count,),
-        y,
-        z,
-        nothing if log_decay is None else log_decay,
-        out,
-        nothing if total is None else total,
-        segments.table,
-        write,
-        B,
-        z.shape[1],
-        H,
-        D,
-        W,
-        H // y.shape[2],
-        H // z.shape[2],
-        *strides(y),
-        *strides(z),
-        *strides(log_decay if kind == "scalar" else None),
-        out.stride(2),
-        out.stride(3),
-        C=segments.chunk,
-        BD=tile.rows,
-        BW=tile.columns,
-        STRIDE=COLUMNS,
-        DECAY=kind,
-        REVERSE=reverse,
-        SPLIT_Z=z.dtype != dtype,
-        **types(dtype),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
+    for wide in column_apart(W):
+        out_, z_, total_ = out[..., wide], z[..., wide], total if wide.start == 0 else None
+        tile = tuning.entry("summary", D, out_.shape[4], dtype, y.device, (kind,))
+        launch(
+            summary_kernel,
+            (triton.cdiv(D, tile.rows) * triton.cdiv(out_.shape[4], tile.columns) * B * H * segments.pieces.count,),
+            y,
+            z_,
+            nothing if log_decay is None else log_decay,
+            out_,
+            nothing if total_ is None else total_,
+            segments.table,
+            write,
+            B,
+            z.shape[1],
+            H,
+            D,
+            out_.shape[4],
+            H // y.shape[2],
+            H // z.shape[2],
+            *strides(y),
+            *strides(z),
+            *strides(log_decay if kind == "scalar" else None),
+            out.stride(2),
+            out.stride(3),
+            C=segments.chunk,
+            BD=tile.rows,
+            BW=tile.columns,
+            STRIDE=COLUMNS,
+            DECAY=kind,
+            REVERSE=reverse,
+            TOTAL=total_ is not None,
+            SPLIT_Z=z.dtype != dtype,
+            **types(dtype),
+            num_warps=tile.warps,
+            STAGES=tile.stages,
+            num_stages=tile.stages,
+        )
     return total
 
 
@@ -265,6 +272,7 @@ def fold(
         ENTERED=given is not None,
         REVERSE=reverse,
         num_warps=block.warps,
+        STAGES=block.stages,
         num_stages=block.stages,
     )
     return S, left

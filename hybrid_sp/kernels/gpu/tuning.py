@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 
 TABLE = Path(__file__).with_name("tuned.json")
+SMALL = ("sm_86", "sm_89", "sm_120", "sm_121")  # 99 KiB of shared memory for a program
 INTERPRETER = "interpreter"  # the architecture of tensors on a CPU
 ROLES = (
     *("segments", "scan", "summary", "fold"),
@@ -61,7 +62,7 @@ def entry(
     """Return the launch parameters of a kernel. `kind` tells the variants of a role apart, in words."""
     here, architecture = key(role, rows, columns, dtype, kind), architecture_of(device)
     found = _trial.get(here) or measured().get(architecture, {}).get(here)
-    found = found or _default(role, rows, columns, dtype, kind)
+    found = found or _default(role, rows, columns, dtype, architecture, kind)
     for watcher in _watchers:
         watcher[here] = found
     return found
@@ -141,22 +142,33 @@ def candidates(key: str, default: Entry) -> list[Entry]:
     return list(dict.fromkeys([default, *(default._replace(**change) for change in changes)]))[:5]
 
 
-def _default(role: str, rows: int, columns: int, dtype: torch.dtype, kind: tuple[str, ...]) -> Entry:
+def _default(role: str, rows: int, columns: int, dtype: torch.dtype, architecture: str, kind: tuple[str, ...]) -> Entry:
     """Choose launch parameters that fit the chip, from compiled code alone (analysis/results/kernels/aot.md)."""
     exact = dtype.itemsize == 4  # products without TF32 are computed in registers, which hold less
     tall, wide = power(rows), power(columns)
-    if role == "segments":
-        return Entry(programs=PROGRAMS)
+    if role == "segments":  # a scan has a program for each tile of columns, too
+        tile = _default("scan", rows, columns, dtype, architecture, kind).columns
+        return Entry(programs=max(PROGRAMS // 4, PROGRAMS // -(-columns // tile)))
+    # 1. Loads of the next chunk are in flight if there are three stages: where shared memory holds them.
+    stages = 3 if tall <= 128 and architecture not in SMALL else 2
     if role == "scan":
         if exact:
-            return Entry(rows=tall, columns=min(16, wide), warps=8, stages=1)
+            return Entry(
+                rows=tall, columns=min(16, wide), warps=8, stages=1 if {"computed", "gate"} <= set(kind) else 3
+            )
+        # 2. Four warps compute no pair twice, and leave room for a second program, but hold 64 rows at most.
+        narrow = tall <= 64 and "computed" in kind and not {"gate", "split"} & set(kind)
         widest = 32 if "split" in kind or tall > 128 else 64
-        return Entry(rows=tall, columns=min(widest, wide), warps=8, stages=2)
+        return Entry(rows=tall, columns=min(widest, wide), warps=4 if narrow else 8, stages=stages)
     if role == "summary":
-        side, stages = (32, 1) if exact else (64, 3)
-        return Entry(rows=min(side, tall), columns=min(side, wide), warps=4, stages=stages)
+        if exact:
+            return Entry(rows=min(32, tall), columns=min(32, wide), warps=4, stages=3)
+        # 3. One program holds all of a state of 128 x 128, and reads keys and values once.
+        side = 64 if architecture in SMALL else 128
+        big = min(tall, wide) >= 128 and side == 128
+        return Entry(rows=min(side, tall), columns=min(side, wide), warps=8 if big else 4, stages=3)
     if role == "fold":
-        return Entry(columns=1024, warps=4, stages=2)
+        return Entry(columns=1024, warps=4, stages=4)
     width = 16 if exact or rows <= 16 else 32
     return Entry(columns=width, warps=8 if role == "queries_backward" else 4, stages=1)
 

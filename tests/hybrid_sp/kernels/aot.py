@@ -4,13 +4,16 @@
 
 `launch` is replaced by a recorder, so that the operators run on the CPU, but for the numbers, which no kernel makes.
 What they launch is compiled as it would be on a device: the runtime's own binder sees the dtypes, alignments and sizes
-of the arguments. Of the binaries we read registers, shared memory, and the stack of a thread, to which registers spill.
+of the arguments, and launch parameters are those of the architecture. Of the binaries we read registers, shared memory,
+and the stack of a thread, to which registers spill. Of the loops over chunks we read which loads are copies to shared
+memory that the program need not wait for, and how many of these are in flight while it computes.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -20,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,11 +35,14 @@ from triton.runtime.jit import create_function_from_signature
 
 import hybrid_sp as hsp
 from hybrid_sp import backends
-from hybrid_sp.kernels.gpu import launch
+from hybrid_sp.kernels.gpu import launch, tuning
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a program may have, by compute capability
 SPILLS = 256  # bytes of a thread that we allow: 64 registers, beside the 255 it has
+STREAMING = ("scan_kernel", "summary_kernel", "fold_kernel")  # whose loops over chunks must not wait for each load
+# Loads of a loop that may not be copies: on sm_80 those of y, which two products read in incompatible layouts.
+WAITED_FOR = {80: 1, 90: 0, 100: 0}
 WORKERS = 2
 
 HEADS, TOKENS = 4, 512
@@ -58,12 +65,14 @@ class Spec(NamedTuple):
 
     @property
     def task(self) -> str:
-        """What the kernel is to do: those of its constants that are words, or true."""
+        """What the kernel is to do: those of its constants that are words, or true, and a dim of one."""
         words = []
         for (place, *_), value in self.constants.items():
             name = self.kernel.arg_names[place].lower()
             if value is True or (isinstance(value, str) and name != "precision"):
                 words.append(name if value is True else f"{name}={value}")
+            elif name in ("d", "w") and value == 1:
+                words.append(f"{name}=1")
         return " ".join(words)
 
 
@@ -105,6 +114,9 @@ class Built(NamedTuple):
     registers: int
     shared: int
     spills: int
+    copied: int  # loads of a chunk that are copies to shared memory
+    waited: int  # and those that are not
+    ahead: int  # copies in flight while the program computes
     seconds: float
     error: str
 
@@ -115,7 +127,14 @@ class Built(NamedTuple):
             return self.error
         if self.shared > SHARED[self.arch]:
             return f"{self.shared} bytes of shared memory, of which sm_{self.arch} has {SHARED[self.arch]}"
-        return f"{self.spills} bytes spilled a thread, more than {SPILLS}" if self.spills > SPILLS else ""
+        if self.spills > SPILLS:
+            return f"{self.spills} bytes spilled a thread, more than {SPILLS}"
+        if self.kernel not in STREAMING or self.stages == 1:
+            return ""
+        alone = {"d=1", "w=1"} & set(self.task.split())  # the normaliser's column: 2 bytes a token, and a copy takes 4
+        if self.waited > WAITED_FOR[self.arch] and not alone:
+            return f"{self.waited} loads of a chunk for which the program waits"
+        return "no load is in flight while it computes" if self.ahead == 0 and self.stages > 2 else ""
 
 
 Job = tuple[str, Spec, int]  # for which tensors, and for which compute capability
@@ -124,7 +143,7 @@ Job = tuple[str, Spec, int]  # for which tensors, and for which compute capabili
 def build(tensors: str, spec: Spec, arch: int) -> Built:
     """Compile and measure."""
     begin = time.perf_counter()
-    registers, shared, stack, error = 0, 0, 0, ""
+    registers, shared, stack, loads, error = 0, 0, 0, (0, 0, 0), ""
     try:
         binary = triton.compile(
             ASTSource(spec.kernel, spec.signature, spec.constants, spec.attributes),
@@ -133,11 +152,14 @@ def build(tensors: str, spec: Spec, arch: int) -> Built:
         )
         shared = binary.metadata.shared
         registers, stack = usage(binary.asm["cubin"])
+        loads = loads_of(binary.asm["ttgir"])
     except Exception as failure:  # of Triton, LLVM or ptxas: every one is a finding of its own
         error = f"does not compile: {type(failure).__name__}: {failure}"
     seconds = round(time.perf_counter() - begin, 2)
     name = spec.kernel.__name__
-    return Built(name, tensors, spec.task, spec.warps, spec.stages, arch, registers, shared, stack, seconds, error)
+    return Built(
+        name, tensors, spec.task, spec.warps, spec.stages, arch, registers, shared, stack, *loads, seconds, error
+    )
 
 
 def usage(cubin: bytes) -> tuple[int, int]:
@@ -149,6 +171,23 @@ def usage(cubin: bytes) -> tuple[int, int]:
         told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = {name: [int(n) for n in re.findall(rf"\b{name}:(\d+)", told)] for name in ("REG", "STACK", "LOCAL")}
     return max(found["REG"]), max(found["STACK"]) + max(found["LOCAL"])
+
+
+def loads_of(ttgir: str) -> tuple[int, int, int]:
+    """Loads of tensors in the loops of a kernel: those that are copies to shared memory, those that are not, and the
+    copies in flight after the least wait."""
+    depth, loops, lines = 0, list[int](), list[str]()
+    for line in ttgir.splitlines():
+        if "scf.for" in line:
+            loops.append(depth)
+        elif loops:
+            lines.append(line)
+        depth += line.count("{") - line.count("}")
+        while loops and depth <= loops[-1] and "scf.for" not in line:
+            loops.pop()
+    waited = sum("tt.load" in line and "tensor<" in line.partition(" : ")[2] for line in lines)
+    ahead = [int(n) for line in lines for n in re.findall(r"async_wait .*num = (\d+)", line)]
+    return sum("async_copy_global_to_local" in line for line in lines), waited, min(ahead, default=0)
 
 
 _jobs: list[Job] = []  # of the workers, which are forked: kernels cannot be sent
@@ -238,15 +277,26 @@ def jobs_of(grid: str) -> list[Job]:
     recorder = record()
     jobs: dict[tuple[str, int], Job] = {}
     for dtype, widths, archs, forms in GRIDS[grid]:
-        for key, value in widths:
+        for (key, value), arch in itertools.product(widths, archs):
             recorder.tensors = f"{dtype} {key}x{value}"
             recorder.seen = {}
-            for case in cases(dtype, key, value, forms):
-                case.run()
+            with compiled_for(arch):
+                for case in cases(dtype, key, value, forms):
+                    case.run()
             for spec, job in recorder.seen.items():
-                for arch in archs:
-                    jobs.setdefault((spec, arch), (*job, arch))
+                jobs.setdefault((spec, arch), (*job, arch))
     return list(jobs.values())
+
+
+@contextmanager
+def compiled_for(arch: int) -> Iterator[None]:
+    """Launch with the parameters of a compute capability."""
+    kept = tuning.architecture_of
+    tuning.architecture_of = lambda device: f"sm_{arch}"  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        tuning.architecture_of = kept
 
 
 def table(built: Sequence[Built]) -> list[str]:
@@ -269,6 +319,9 @@ def worst(ones: Sequence[Built]) -> str:
         return ""
     numbers = [max(one.registers for one in ones), max(one.shared for one in ones) / 1024, max(x.spills for x in ones)]
     text = " / ".join(f"{number:.0f}" for number in numbers)
+    if any(one.copied or one.waited for one in ones):
+        counts = {(one.copied, one.waited, one.ahead) for one in ones}
+        text += f" / {max(x for x, _, _ in counts)}+{max(x for _, x, _ in counts)} / {min(x for _, _, x in counts)}"
     return f"**{text}**" if any(one.fault for one in ones) else text
 
 
@@ -283,7 +336,12 @@ def report(built: Sequence[Built], grid: str, seconds: float) -> str:
         f"{torch.__version__}, {len(built)} binaries in {seconds:.0f} s by {WORKERS} processes.",
         "",
         "Cells: registers of a thread / KiB of shared memory of a program / bytes of stack, to which a thread spills. "
-        f"Allowed are {SPILLS} bytes spilled and the chip's shared memory, {limits}; what is above is bold.",
+        "For loops over chunks also: loads of a chunk that are copies to shared memory + those that are not / copies "
+        "in flight while the program computes. "
+        f"Allowed are {SPILLS} bytes spilled and the chip's shared memory, {limits}. With three stages or more, "
+        f"{', '.join(STREAMING)} must have copies in flight, and with two or more no other loads (on sm_80 one, of y, "
+        "which two products read in different layouts; where a state has one row or column, loads of 2 bytes). What is "
+        "not allowed is bold.",
         "",
         "| | binaries | most registers | most shared | most spilled | above |",
         "|---|---|---|---|---|---|",
