@@ -16,6 +16,7 @@ from torch import Tensor
 import hybrid_sp as hsp
 from analysis.bench.device import linear_backend
 
+FORWARD, BOTH = PASSES = ("forward", "forward + backward")
 DECAYS = ("none", "fixed", "scalar", "vector")
 LAYERS = 16  # layers of the model; `fixed_decay` returns the decays of its first one
 
@@ -30,6 +31,7 @@ class Contender:
     decay: str  # one of DECAYS, or "softmax" for an operator without a state
     call: Callable[..., Tensor]
     until: int | None = None  # the longest sequence to run it on
+    passes: tuple[str, ...] = PASSES  # those that it can run
 
 
 def find_contenders(device: torch.device, softmax_until: int) -> tuple[list[Contender], list[str]]:

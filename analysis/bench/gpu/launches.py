@@ -29,8 +29,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import hybrid_sp as hsp
-from analysis.bench.gpu.contenders import DECAYS, Contender, draw_inputs, find_contenders, fla_contenders
-from analysis.bench.gpu.operators import BOTH, FORWARD, Cell
+from analysis.bench.gpu.contenders import BOTH, DECAYS, FORWARD, Contender, draw_inputs, find_contenders, fla_contenders
+from analysis.bench.gpu.operators import Cell
 from analysis.bench.result import Result, Row
 from analysis.bench.sizes import Sizes
 from analysis.tables import Table
