@@ -30,9 +30,15 @@ class KernelSizes:
     seconds: tuple[float, float, float, float] = (200.0, 220.0, 120.0, 30.0)
 
     def within(self, seconds: float) -> KernelSizes:
-        """Return the same sizes with budgets that make `kernels`, or `tune`, end in so many seconds."""
+        """Return sizes with budgets that make `kernels`, or `tune`, end in so many seconds.
+
+        Much less time is for one number of heads and every second length.
+        """
+        short = seconds < sum(self.seconds) / 2
+        heads, lengths = (self.heads[:1], self.lengths[1::2]) if short else (self.heads, self.lengths)
         compiling, operators, steps, phases = (part * seconds / sum(self.seconds) for part in self.seconds)
-        return replace(self, seconds=(compiling, operators, steps, phases), tuning_seconds=seconds)
+        budgets = compiling, operators, steps, phases
+        return replace(self, heads=heads, lengths=lengths, seconds=budgets, tuning_seconds=seconds)
 
 
 @dataclass(frozen=True, kw_only=True)

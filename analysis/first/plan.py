@@ -33,11 +33,13 @@ def one_device(out: Path) -> list[Stage]:
     spread = [SPREAD] if importlib.util.find_spec("xdist") else []
     on_device = _on_device(out)
 
-    def stage(name: str, about: str, share: float, *words: str) -> Stage:
-        return Stage(name=name, about=about, command=[sys.executable, *words], share=share, environment=on_device)
+    def stage(name: str, about: str, share: float, *words: str, until: str = "") -> Stage:
+        command = [sys.executable, *words]
+        return Stage(name=name, about=about, command=command, share=share, environment=on_device, until=until)
 
     return [
         stage("machine", "versions, drivers, devices", 10, "-m", "torch.utils.collect_env"),
+        stage("compile", "kernels of all contenders", 0, "-m", "analysis.bench.gpu.compilation", until="tune"),
         stage("correct", "every backend against fp64", 160, *PYTEST, *spread, "-k", "not memcheck"),
         stage("syncs", "no mixer stops the host, zigzag and packed", 40, "-m", "tests.gpu.syncs"),
         stage("memcheck", "small odd shapes under compute-sanitizer", 60, "-m", "tests.gpu.memcheck", "--watched"),

@@ -24,7 +24,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from analysis.tables import Table, as_markdown
 
@@ -36,9 +36,10 @@ SHOWN = 20  # last lines of the log of a stage that did not pass
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """The command of a stage. Words of it may hold {seconds} and {folder}.
+    """The command of a stage, in which the words {seconds} and {folder} stand for what is known when it starts.
 
     share  the stage's part of the time, relative to the stages after it
+    until  the stage that ends this one if it has not ended; the stages before that run beside it
     """
 
     name: str
@@ -46,6 +47,15 @@ class Stage:
     command: Sequence[str]
     share: float
     environment: Mapping[str, str] = field(default_factory=dict)
+    until: str = ""
+
+
+class Running(NamedTuple):
+    """The process of a stage, and when it began."""
+
+    stage: Stage
+    process: subprocess.Popen[bytes]
+    begin: float
 
 
 @dataclass(kw_only=True)
@@ -67,7 +77,6 @@ class Run:
     def __init__(self, stages: Sequence[Stage], folder: Path, seconds: float, facts: Mapping[str, Any]) -> None:
         self.stages, self.folder, self.facts = stages, folder, facts
         self._ends = time.monotonic() + seconds
-        self._process: subprocess.Popen[bytes] | None = None
         self.outcomes: dict[str, Outcome] = {}
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / "results.json").exists():
@@ -77,25 +86,40 @@ class Run:
 
     def run(self) -> bool:
         """Run all stages, and return True if every one of them passed."""
-        for i, stage in enumerate(self.stages):
-            left = self._ends - time.monotonic()
-            limit = left * stage.share / sum(later.share for later in self.stages[i:])
-            if left <= 0:
-                break
-            self._run(stage, limit)
+        beside: list[Running] = []
+        try:
+            for i, stage in enumerate(self.stages):
+                for other in [one for one in beside if one.stage.until == stage.name]:
+                    beside.remove(other)
+                    self._finish(other, 0.0)
+                left = self._ends - time.monotonic()
+                if left <= 0:
+                    break
+                later = sum(one.share for one in self.stages[i:])
+                running = self._start(stage, left if stage.until else left * stage.share / later)
+                if stage.until:
+                    beside.append(running)
+                else:
+                    self._finish(running, self.outcomes[stage.name].limit)
+            while beside:
+                self._finish(beside[-1], max(0.0, self._ends - time.monotonic()))
+                beside.pop()
+        finally:  # whatever has ended this run, such as SystemExit by a signal
+            for one in beside:
+                self._end(one, "cut")
         self.write()
         return all(self.outcomes[stage.name].outcome == "passed" for stage in self.stages)
 
-    def _run(self, stage: Stage, limit: float) -> None:
+    def _start(self, stage: Stage, limit: float) -> Running:
         place = self.folder / stage.name
         place.mkdir(exist_ok=True)
-        command = [word.format(seconds=f"{0.9 * limit:.0f}", folder=place) for word in stage.command]
+        known = {"{seconds}": f"{0.9 * limit:.0f}", "{folder}": str(place)}
+        command = [known.get(word, word) for word in stage.command]
         record = self.outcomes[stage.name]
         record.command, record.limit, record.outcome = " ".join(command), limit, "running"
         self.write()
-        begin = time.monotonic()
         with (place / "log.txt").open("wb") as log:
-            self._process = subprocess.Popen(
+            process = subprocess.Popen(
                 command,
                 cwd=ROOT,
                 env=os.environ | stage.environment,
@@ -104,33 +128,32 @@ class Run:
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )
-            try:
-                code = self._process.wait(limit)
-                words = {0: "passed", LACKING: "skipped"}
-                record.outcome = words.get(code, f"failed ({code})")
-            except subprocess.TimeoutExpired:
-                record.outcome = "too late"
-            except BaseException:  # such as SystemExit by a signal: write down what there is, then go
-                record.outcome = "cut"
-                raise
-            finally:
-                self._end()
-                record.seconds = time.monotonic() - begin
-                record.last = last_line(place / "log.txt")
-                self.write()
-        print(f"{stage.name:<12}{record.outcome:<12}{record.seconds:6.1f} s  {record.last[:90]}", flush=True)
+        return Running(stage, process, time.monotonic())
 
-    def _end(self) -> None:
-        """End all processes of the stage: first ask, then kill."""
-        process = self._process
-        if process is None:
-            return
+    def _finish(self, running: Running, limit: float) -> None:
+        """Wait for a stage until its limit, and write down what became of it."""
+        outcome = "cut"
+        try:
+            code = running.process.wait(limit)
+            outcome = {0: "passed", LACKING: "skipped"}.get(code, f"failed ({code})")
+        except subprocess.TimeoutExpired:
+            outcome = "too late"
+        finally:
+            self._end(running, outcome)
+
+    def _end(self, running: Running, outcome: str) -> None:
+        """End all processes of the stage, first by asking, then by killing, and write the report."""
+        process, record = running.process, self.outcomes[running.stage.name]
         if process.poll() is None:
             _signal(process.pid, signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(GRACE)
         _signal(process.pid, signal.SIGKILL)  # the session's other processes, even if the first has ended
         process.wait()
+        record.outcome, record.seconds = outcome, time.monotonic() - running.begin
+        record.last = last_line(self.folder / running.stage.name / "log.txt")
+        self.write()
+        print(f"{running.stage.name:<14}{outcome:<12}{record.seconds:6.1f} s  {record.last[:90]}", flush=True)
 
     def write(self) -> None:
         """Write report.md and results.json, each at once or not at all."""

@@ -150,7 +150,7 @@ def measure_operators(
             continue
         forms, do = draw_inputs(heads, length, shape.width, dtype, watch.device)
         todo = [
-            (Cell(contender=one, heads=heads, length=length, passes=passes), _call(one, forms[one.decay], do, passes))
+            (Cell(contender=one, heads=heads, length=length, passes=passes), call_of(one, forms[one.decay], do, passes))
             for one in contenders
             for passes in one.passes
             if length <= (one.until or length)
@@ -163,7 +163,9 @@ def measure_operators(
     return cells, differences
 
 
-def _call(one: Contender, leaves: list[Tensor], do: Tensor, passes: str) -> Timed:
+def call_of(one: Contender, leaves: list[Tensor], do: Tensor, passes: str) -> Timed:
+    """Return a function that runs these passes of a contender."""
+
     def forward() -> Tensor:
         with torch.no_grad():
             return one.call(*leaves)
@@ -182,7 +184,7 @@ def _warm_up(
         try:
             for leaves, do in inputs:
                 _report_progress(f"compiling and tuning {one.name}, {passes[-1]}, H={leaves[0].shape[2]}")
-                _call(one, leaves, do, passes[-1])()
+                call_of(one, leaves, do, passes[-1])()
             return passes
         except Exception as error:  # a package may raise anything on this device; the others go on
             notes.append(f"failed: {one.name}, {passes[-1]}: {_first_line(error)}")

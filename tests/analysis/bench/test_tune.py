@@ -156,3 +156,4 @@ def test_budgets_are_cut_to_the_time_there_is() -> None:
     cut = Sizes().kernels.within(114.0)
     assert cut.tuning_seconds == 114.0 and sum(cut.seconds) == pytest.approx(114.0)
     assert cut.seconds[0] / cut.seconds[1] == pytest.approx(200 / 220)
+    assert cut.heads == (16,) and cut.lengths == (8192, 32768, 131072) and Sizes().kernels.within(500).heads == (16, 32)

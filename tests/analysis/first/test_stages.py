@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,24 @@ def test_time_that_is_not_used_goes_to_later_stages(tmp_path: Path) -> None:
     assert 49 < first <= 50 and 50 < second <= 100
 
 
+def test_a_stage_runs_beside_others_until_the_one_that_ends_it(tmp_path: Path) -> None:
+    """The one that is done by then passes; the other does not, and takes no share of the time."""
+    begin = "import os, pathlib, sys, time; here = pathlib.Path(sys.argv[1]); there = here.parent / 'quick' / 'pid'"
+    writes = f"{begin}; there.with_name('new').write_text(str(os.getpid())); there.with_name('new').rename(there)"
+    waits = f"""{begin}
+while not there.exists() or pathlib.Path(f'/proc/{{there.read_text()}}/stat').read_text().split()[2] != 'Z':
+    time.sleep(0.01)"""
+    quick = replace(stage("quick", writes, 0), until="third")
+    slow = replace(stage("slow", "import time; print('ready'); time.sleep(3600)", 0), until="third")
+    last = replace(stage("last", "", 0), until="nothing")
+    ran = Run([quick, slow, stage("second", waits), stage("third", ""), last], tmp_path, 60.0, {})
+    assert not ran.run()
+    outcomes = {name: one["outcome"] for name, one in read(tmp_path).items()}
+    assert outcomes == dict.fromkeys(outcomes, "passed") | {"slow": "too late"}
+    assert 29 < read(tmp_path)["second"]["limit"] <= 30
+    assert not pids_of(str(tmp_path / "slow"))
+
+
 def test_no_stage_begins_after_the_end(tmp_path: Path) -> None:
     assert not Run([stage("first", "")], tmp_path, 0.0, {}).run()
     assert read(tmp_path)["first"]["outcome"] == "waiting"
@@ -141,11 +160,11 @@ Run(stages, Path({str(tmp_path)!r}), 120.0, {{}}).run()
 
 def test_the_plan_is_whole_and_its_programs_exist() -> None:
     everything = [*plan.one_device(Path("out")), *plan.several_ranks(Path("out"), 2, "cuda")]
-    assert len({one.name for one in everything}) == len(everything) == 7 + 10
+    assert len({one.name for one in everything}) == len(everything) == 8 + 10
     assert sum(one.share for one in plan.one_device(Path("out"))) == pytest.approx(580)
 
 
 def test_a_stage_that_is_not_in_the_plan_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["speed"])
-    assert "no stage speed; there are machine, correct, syncs" in capsys.readouterr().err
+    assert "no stage speed; there are machine, compile, correct, syncs" in capsys.readouterr().err
