@@ -160,6 +160,13 @@ KERNEL_MUTANTS = [
         new="PADDING: ClassVar[int] = 8",
         test=f"{LINEAR}::test_rows_beside_a_normaliser_are_multiples_of_16",
     ),
+    Mutant(
+        name="interpreter: decays per key channel by integers",
+        file="hybrid_sp/kernels/gpu/linear.py",
+        old="(_by_channel(g) or x.v.dtype == torch.bfloat16)",
+        new="x.v.dtype == torch.bfloat16",
+        test=f"{LINEAR}::test_an_interpreter_that_is_not_mended_is_refused",
+    ),
     # The table of launch parameters.
     Mutant(
         name="tuning: entries of another architecture",
