@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ BACKENDS = {
 }
 INSTALL = {"triton": "triton", "fla": "fla-core", "flash_attn": "flash-attn"}  # the package that each backend needs
 OLDEST = (8, 0)  # least compute capability of the kernels
+# On Hopper 3.4 ... 3.7.0 miscompile chained products, and fla-core refuses them. torch 2.11 needs 3.6.0 exactly.
+TRITON_ON_HOPPER = (3, 7, 1)
 DTYPES = {
     "triton": (torch.bfloat16, torch.float16, torch.float32),
     "fla": (torch.bfloat16, torch.float16),
@@ -69,6 +72,21 @@ def needs(backend: str) -> Iterator[None]:
             f'backend="{backend}" needs the package {INSTALL[backend]}, which cannot be imported ({error}); install it '
             f'(pip install {INSTALL[backend]}), or pass backend="torch"'
         ) from error
+
+
+def check_triton(device: torch.device) -> None:
+    """Raise ImportError if this is a Hopper device, for which the installed Triton miscompiles products."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return
+    import triton
+
+    version = tuple(int(n) for n in re.findall(r"\d+", triton.__version__)[:3])
+    if version < TRITON_ON_HOPPER:
+        raise ImportError(
+            f'backend="triton" needs triton {".".join(map(str, TRITON_ON_HOPPER))} or newer on compute capability 9.0, '
+            f"where older ones miscompile, got {triton.__version__}; install torch 2.13, which comes with it, or pass "
+            'backend="torch"'
+        )
 
 
 def interpreted() -> bool:

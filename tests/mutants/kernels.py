@@ -1,4 +1,4 @@
-"""Mutants of the GPU kernels, of the adapters of packages, and of the choice between them."""
+"""Mutants of our GPU kernels."""
 
 from __future__ import annotations
 
@@ -8,11 +8,7 @@ KERNELS = "tests/hybrid_sp/kernels"
 LINEAR = f"{KERNELS}/test_triton_linear.py"
 ALONE = f"{LINEAR}::test_parity_fp32_on_one_device"
 GATES = f"{KERNELS}/test_vector_decay.py"
-FLA = f"{KERNELS}/test_fla_adapter.py"
-TWO_SPANS = f"{FLA}::test_agrees_with_the_token_loop[half, on 2]"
-FLASH = f"{KERNELS}/test_flash.py"
-SOFTMAX = f"{KERNELS}/test_softmax_kernels.py"
-BACKENDS = "tests/hybrid_sp/test_backends.py"
+FITS = f"{KERNELS}/test_aot.py::test_kernels_fit_a_chip"
 STRONG = "tests/hybrid_sp/ops/test_strong_decays.py"
 
 KERNEL_MUTANTS = [
@@ -20,8 +16,8 @@ KERNEL_MUTANTS = [
     Mutant(
         name="scan: sign of what spans a chunk in the gradient of its decays",
         file="hybrid_sp/kernels/gpu/chunk_scan.py",
-        old="(tl.cumsum(b_e, 0) - b_e) + spanning",
-        new="(tl.cumsum(b_e, 0) - b_e) - spanning",
+        old="(tl.cumsum(b_e, 0) - b_e) + b_whole",
+        new="(tl.cumsum(b_e, 0) - b_e) - b_whole",
         test=f"{ALONE}[scalar]",
     ),
     Mutant(
@@ -55,8 +51,8 @@ KERNEL_MUTANTS = [
     Mutant(
         name="scan: decays of reading and writing exchanged",
         file="hybrid_sp/kernels/gpu/chunk_scan.py",
-        old="    if REVERSE:\n        b_through, b_after = b_after, b_through",
-        new="    if not REVERSE:\n        b_through, b_after = b_after, b_through",
+        old="(AFTER if REVERSE else THROUGH)",
+        new="(THROUGH if REVERSE else AFTER)",
         test=f"{ALONE}[scalar]",
     ),
     Mutant(
@@ -129,19 +125,90 @@ KERNEL_MUTANTS = [
         new="added = None if not first else None",
         test=f"{LINEAR}::test_wide_dims_are_taken_in_pieces[scalar]",
     ),
+    Mutant(
+        name="scan: loop that waits for each load",
+        file="hybrid_sp/kernels/gpu/chunk_scan.py",
+        old="tl.range(0, count, num_stages=STAGES)",
+        new="range(count)",
+        test=FITS,
+    ),
+    Mutant(
+        name="scan: scale as an int compiled in",
+        file="hybrid_sp/kernels/gpu/chunk_scan.py",
+        old="float(read)",
+        new="read",
+        test=f"{LINEAR}::test_an_int_as_scale_is_a_float_to_the_kernels",
+    ),
+    Mutant(
+        name="within: a minimum that hides decays which are not numbers",
+        file="hybrid_sp/kernels/gpu/scalar_decay.py",
+        old="return tl.where(x > 0.0, 0.0, x)",
+        new="return tl.minimum(x, 0.0)",
+        test=FITS,
+    ),
+    Mutant(
+        name="within: low parts of sums dropped",
+        file="hybrid_sp/kernels/gpu/scalar_decay.py",
+        old="+ (b_low[:, None] - b_low[None, :])",
+        new="",
+        test=f"{LINEAR}::test_sums_of_decays_are_exact_within_a_chunk",
+    ),
+    Mutant(
+        name="padding: rows that no wide copy reads",
+        file="hybrid_sp/kernels/gpu/linear.py",
+        old="PADDING: ClassVar[int] = 16",
+        new="PADDING: ClassVar[int] = 8",
+        test=f"{LINEAR}::test_rows_beside_a_normaliser_are_multiples_of_16",
+    ),
+    Mutant(
+        name="interpreter: decays per key channel by integers",
+        file="hybrid_sp/kernels/gpu/linear.py",
+        old="(_by_channel(g) or x.v.dtype == torch.bfloat16)",
+        new="x.v.dtype == torch.bfloat16",
+        test=f"{LINEAR}::test_an_interpreter_that_is_not_mended_is_refused",
+    ),
+    # The table of launch parameters.
+    Mutant(
+        name="tuning: entries of another architecture",
+        file="hybrid_sp/kernels/gpu/tuning.py",
+        old="measured().get(architecture, {}).get(here)",
+        new="{k: v for x in measured().values() for k, v in x.items()}.get(here)",
+        test=f"{KERNELS}/test_tuning.py::test_what_is_written_is_used_for_its_key_and_architecture_alone",
+    ),
+    Mutant(
+        name="tuning: no third stage",
+        file="hybrid_sp/kernels/gpu/tuning.py",
+        old="stages = 3 if tall <= 128",
+        new="stages = 2 if tall <= 128",
+        test=FITS,
+    ),
     # States between segments.
+    Mutant(
+        name="summary: a normaliser's column left out",
+        file="hybrid_sp/kernels/gpu/state_passing.py",
+        old="for wide in column_apart(W):",
+        new="for wide in column_apart(W)[:1]:",
+        test=f"{LINEAR}::test_rows_beside_a_normaliser_are_multiples_of_16",
+    ),
+    Mutant(
+        name="fold: loop that waits for each load",
+        file="hybrid_sp/kernels/gpu/state_passing.py",
+        old="[BLOCK], dtype=tl.float32)\n    for i in tl.range(0, count, num_stages=STAGES):",
+        new="[BLOCK], dtype=tl.float32)\n    for i in range(count):",
+        test=FITS,
+    ),
     Mutant(
         name="summary: dropped decay",
         file="hybrid_sp/kernels/gpu/state_passing.py",
-        old="            b_S *= decay\n            total +=",
-        new="            total +=",
+        old="            b_S *= tl.exp(b_a)[:, None]\n            b_total += b_a\n        elif",
+        new="            b_total += b_a\n        elif",
         test=f"{ALONE}[scalar]",
     ),
     Mutant(
         name="summary: dropped decay per key channel",
         file="hybrid_sp/kernels/gpu/state_passing.py",
-        old="            b_S *= tl.exp(b_a)[:, None]\n",
-        new="",
+        old="mask=m_d, other=0.0)\n            b_S *= tl.exp(b_a)[:, None]\n",
+        new="mask=m_d, other=0.0)\n",
         test=f"{ALONE}[vector]",
     ),
     Mutant(
@@ -174,9 +241,9 @@ KERNEL_MUTANTS = [
     ),
     Mutant(
         name="carried: an entering state not cut at a document",
-        file="hybrid_sp/kernels/gpu/linear.py",
-        old="return S if cut_off is None else",
-        new="return S if True else",
+        file="hybrid_sp/kernels/gpu/state_passing.py",
+        old="        if not REVERSE:\n            b_S = tl.where((flags & BEGINS)",
+        new="        if not REVERSE and ADDED:\n            b_S = tl.where((flags & BEGINS)",
         test=f"{ALONE}[normalized]",
     ),
     Mutant(
@@ -184,13 +251,13 @@ KERNEL_MUTANTS = [
         file="hybrid_sp/kernels/pieces.py",
         old="before[here.start + 1 : here.stop] = totals[here.start : here.stop - 1].cumsum(0)",
         new="before[here] = totals[here].cumsum(0)",
-        test=f"{ALONE}[scalar]",
+        test="tests/hybrid_sp/ops/test_parity.py::test_parity_fp64[2-contiguous-linear]",
     ),
     Mutant(
         name="carried: no entering state in the gradient of queries",
         file="hybrid_sp/kernels/gpu/linear.py",
-        old="S = (h if S_in is None else h +",
-        new="S = (h if S_in is None else h + 0 *",
+        old="S = (h if S_in is None else carry(",
+        new="S = (h if True else carry(",
         test=f"{ALONE}[none]",
     ),
     Mutant(
@@ -299,130 +366,6 @@ KERNEL_MUTANTS = [
         old='    log_decay = floor_decays("linear_attention", log_decay, compute_dtype(q))\n',
         new="",
         test=f"{STRONG}::test_minus_infinity_is_refused_before_any_communication",
-    ),
-    # The passes of fla-core.
-    Mutant(
-        name="fla: transition of a span dropped",
-        file="hybrid_sp/kernels/gpu/fla_delta.py",
-        old="runs.leaving(final[..., width:])",
-        new="torch.zeros_like(runs.leaving(final[..., width:]))",
-        test=f"{FLA}::test_agrees_with_the_token_loop[kda on 2, zigzag, documents, states]",
-    ),
-    Mutant(
-        name="fla: what comes back to the ends of spans dropped",
-        file="hybrid_sp/kernels/gpu/fla_delta.py",
-        old="dht=runs.leaving_backward(dS_out)",
-        new="dht=None",
-        test=TWO_SPANS,
-    ),
-    Mutant(
-        name="fla: decays in natural units",
-        file="hybrid_sp/kernels/gpu/fla_delta.py",
-        old="scale=fla.RCP_LN2",
-        new="scale=1.0",
-        test=TWO_SPANS,
-    ),
-    Mutant(
-        name="fla: states made again without those that enter",
-        file="hybrid_sp/kernels/gpu/fla_delta.py",
-        old="sums, runs.entering(S_in), final=False",
-        new="sums, None, final=False",
-        test=TWO_SPANS,
-    ),
-    Mutant(
-        name="fla: a state that enters a document",
-        file="hybrid_sp/kernels/gpu/fla_delta.py",
-        old="if piece.begins_span and piece.reached]",
-        new="if piece.begins_span]",
-        test=f"{FLA}::test_runs_of_two_rows_with_documents_inside_and_at_the_edges_of_spans",
-    ),
-    Mutant(
-        name="fla: decays per head where Triton miscompiles them",
-        file="hybrid_sp/kernels/gpu/fla_delta.py",
-        old="return g.unsqueeze(-1).expand(*g.shape, key)",
-        new="return g",
-        test=f"{FLA}::test_decays_per_head_become_vectors_where_triton_is_wrong[True-False]",
-    ),
-    # Kernels of softmax attention.
-    Mutant(
-        name="flash: lse of the wrong layout",
-        file="hybrid_sp/kernels/softmax/flash_attn.py",
-        old="lse.transpose(1, 2).contiguous()",
-        new="lse.transpose(1, 2)",
-        test=f"{FLASH}::test_blocks[flash-attn-4-64]",
-    ),
-    Mutant(
-        name="flash: lse not asked for",
-        file="hybrid_sp/kernels/softmax/flash_attn.py",
-        old="causal=causal, return_lse=True)",
-        new="causal=causal)",
-        test=f"{FLASH}::test_blocks[flash-attn-4-64]",
-    ),
-    Mutant(
-        name="flash: columns of zeros handed back",
-        file="hybrid_sp/kernels/softmax/flash_attn.py",
-        old="return dq[..., :dim], dk[..., :dim], dv[..., :dim]",
-        new="return dq, dk, dv",
-        test=f"{FLASH}::test_blocks[flash-attn-5]",
-    ),
-    Mutant(
-        name="flash: an older version where the newer is installed too",
-        file="hybrid_sp/kernels/softmax/flash_attn.py",
-        old="reverse=(9, 0) <= chip < (12, 0)",
-        new="reverse=False",
-        test=f"{FLASH}::test_versions[(9, 0)-{{'flash-attn': '2.8.3.post2', 'flash-attn-4': '4.0.0b36'}}"
-        "-flash-attn-4 4.0.0b36]",
-    ),
-    Mutant(
-        name="CUDA softmax: rows of lse that are no rows count",
-        file="hybrid_sp/kernels/softmax/aten.py",
-        old='value=float("inf")',
-        new="value=0.0",
-        test=f"{SOFTMAX}::test_cuda_kernels_stood_in_for[EFFICIENT-37-50-8]",
-    ),
-    Mutant(
-        name="CUDA softmax: lse as the flash kernel does not read it",
-        file="hybrid_sp/kernels/softmax/aten.py",
-        old="lse, random = lse.transpose(1, 2).contiguous()",
-        new="lse, random = lse.transpose(1, 2)",
-        test=f"{SOFTMAX}::test_cuda_kernels_stood_in_for[FLASH-37-50-8]",
-    ),
-    Mutant(
-        name="CUDA softmax: fp32 by a kernel that rounds it",
-        file="hybrid_sp/kernels/softmax/attend.py",
-        old="FLASH if q.dtype != torch.float32 and",
-        new="FLASH if",
-        test=f"{SOFTMAX}::test_cuda_kernels_on_fake_tensors[torch.float32-64-efficient_attention]",
-    ),
-    # The choice of a backend.
-    Mutant(
-        name="backend: chosen by what can be imported",
-        file="hybrid_sp/backends.py",
-        old="why_not = only_torch or _unfit(other, x.device, x.dtype, max(widths))",
-        new="why_not = only_torch or _unfit(other, x.device, x.dtype, max(widths))\n"
-        '    why_not = why_not or ("" if sys.modules.get(other, 1) else "is not installed")',
-        test=f"{BACKENDS}::test_the_choice_does_not_depend_on_what_is_installed",
-    ),
-    Mutant(
-        name="backend: a package that nobody asked for",
-        file="hybrid_sp/backends.py",
-        old='"torch" if why_not or operator == "softmax_attention" else other',
-        new='"torch" if why_not else other',
-        test=f"{BACKENDS}::test_a_device_has_its_own[softmax_attention]",
-    ),
-    Mutant(
-        name="backend: the interpreter chosen on a CPU",
-        file="hybrid_sp/backends.py",
-        old='(requested == "auto" and x.device.type == "cpu")',
-        new='(requested == "auto" and x.device.type == "cpu" and not interpreted())',
-        test=f"{BACKENDS}::test_a_cpu_has_torch[linear_attention-1]",
-    ),
-    Mutant(
-        name="backend: said at every call",
-        file="hybrid_sp/backends.py",
-        old="@functools.cache\ndef _say",
-        new="_cached = functools.cache\n\n\ndef _say",
-        test=f"{BACKENDS}::test_every_choice_is_said_once",
     ),
     Mutant(
         name="entering states left out of the gradient of decays",

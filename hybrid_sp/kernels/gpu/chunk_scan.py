@@ -40,6 +40,7 @@ treats k and v alike, up to a transpose.
 from __future__ import annotations
 
 import itertools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -48,37 +49,22 @@ from torch import Tensor
 
 from . import tuning
 from .launch import launch
+from .scalar_decay import AFTER, HIGH, LOW, THROUGH, between
 from .segments import COLUMNS, Segments, places
 
-# "none"; "scalar", of all of S: g [B,T,H]; "rows" or "columns" of S: the log decays of chunks, [N,B,H,D] or [N,B,H,W]
-Decay = tuple[str, Tensor | None]
 
+class Decay(NamedTuple):
+    """The decay of the state. `totals` are the log decays of chunks: none; one for all of S [N,B,H]; or those of its
+    "rows" or "columns", [N,B,H,D] or [N,B,H,W]. `within` are scalar decays within chunks (`scalar_decay.py`)."""
 
-@triton.jit
-def decays(p_g, o_c, m_t, stride, REVERSE: tl.constexpr):
-    """Compute the decays of one chunk, with no log decay below its floor. Return the factors for reading and for
-    writing the state, the whole decay, and the running sum in two parts. The two parts together are exact, so
-    differences of sums are exact too. No exponent is positive."""
-    b_g = tl.load(p_g + o_c * stride, mask=m_t, other=0.0).to(tl.float64)
-    b_sum = tl.cumsum(b_g, 0)
-    whole = tl.sum(b_g, 0)
-    b_high = b_sum.to(tl.float32)
-    b_low = (b_sum - b_high.to(tl.float64)).to(tl.float32)
-    b_through = tl.exp(b_high)
-    b_after = tl.exp(tl.minimum(whole - b_sum, 0.0).to(tl.float32))
-    decay = tl.exp(whole.to(tl.float32))
-    if REVERSE:
-        b_through, b_after = b_after, b_through
-    return b_through, b_after, decay, b_high, b_low
+    kind: str = "none"  # scalar, rows, columns
+    totals: Tensor | None = None
+    within: Tensor | None = None
 
-
-@triton.jit
-def _between(b_high, b_low, REVERSE: tl.constexpr):
-    """Compute the decays between the tokens of each pair of a chunk, [out, source]."""
-    b_sum = (b_high[:, None] - b_high[None, :]) + (b_low[:, None] - b_low[None, :])
-    if REVERSE:
-        b_sum = -b_sum
-    return tl.exp(tl.minimum(b_sum, 0.0))
+    @property
+    def mT(self) -> Decay:
+        """Return the decay of the transposed state."""
+        return self._replace(kind={"rows": "columns", "columns": "rows"}.get(self.kind, self.kind))
 
 
 @triton.jit
@@ -99,7 +85,8 @@ def scan_kernel(
     p_x,
     p_y,
     p_z,
-    p_decay,  # scalar: g; rows and columns: log decays of chunks [N,B,H,D or W]
+    p_decay,  # log decays of chunks [N,B,H], [N,B,H,D] or [N,B,H,W]
+    p_within,  # scalar decays within chunks [B,H,4,T]
     p_scores,  # given pairs: [B,T,H,C], of token t the pairs with s <= t, and 0 for others
     p_S,  # states that enter the scan, one per segment
     p_add,  # fp32, added to out
@@ -127,9 +114,6 @@ def scan_kernel(
     s_zb,
     s_zt,
     s_zh,
-    s_gb,
-    s_gt,
-    s_gh,
     s_S,
     s_Sd,
     s_Sw,
@@ -142,7 +126,7 @@ def scan_kernel(
     s_wb,
     s_wt,
     s_wh,
-    s_c,  # of the log decays, from chunk to chunk
+    s_c,  # of the log decays, from head to head
     s_states,  # of the states, from chunk to chunk, and then from row to row
     s_states_d,
     C: tl.constexpr,
@@ -176,8 +160,7 @@ def scan_kernel(
     p_y += i_b * s_yb + (i_h // R_xy) * s_yh
     p_z += i_b * s_zb + (i_h // R_z) * s_zh
     p_out += i_b * s_ob + i_h * s_oh
-    if DECAY == "scalar":
-        p_decay += i_b * s_gb + i_h * s_gh
+    p_within += i_bh * 4 * T + o_c
     if ADD:
         p_add += i_b * s_ab + i_h * s_ah
     if GATE:
@@ -203,7 +186,8 @@ def scan_kernel(
             b_x, b_x_rest, x_unit = factor(b_x, DTYPE)
         b_x = b_x.to(DTYPE)
         if DECAY == "scalar":
-            b_read, b_write, decay, b_high, b_low = decays(p_decay + t * s_gt, o_c, m_t, s_gt, REVERSE)
+            b_read = tl.load(p_within + ((AFTER if REVERSE else THROUGH) * T + t), mask=m_t, other=0.0)
+            b_decay = tl.exp(tl.load(p_decay + n * s_c + tl.arange(0, 1)))
 
         # 3. GATE: in the scan for dq, store the state that enters the chunk. In the scan for dk, multiply it with the
         # gradient of the state that leaves it, which counts the pairs that span the chunk.
@@ -212,7 +196,7 @@ def scan_kernel(
             if REVERSE:
                 b_spanning = tl.load(p_chunk, mask=m_state, other=0.0).to(tl.float32) * b_S
                 if DECAY == "scalar":
-                    spanning = tl.sum(tl.sum(b_spanning, 1), 0) * decay
+                    b_whole = tl.sum(tl.sum(b_spanning, 1), 0) * b_decay
                 else:
                     b_total = tl.load(p_decay + n * s_c + o_w, mask=m_w, other=0.0)
                     tl.store(p_dg + n * s_c + o_w, tl.sum(b_spanning, 0) * tl.exp(b_total), mask=m_w)
@@ -233,7 +217,9 @@ def scan_kernel(
                 b_pairs += tl.dot(b_x, tl.trans(b_y_rest), input_precision=PRECISION)
             b_pairs *= x_unit * y_unit * read * write
             if DECAY == "scalar":
-                b_pairs *= _between(b_high, b_low, REVERSE)
+                b_high = tl.load(p_within + (HIGH * T + t), mask=m_t, other=0.0)
+                b_low = tl.load(p_within + (LOW * T + t), mask=m_t, other=0.0)
+                b_pairs *= between(b_high, b_low, REVERSE)
             b_pairs, b_pairs_rest, unit = factor(tl.where(m_pairs, b_pairs, 0.0), DTYPE)
         if PAIRS == "given":
             p_pairs, unit = p_scores + ((i_b * T + t) * H + i_h) * C, read * write
@@ -272,7 +258,7 @@ def scan_kernel(
             b_i = tl.sum(b_w * b_within, 1)
             if REVERSE:
                 b_r = tl.load(p_here, mask=m_t, other=0.0)
-                b_dg = tl.cumsum(b_r - b_i, 0, reverse=True) + (tl.cumsum(b_e, 0) - b_e) + spanning
+                b_dg = tl.cumsum(b_r - b_i, 0, reverse=True) + (tl.cumsum(b_e, 0) - b_e) + b_whole
                 tl.store(p_dg + ((i_w * B + i_b) * T + t) * H + i_h + o_c * H, b_dg, mask=m_t)
             else:
                 tl.store(p_here, b_e + b_i, mask=m_t)
@@ -284,7 +270,7 @@ def scan_kernel(
 
         # 8. Decay the state over the chunk, and write the chunk into it.
         if DECAY == "scalar":
-            b_S *= decay
+            b_S *= b_decay[:, None]
         if DECAY == "rows":
             b_S *= tl.exp(tl.load(p_decay + n * s_c + o_d, mask=m_d, other=0.0))[:, None]
         if DECAY == "columns":
@@ -293,6 +279,7 @@ def scan_kernel(
             written = write * y_unit * z_unit
             inside = 1.0 if DTYPE.is_fp16() else written  # fp16 may not hold b_z * written: scale the product
             if DECAY == "scalar":
+                b_write = tl.load(p_within + ((THROUGH if REVERSE else AFTER) * T + t), mask=m_t, other=0.0)
                 b_z = (b_z.to(tl.float32) * (b_write * inside)[:, None]).to(DTYPE)
             elif REVERSE:
                 b_z = (b_z.to(tl.float32) * inside).to(DTYPE)
@@ -398,19 +385,19 @@ def scan(
               the scan for dk, with w = k, reads them
     """
     B, T, H = out.shape[:3]
-    kind, log_decay = decay
+    kind, totals, within = decay
     split_x, split_y = x.dtype != dtype, y is not None and y.dtype != dtype
     rows, columns = (pieces(width, dtype, split_x or split_y) for width in S.shape[3:])
     nothing = segments.table  # a placeholder for unused pointers
-    by_chunk = log_decay if kind in ("rows", "columns") else None
+    by_channel = totals if kind in ("rows", "columns") else None
     before = add
     if gradient is not None and reverse:
-        like = gradient.r if by_chunk is None else [by_chunk.unsqueeze(0)] * len(rows)
+        like = gradient.r if by_channel is None else [by_channel.unsqueeze(0)] * len(rows)
         gradient.dg = [torch.empty_like(x) for x in like]
     for i, (wide, tall) in enumerate(itertools.product(columns, rows)):
         first = tall == rows[0]
         here = "none" if z is None or (pairs == "given" and not first) else pairs
-        part = log_decay if by_chunk is None else by_chunk[..., wide if kind == "columns" else tall]
+        part = totals if by_channel is None else by_channel[..., wide if kind == "columns" else tall]
         S_, out_ = S[..., tall, wide], out[..., wide]
         added = before if not first else None if add is None else add[..., wide]
         if tall != rows[-1]:
@@ -418,9 +405,9 @@ def scan(
         states = r = dg = None
         if gradient is not None:
             states = gradient.states[..., tall, wide]
-            r = gradient.r[i] if by_chunk is None else None
+            r = gradient.r[i] if by_channel is None else None
             if reverse:
-                dg = gradient.dg[i] if by_chunk is None else gradient.dg[i % len(rows)][..., wide]
+                dg = gradient.dg[i] if by_channel is None else gradient.dg[i % len(rows)][..., wide]
         tile = _tile(
             tall,
             wide,
@@ -429,14 +416,14 @@ def scan(
             kind_of_scan(here, kind, z is not None, gradient is not None, split_x or split_y),
         )
         y_, z_, w_ = (None if array is None else array[..., d] for array, d in ((y, tall), (z, wide), (w, wide)))
-        arrays = (x[..., tall], y_, z_, part, scores, S_, added, out_, w_, r, states, dg)
+        arrays = (x[..., tall], y_, z_, part, within, scores, S_, added, out_, w_, r, states, dg)
         launch(
             scan_kernel,
             (triton.cdiv(S_.shape[4], tile.columns) * B * H * segments.pieces.count,),
             *(nothing if array is None else array for array in arrays),
             segments.table,
-            read,
-            write,
+            float(read),  # an int would be compiled in
+            float(write),
             B,
             T,
             H,
@@ -447,14 +434,13 @@ def scan(
             *strides(x),
             *strides(y),
             *strides(z),
-            *strides(log_decay if kind == "scalar" else None),
             S.stride(2),
             S.stride(3),
             S.stride(4),
             *strides(added),
             *strides(out_),
             *strides(w),
-            0 if by_chunk is None else by_chunk.stride(2),
+            0 if totals is None else totals.stride(2),
             0 if states is None else states.stride(2),
             0 if states is None else states.stride(3),
             C=segments.chunk,

@@ -14,7 +14,6 @@ A bonus is supported only with such decays.
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, TypeGuard
 
@@ -23,16 +22,17 @@ from torch import Tensor
 
 from ..heads import sum_groups
 from ..phases import AffineState, Gradients, Inputs, Options
-from ..pieces import Spans, decays_before, over_state, span_decays
+from ..pieces import Spans, span_decays
 from . import tuning, vector_decay
 from .chunk_scan import Decay, DecayGradient, scan, scan_chunk
-from .launch import rows
+from .launch import check_interpreter, rows
+from .scalar_decay import decays_within
 from .segments import Segments, segment
-from .state_passing import fold, summary
+from .state_passing import carry, fold, summary
 
 
 class Tokens(NamedTuple):
-    """The q and k with which the scan reads and writes, and the decay of states along rows [K, V] of S."""
+    """The q and k with which the scan reads and writes, and the decay of states [K, V]."""
 
     q: Tensor
     k: Tensor
@@ -43,15 +43,6 @@ class Tokens(NamedTuple):
     def pairs(self) -> str:
         return "computed" if self.scores is None else "given"
 
-    @property
-    def across(self) -> Decay:
-        """The decay of the transposed states."""
-        return ("columns" if self.decay[0] == "rows" else self.decay[0]), self.decay[1]
-
-
-def _plain(q: Tensor, k: Tensor, g: Tensor | None) -> Tokens:
-    return Tokens(q, k, None, ("none" if g is None else "scalar", g))
-
 
 def _by_channel(g: Tensor | None) -> TypeGuard[Tensor]:
     """Tell whether these are decays per key channel."""
@@ -60,12 +51,12 @@ def _by_channel(g: Tensor | None) -> TypeGuard[Tensor]:
 
 class Work(NamedTuple):
     """The results of a forward phase. h [segments,B,H,K,V] enters the segments if every span begins empty, and totals
-    are the segments' log decays. Under decays per key channel, keys come from `vector_decay`. tokens are q and k of
-    phase 2."""
+    are the segments' log decays. keys are the k with which the scan writes, and the decay; tokens are q and k of phase
+    2."""
 
     h: Tensor
     totals: Tensor | None
-    keys: tuple[Tensor, Tensor] | None = None
+    keys: tuple[Tensor, Decay] | None = None
     tokens: Tokens | None = None
 
 
@@ -126,6 +117,8 @@ class LinearPhases:
         if bonus is not None and (g is None or g.ndim == 3):
             g = x.v.new_zeros(1, 1, 1, dtype=bonus.dtype) if g is None else g
             g = g.unsqueeze(-1).expand(*x.v.shape[:3], x.k.shape[3])
+        if x.v.device.type == "cpu" and (_by_channel(g) or x.v.dtype == torch.bfloat16):
+            check_interpreter()
         B, _, H, V = x.v.shape
         programs = tuning.entry("segments", x.k.shape[3], V, x.v.dtype, x.v.device).programs
         segments = segment(spans, B * H, scan_chunk(x.v.dtype), x.v.device, programs)
@@ -134,24 +127,20 @@ class LinearPhases:
     def states_forward(self, x: Inputs) -> tuple[AffineState | None, Work]:
         """Compute h that enters the segments, the map S_in -> S_out of each span, and the segments' log decays."""
         B, _, H, V = x.v.shape
-        keys = None
-        # 1. Under decays per key channel, decay the keys to the end of their chunk.
-        tokens = _plain(x.k, rows(x.k), x.g)
-        if _by_channel(x.g):
-            keys = vector_decay.keys_forward(x.k, x.g, self.segments)
-            tokens = Tokens(x.k, keys[0], None, ("rows", keys[1]))
+        # 1. Sum the log decays of chunks. Under decays per key channel, decay the keys to the end of their chunk.
+        k, decay = keys = self._keys(x)
         # 2. Sum the keys and values of each segment to the state that leaves it, if none enters it.
         added = x.v.new_empty(self.segments.pieces.count, B, H, x.k.shape[3], V, dtype=torch.float32)
-        totals = summary(tokens.k, rows(x.v), self.segments, x.k.dtype, out=added, decay=tokens.decay)
+        totals = summary(k, rows(x.v), self.segments, x.k.dtype, out=added, decay=decay)
         # 3. Fold these along each span into h, the states that enter the segments.
         h, leaving = fold(added, totals, None, self.segments)
         if not self.options.entered:
             return None, Work(h, totals, keys)
         # 4. Sum the decays of each span: with the leaving state they are its map.
-        decays = span_decays(totals, self.segments.pieces)
-        if self.by_head and decays is not None:
-            decays = decays[..., 0]
-        return AffineState(decays, leaving), Work(h, totals, keys)
+        spans = span_decays(totals, self.segments.pieces)
+        if self.by_head and spans is not None:
+            spans = spans[..., 0]
+        return AffineState(spans, leaving), Work(h, totals, keys)
 
     def intra_forward(self, x: Inputs, work: Work) -> tuple[Tensor, Work]:
         """Compute o [B,T,H,V] of this rank's tokens, in fp32 if entering states are to be added."""
@@ -184,7 +173,7 @@ class LinearPhases:
             tokens.q,
             None,
             None,
-            self._carried(work.totals, S_in),
+            carry(S_in, work.totals, None, self.segments),
             self.segments,
             x.q.dtype,
             out=_empty(o_intra, o_intra.shape[3], self.options.dtype),
@@ -198,7 +187,7 @@ class LinearPhases:
     def inter_backward(self, do: Tensor, x: Inputs, saved: Saved, S_in: Tensor | None) -> tuple[Tensor | None, Reading]:
         """Compute dS_in, and the gradient dh of the state that enters each segment, from this segment alone."""
         # 1. Decay queries and keys as in forward. They are not kept.
-        do, tokens = rows(do), self._tokens(x)
+        do, tokens = _aligned(do), self._tokens(x)
         # 2. Sum the queries and do of each segment to dh: a summary in reverse.
         dh, scale = torch.empty_like(saved.h), self.options.scale
         summary(tokens.q, do, self.segments, x.q.dtype, out=dh, decay=tokens.decay, write=scale, reverse=True)
@@ -211,7 +200,7 @@ class LinearPhases:
         do, dh, tokens, (q, k, v, g, _, bonus), (h, totals), S_in = read
         v, q, by_channel = rows(v), rows(q), _by_channel(g)
         # 1. Transpose the states that enter the segments, with the part of S_in.
-        S = (h if S_in is None else h + self._carried(totals, S_in)).mT
+        S = (h if S_in is None else carry(S_in, totals, h, self.segments)).mT
         gradient = DecayGradient(S, self.segments, v, do, by_channel) if self.gated else None
         # 2. The scan for dq: forward, x, y, z = do, v, k with the states S^T. It keeps r and S for dg.
         dq = scan(
@@ -222,7 +211,7 @@ class LinearPhases:
             self.segments,
             q.dtype,
             out=_empty(v, q.shape[3], _precision(q, v, g)),
-            decay=tokens.across,
+            decay=tokens.decay.mT,
             pairs="none" if by_channel else "computed",
             read=self.options.scale,
             gradient=gradient,
@@ -266,7 +255,7 @@ class LinearPhases:
             self.segments,
             k.dtype,
             out=_empty(v, k.shape[3], _precision(k, v, g)),
-            decay=tokens.across,
+            decay=tokens.decay.mT,
             pairs="none" if by_channel else "computed",
             write=self.options.scale,
             reverse=True,
@@ -275,34 +264,38 @@ class LinearPhases:
         )
         # 4. Under decays per key channel, go back from decayed keys and whole chunks to k and g.
         d_decay = None if gradient is None else gradient.total()
-        if _by_channel(g) and tokens.decay[1] is not None and dk_pairs is not None and dg is not None:
-            d_totals = torch.zeros_like(tokens.decay[1]) if d_decay is None else d_decay
+        if _by_channel(g) and tokens.decay.totals is not None and dk_pairs is not None and dg is not None:
+            d_totals = torch.zeros_like(tokens.decay.totals) if d_decay is None else d_decay
             dk, d_decay = vector_decay.keys_backward(dk, d_totals, dk_pairs, dg, k, g, self.segments)
         dk = sum_groups(dk, k.shape[2]).to(k.dtype)
         return Gradients(None, dk, dv, d_decay if self.gated else None)
 
-    def _tokens(self, x: Inputs, keys: tuple[Tensor, Tensor] | None = None) -> Tokens:
-        """Return q and k with which the scan reads and writes. `keys` come from `vector_decay`, computed here if they
-        are not given."""
-        if not _by_channel(x.g):
-            return _plain(rows(x.q), rows(x.k), x.g)
-        q_since, scores = vector_decay.queries_forward(x.q, x.k, x.g, x.bonus, self.segments)
-        k_until, totals = keys or vector_decay.keys_forward(x.k, x.g, self.segments)
-        return Tokens(q_since, k_until, scores, ("rows", totals))
+    def _keys(self, x: Inputs) -> tuple[Tensor, Decay]:
+        """Return k with which the scan writes, and the decay."""
+        if _by_channel(x.g):
+            k_until, totals = vector_decay.keys_forward(x.k, x.g, self.segments)
+            return k_until, Decay("rows", totals)
+        return rows(x.k), Decay() if x.g is None else Decay("scalar", *decays_within(x.g, self.segments))
 
-    def _carried(self, totals: Tensor | None, S_in: Tensor) -> Tensor:
-        """Return exp(D) S_in of each segment [segments,B,H,K,V], or 0 if a document has begun between."""
-        pieces, cut_off = self.segments.pieces, self.segments.cut_off
-        counts = [end - first for first, end in itertools.pairwise(pieces.bounds)]
-        S = torch.cat([S.expand(count, *S.shape) for S, count in zip(S_in, counts, strict=True)])
-        if totals is not None:
-            S = over_state(decays_before(totals, pieces)) * S
-        return S if cut_off is None else S.masked_fill(cut_off.view(-1, 1, 1, 1, 1), 0.0)
+    def _tokens(self, x: Inputs, keys: tuple[Tensor, Decay] | None = None) -> Tokens:
+        """Return q and k with which the scan reads and writes. `keys` are computed here if they are not given."""
+        k, decay = keys or self._keys(x)
+        if not _by_channel(x.g):
+            return Tokens(rows(x.q), k, None, decay)
+        q, scores = vector_decay.queries_forward(x.q, x.k, x.g, x.bonus, self.segments)
+        return Tokens(q, k, scores, decay)
 
 
 def _precision(key: Tensor, v: Tensor, g: Tensor | None) -> torch.dtype:
     """Choose the dtype of the gradient of q or k: fp32 while more is to be added to it."""
     return torch.float32 if _by_channel(g) or key.shape[2] != v.shape[2] else key.dtype
+
+
+def _aligned(x_BTHV: Tensor) -> Tensor:
+    """Return x as kernels read it. What autograd makes for a normaliser's column has no padding, so it is copied."""
+    if x_BTHV.shape[3] % 16 == 1 and x_BTHV.stride(2) % 16:
+        return _empty(x_BTHV, x_BTHV.shape[3], x_BTHV.dtype).copy_(x_BTHV)
+    return rows(x_BTHV)
 
 
 def _empty(like_BTHV: Tensor, width: int, dtype: torch.dtype) -> Tensor:

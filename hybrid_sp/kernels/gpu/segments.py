@@ -39,15 +39,12 @@ class Segments:
 
     chunk    C, tokens in a chunk
     chunks   tokens [start, stop) of each chunk of the rank, [N, 2] int32 on the device
-    cut_off  segments that the state entering their span does not reach, because a document has begun since;
-             bool [count] on the device, or None if there are none
     """
 
     pieces: Pieces
     table: Tensor
     chunk: int
     chunks: Tensor
-    cut_off: Tensor | None
 
 
 @functools.lru_cache(maxsize=64)
@@ -63,8 +60,7 @@ def segment(
         rows.append((p.start, p.stop, len(chunks), p.span, flags))
         chunks += [(t, min(t + chunk, p.stop)) for t in range(p.start, p.stop, chunk)]
     table, of_chunks = (torch.tensor(numbers, dtype=torch.int32, device=device) for numbers in (rows, chunks))
-    cut_off = None if all(pieces.open) else torch.tensor([not p.reached for p in pieces.all], device=device)
-    return Segments(pieces, table, chunk, of_chunks, cut_off)
+    return Segments(pieces, table, chunk, of_chunks)
 
 
 def _size(tokens: int, rows_per_token: int, chunk: int, programs: int) -> int:

@@ -18,8 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .chunk_scan import Decay, column_apart, decays, factor, strides, types
+from .chunk_scan import Decay, column_apart, factor, strides, types
 from .launch import launch
+from .scalar_decay import AFTER, THROUGH
 from .segments import COLUMNS, FIRST, LAST, NEW, Segments, places
 
 
@@ -27,7 +28,8 @@ from .segments import COLUMNS, FIRST, LAST, NEW, Segments, places
 def summary_kernel(
     p_y,
     p_z,
-    p_decay,
+    p_decay,  # log decays of chunks [N,B,H] or [N,B,H,D]
+    p_within,  # scalar decays within chunks [B,H,4,T]
     p_S,  # state that leaves each segment, if none enters [segments,B,H,D,W]
     p_total,  # log decay of each segment [segments,B,H] or [segments,B,H,D]; if TOTAL
     p_table,
@@ -45,9 +47,6 @@ def summary_kernel(
     s_zb,
     s_zt,
     s_zh,
-    s_gb,
-    s_gt,
-    s_gh,
     s_S,
     s_Sd,
     C: tl.constexpr,
@@ -75,11 +74,9 @@ def summary_kernel(
     m_d, m_w = o_d < D, o_w < W
     p_y += i_b * s_yb + (i_h // R_y) * s_yh
     p_z += i_b * s_zb + (i_h // R_z) * s_zh
-    if DECAY == "scalar":
-        p_decay += i_b * s_gb + i_h * s_gh
+    p_within += i_bh * 4 * T + ((THROUGH if REVERSE else AFTER) * T + o_c)
     b_S = tl.zeros([BD, BW], dtype=tl.float32)
-    total = 0.0
-    b_total = tl.zeros([BD], dtype=tl.float32)
+    b_total = tl.zeros([BD if DECAY == "rows" else 1], dtype=tl.float32)
     for i in tl.range(0, count, num_stages=STAGES):
         # 2. Load the tokens of the chunk.
         i_n = (count - 1 - i) if REVERSE else i
@@ -96,10 +93,11 @@ def summary_kernel(
         inside = 1.0 if DTYPE.is_fp16() else written  # fp16 may not hold b_z * written: scale the product
         # 3. Decay z to the end of the chunk (in reverse to its start), and the state over the chunk.
         if DECAY == "scalar":
-            _, b_write, decay, b_high, _ = decays(p_decay + t * s_gt, o_c, m_t, s_gt, REVERSE)
+            b_write = tl.load(p_within + t, mask=m_t, other=0.0)
             b_z = (b_z.to(tl.float32) * (b_write * inside)[:, None]).to(DTYPE)
-            b_S *= decay
-            total += tl.min(b_high, 0)
+            b_a = tl.load(p_decay + ((first + i_n) * B * H + i_bh) + tl.arange(0, 1))
+            b_S *= tl.exp(b_a)[:, None]
+            b_total += b_a
         elif REVERSE:
             b_z = (b_z.to(tl.float32) * inside).to(DTYPE)
         if DECAY == "rows":
@@ -115,18 +113,19 @@ def summary_kernel(
     p_S += (i_s * B * H + i_bh) * s_S
     tl.store(p_S + o_d[:, None] * s_Sd + o_w[None, :], b_S, mask=m_d[:, None] & m_w[None, :])
     if DECAY == "scalar" and TOTAL:
-        tl.store(p_total + i_s * B * H + i_bh, total, mask=i_tile == 0)
+        tl.store(p_total + i_s * B * H + i_bh + tl.arange(0, 1), b_total, mask=i_tile == 0)
     if DECAY == "rows" and TOTAL:
         tl.store(p_total + (i_s * B * H + i_bh) * D + o_d, b_total, mask=m_d & (i_w == 0))
 
 
 @triton.jit
 def fold_kernel(
-    p_added,  # state that leaves each segment, if none enters [segments,B,H,K,V]
+    p_added,  # ADDED: state that leaves each segment, if none enters [segments,B,H,K,V]
     p_total,
     p_given,  # state that enters each span, in reverse the gradient at its end [spans,B,H,K,V]
     p_S,  # state that enters each segment, in reverse the gradient at its end
-    p_left,  # state that leaves each span, in reverse the gradient at its start
+    p_left,  # ADDED: state that leaves each span, in reverse the gradient at its start
+    p_beside,  # BESIDE: added to what is stored in p_S [segments,B,H,K,V]
     p_table,
     count,
     BH,
@@ -139,6 +138,8 @@ def fold_kernel(
     BEGINS: tl.constexpr,
     DECAY: tl.constexpr,
     ENTERED: tl.constexpr,
+    ADDED: tl.constexpr,
+    BESIDE: tl.constexpr,
     REVERSE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -161,17 +162,22 @@ def fold_kernel(
         if not REVERSE:
             b_S = tl.where((flags & BEGINS) != 0, 0.0, b_S)
         # 3. Store the state that enters this segment.
-        tl.store(p_S + o_here, b_S, mask=m)
+        if BESIDE:
+            tl.store(p_S + o_here, b_S + tl.load(p_beside + o_here, mask=m, other=0.0), mask=m)
+        else:
+            tl.store(p_S + o_here, b_S, mask=m)
         # 4. Decay it over the segment, and add the state that the segment gives.
         if DECAY == "scalar":
             b_S *= tl.exp(tl.load(p_total + i_s * BH + i_bh))
         if DECAY == "rows":
             b_S *= tl.exp(tl.load(p_total + (i_s * BH + i_bh) * K + o // V, mask=m, other=0.0))
-        b_S += tl.load(p_added + o_here, mask=m, other=0.0)
+        if ADDED:
+            b_S += tl.load(p_added + o_here, mask=m, other=0.0)
         # 5. In reverse a new document cuts the chain here. Store the state at the end of a span (in reverse its start).
         if REVERSE:
             b_S = tl.where((flags & BEGINS) != 0, 0.0, b_S)
-        tl.store(p_left + o_span, b_S, mask=m & ((flags & TO) != 0))
+        if ADDED:
+            tl.store(p_left + o_span, b_S, mask=m & ((flags & TO) != 0))
 
 
 def summary(
@@ -188,7 +194,7 @@ def summary(
     """Write out [segments,B,H,D,W], the states that leave the segments if none enters, or in reverse the gradients at
     their starts. Return the segments' log decays, None | [segments,B,H] | [segments,B,H,D], or None in reverse."""
     _, B, H, D, W = out.shape
-    kind, log_decay = decay
+    kind, totals, within = decay
     total = None
     if kind != "none" and not reverse:
         total = torch.empty(
@@ -203,11 +209,12 @@ def summary(
             (triton.cdiv(D, tile.rows) * triton.cdiv(out_.shape[4], tile.columns) * B * H * segments.pieces.count,),
             y,
             z_,
-            nothing if log_decay is None else log_decay,
+            nothing if totals is None else totals,
+            nothing if within is None else within,
             out_,
             nothing if total_ is None else total_,
             segments.table,
-            write,
+            float(write),
             B,
             z.shape[1],
             H,
@@ -217,7 +224,6 @@ def summary(
             H // z.shape[2],
             *strides(y),
             *strides(z),
-            *strides(log_decay if kind == "scalar" else None),
             out.stride(2),
             out.stride(3),
             C=segments.chunk,
@@ -245,19 +251,37 @@ def fold(
     gradients: `added` at the starts of segments, `given` at the ends of spans. The results are then at the ends of
     segments and at the starts of spans.
     """
-    _, B, H, K, V = added.shape
-    added, given = added.contiguous(), None if given is None else given.contiguous()
-    S, left = torch.empty_like(added), added.new_empty(segments.pieces.spans, B, H, K, V)
+    S, left = torch.empty_like(added), added.new_empty(segments.pieces.spans, *added.shape[1:])
+    _fold(added.contiguous(), total, given, S, left, None, segments, reverse)
+    return S, left
+
+
+def carry(given: Tensor, total: Tensor | None, beside: Tensor | None, segments: Segments) -> Tensor:
+    """Return the part that states `given` to the spans have in the states that enter the segments, plus `beside`."""
+    S = given.new_empty(segments.pieces.count, *given.shape[1:])
+    _fold(None, total, given, S, None, beside, segments, False)
+    return S
+
+
+def _fold(
+    added: Tensor | None,
+    total: Tensor | None,
+    given: Tensor | None,
+    S: Tensor,
+    left: Tensor | None,
+    beside: Tensor | None,
+    segments: Segments,
+    reverse: bool,
+) -> None:
+    """Launch one program for each block of numbers of a state."""
+    _, B, H, K, V = S.shape
+    given = None if given is None else given.contiguous()
     kind = "none" if total is None else "scalar" if total.ndim == 3 else "rows"
-    block = tuning.entry("fold", K, V, added.dtype, added.device, (kind,))
+    block = tuning.entry("fold", K, V, S.dtype, S.device, (kind,))
     launch(
         fold_kernel,
         (triton.cdiv(K * V, block.columns) * B * H,),
-        added,
-        added if total is None else total,
-        added if given is None else given,
-        S,
-        left,
+        *(S if array is None else array for array in (added, total, given, S, left, beside)),
         segments.table,
         segments.pieces.count,
         B * H,
@@ -270,9 +294,10 @@ def fold(
         BEGINS=NEW,
         DECAY=kind,
         ENTERED=given is not None,
+        ADDED=added is not None,
+        BESIDE=beside is not None,
         REVERSE=reverse,
         num_warps=block.warps,
         STAGES=block.stages,
         num_stages=block.stages,
     )
-    return S, left

@@ -5,6 +5,7 @@
     scan              columns, warps, stages           of the states of one launch
     summary           rows, columns, warps, stages     of the states
     fold              columns, warps, stages           of the states
+    within            warps, stages                    1 x 1; `scalar_decay.py`
     keys_forward ...  columns, warps, stages           K x V; the four kernels of `vector_decay.py`
 
 An entry is a pure function of role, shape, dtype and architecture. No model is timed while it runs. All ranks with the
@@ -29,7 +30,7 @@ TABLE = Path(__file__).with_name("tuned.json")
 SMALL = ("sm_86", "sm_89", "sm_120", "sm_121")  # 99 KiB of shared memory for a program
 INTERPRETER = "interpreter"  # the architecture of tensors on a CPU
 ROLES = (
-    *("segments", "scan", "summary", "fold"),
+    *("segments", "scan", "summary", "fold", "within"),
     *("keys_forward", "keys_backward", "queries_forward", "queries_backward"),
 )
 PROGRAMS = 512  # the default: segments x batch x heads that are enough to fill a device
@@ -169,6 +170,8 @@ def _default(role: str, rows: int, columns: int, dtype: torch.dtype, architectur
         return Entry(rows=min(side, tall), columns=min(side, wide), warps=8 if big else 4, stages=3)
     if role == "fold":
         return Entry(columns=1024, warps=4, stages=4)
+    if role == "within":
+        return Entry(warps=1, stages=1)
     width = 16 if exact or rows <= 16 else 32
     return Entry(columns=width, warps=8 if role == "queries_backward" else 4, stages=1)
 

@@ -118,6 +118,9 @@ def test_operators_are_compared_with_their_peers(tmp_path: Path) -> None:
 def test_our_kernels_are_measured_in_the_interpreter() -> None:
     if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("triton is not installed, or not set to interpret")
+    from tests.support.interpreter import mend
+
+    mend()
     model = {"dim": 16, "heads": 1}
     shape = replace(
         QUICK.kernels, lengths=(17,), heads=(1,), tuned_at=17, repetitions=1, model=model, model_lengths=(17,)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +26,7 @@ from tests.support.tiers import tiered
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
 
+ROOT = Path(__file__).parents[3]
 LENGTH = 43
 SHORT, LONG = (0, 1, 14, 15, 29, 30, 33, 43), (0, 3, 37, 43)  # documents
 NAMED = {
@@ -284,3 +287,96 @@ def test_what_cancels_in_a_normaliser_is_multiplied_exactly(dtype: torch.dtype, 
     for (name, bound), a, b in zip(bounds.items(), got, want, strict=False):
         error = float((a.double() - b).norm() / b.norm())
         assert error <= bound, f"{name}: {error:.2g}"
+
+
+def test_rows_beside_a_normaliser_are_multiples_of_16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton copies 16 bytes at a time only then; and the summary gives the column of the normaliser too."""
+    from hybrid_sp.kernels.gpu import linear
+
+    seen, scan = [], linear.scan
+
+    def record(x: Tensor, y: Tensor | None, z: Tensor | None, *rest: Any, **options: Any) -> Tensor:
+        arrays = (x, y, z, options["out"], options.get("add"))
+        seen.extend(array.stride(dim) for array in arrays if array is not None for dim in range(3))
+        return scan(x, y, z, *rest, **options)
+
+    monkeypatch.setattr(linear, "scan", record)
+    q, k, v = (torch.rand(1, 40, 2, 16).requires_grad_() for _ in range(3))
+    with small(16):
+        o = hsp.linear_attention(q, k, v, normalize=True, backend="triton")
+        want = hsp.linear_attention(q, k, v, normalize=True, backend="torch")
+        assert isinstance(o, Tensor) and isinstance(want, Tensor)
+        o.sum().backward()
+    assert seen and not any(stride % 16 for stride in seen)
+    assert_close("o", o.double(), want.double(), 2e-6)
+
+
+def test_an_int_as_scale_is_a_float_to_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An int is compiled in if it is 1, and otherwise compiles every kernel once more."""
+    from hybrid_sp.kernels.gpu import chunk_scan, state_passing
+
+    kinds: list[list[type]] = []
+    for module in (chunk_scan, state_passing):
+        launch = module.launch
+
+        def record(kernel: Any, grid: tuple[int, ...], *args: Any, real: Any = launch, **options: Any) -> None:
+            kinds[-1] += [type(x) for x in args]
+            real(kernel, grid, *args, **options)
+
+        monkeypatch.setattr(module, "launch", record)
+    q, k, v = (torch.rand(1, 20, 1, 16).requires_grad_() for _ in range(3))
+    for scale in (1, 0.5):
+        kinds.append([])
+        with small(16):
+            hsp.linear_attention(q, k, v, scale=scale, backend="triton").sum().backward()  # type: ignore[union-attr]
+    assert kinds[0] == kinds[1]
+
+
+def test_sums_of_decays_are_exact_within_a_chunk() -> None:
+    """Between tokens that follow a strong decay little is forgotten, and the digits of that are not lost."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 32, 1, 16) for _ in range(3))
+    g = -torch.rand(1, 32, 1) * 1e-3
+    g[:, 2] = -100.0
+    with small(32):
+        o = hsp.linear_attention(q, k, v, log_decay=g, backend="triton")
+    want = hsp.linear_attention(*(x.double() for x in (q, k, v)), log_decay=g.double(), backend="torch")
+    assert isinstance(o, Tensor) and isinstance(want, Tensor)
+    assert_close("o", o.double(), want, 5e-7)
+
+
+@pytest.mark.parametrize("decay", ["scalar", "vector"])
+def test_a_decay_that_is_not_a_number_is_not_hidden(decay: str) -> None:
+    """It reaches every later token of its sequence, and every gradient. (aot.py looks for what a device would hide.)"""
+    x = [torch.rand(1, 40, 1, 16).requires_grad_() for _ in range(3)]
+    g = -torch.rand(1, 40, 1, *((16,) if decay == "vector" else ()))
+    g[:, 20] = float("nan")
+    with small(16):
+        o = hsp.linear_attention(*x, log_decay=g.requires_grad_(), backend="triton")
+        assert isinstance(o, Tensor)
+        gradients = torch.autograd.grad(o.sum(), [*x, g])
+    assert o[:, :16].isfinite().all() and o[:, 20:].isnan().all()
+    assert all(gradient.isnan().any() for gradient in gradients)
+
+
+RAW = """
+import torch
+import hybrid_sp as hsp
+from tests.support.interpreter import patch_once
+
+patch_once()  # what keeps it from running at all, and no more
+x = torch.rand(1, 20, 1, 16)
+hsp.linear_attention(x, x, x, log_decay=-x[..., 0], backend="triton")
+for dtype, g in ((torch.bfloat16, None), (torch.float32, -x)):
+    try:
+        hsp.linear_attention(*[x.to(dtype)] * 3, log_decay=g, backend="triton")
+    except RuntimeError as error:
+        print(error)
+"""
+
+
+def test_an_interpreter_that_is_not_mended_is_refused() -> None:
+    """Where it would multiply bf16 numbers: it takes them for integers, and what comes out is not a number."""
+    run = subprocess.run([sys.executable, "-c", RAW], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("interpreter multiplies bf16 numbers as integers") == 2
