@@ -44,12 +44,13 @@ kernels: $(READY) ## compile every kernel for sm_80, sm_90 and sm_100, without a
 bench: $(READY) ## the measurements of analysis/README.md; ARGS=linear for one of them
 	$(BIN)/python -m analysis.bench $(ARGS)
 
-# On a machine with a GPU, which may have no package index: PYTHON itself, no virtual environment. 8 processes if pytest-xdist is there,
-# because most of the time goes into compiling kernels.
+# On a machine with a GPU, which may have no package index: PYTHON itself, no virtual environment.
 gpu-test: ## every backend on a CUDA device, by PYTHON itself with pytest: minutes; ARGS="-k delta" for a part of it
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make gpu-test needs a CUDA device")'
-	TRITON_INTERPRET=0 CUBLAS_WORKSPACE_CONFIG=:4096:8 $(PYTHON) -m pytest tests/gpu/test_device.py \
-		$(shell $(PYTHON) -c 'import xdist' 2> /dev/null && echo --numprocesses=8) --durations 10 $(ARGS)
+	HYBRID_SP_ANY_TRITON=1 $(PYTHON) -m tests.gpu.ptxas runs/gpu-test --tests $(ARGS)
+
+gpu-first: ## on a GPU for the first time: checks, tuning and speed in ten minutes, by PYTHON itself; ARGS="--ranks 2" for two
+	HYBRID_SP_ANY_TRITON=1 $(PYTHON) -m analysis.first $(ARGS)
 
 clean: ## remove the virtual environment and all caches; run folders stay
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache hybrid_sp.egg-info build dist
@@ -65,4 +66,4 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	@touch $(READY)
 
-.PHONY: help train test test-all check mutants ablation kernels bench gpu-test clean
+.PHONY: help train test test-all check mutants ablation kernels bench gpu-test gpu-first clean

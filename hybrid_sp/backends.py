@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,9 @@ BACKENDS = {
 }
 INSTALL = {"triton": "triton", "fla": "fla-core", "flash_attn": "flash-attn"}  # the package that each backend needs
 OLDEST = (8, 0)  # least compute capability of the kernels
+# On Hopper 3.4 ... 3.7.0 miscompile chained products, and fla-core refuses them. torch 2.11 needs 3.6.0 exactly.
+TRITON_ON_HOPPER = (3, 7, 1)
+ANY_TRITON = "HYBRID_SP_ANY_TRITON"
 DTYPES = {
     "triton": (torch.bfloat16, torch.float16, torch.float32),
     "fla": (torch.bfloat16, torch.float16),
@@ -78,6 +82,25 @@ def triton_runs_on(device: torch.device) -> bool:
     if importlib.util.find_spec("triton") is None:
         return False
     return interpreted() if device.type == "cpu" else torch.cuda.get_device_capability(device) >= OLDEST
+
+
+def check_triton(device: torch.device) -> None:
+    """Raise ImportError if this is a Hopper device, for which the installed Triton miscompiles products.
+
+    HYBRID_SP_ANY_TRITON=1 in the environment lets it run, for the tests that find out.
+    """
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    if not hopper or os.environ.get(ANY_TRITON) == "1":
+        return
+    import triton
+
+    version = tuple(int(n) for n in re.findall(r"\d+", triton.__version__)[:3])
+    if version < TRITON_ON_HOPPER:
+        raise ImportError(
+            f'backend="triton" needs triton {".".join(map(str, TRITON_ON_HOPPER))} or newer on compute capability 9.0, '
+            f"where older ones miscompile, got {triton.__version__}; install torch 2.13, which comes with it, or pass "
+            f'backend="torch" ({ANY_TRITON}=1 runs it all the same, and make gpu-test shows if it is wrong)'
+        )
 
 
 def interpreted() -> bool:

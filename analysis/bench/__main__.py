@@ -18,7 +18,9 @@ from analysis.bench.cpu.limit import limit
 from analysis.bench.cpu.mixers import mixers
 from analysis.bench.cpu.operators import delta, linear
 from analysis.bench.cpu.training import model
+from analysis.bench.gpu.launches import launches
 from analysis.bench.gpu.operators import kernels
+from analysis.bench.gpu.tune import tune
 from analysis.bench.provenance import provenance
 from analysis.bench.ranks.memory import memory
 from analysis.bench.ranks.scheduling import balance, exchange_vs_length, overlap
@@ -30,7 +32,8 @@ from recipes.allocator import keep_freed_memory
 BENCHES: dict[str, Callable[[Sizes, Path], Result]] = {
     bench.__name__: bench
     for bench in (
-        limit, linear, delta, mixers, model, strategies, overlap, balance, exchange_vs_length, memory, kernels,
+        limit, linear, delta, mixers, model, strategies, overlap, balance, exchange_vs_length, memory,
+        launches, tune, kernels,
     )
 }  # fmt: skip
 
@@ -47,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("names", nargs="*", metavar="NAME", help="a benchmark of the list below; default: all of them")
     parser.add_argument("--quick", action="store_true", help="take tiny sizes: seconds, only to see that it works")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="the folder of results (%(default)s)")
+    parser.add_argument("--seconds", type=float, help="the time that each of `tune` and `kernels` may take")
     parser.add_argument("--against", type=Path, help="a checkout of another commit, which `limit` measures in turn")
     parser.add_argument("--commit", help="the commit of this tree, if it is a copy without git")
     return parser
@@ -59,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if unknown := [name for name in options.names if name not in BENCHES]:
         parser.error(f"unknown benchmark {', '.join(unknown)}; known: {', '.join(BENCHES)}")
     sizes = replace(QUICK if options.quick else Sizes(), against=options.against)
+    if options.seconds is not None:
+        sizes = replace(sizes, kernels=sizes.kernels.within(options.seconds))
     keep_freed_memory()
     facts = provenance(options.commit)
     for name in options.names or BENCHES:

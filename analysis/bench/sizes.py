@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ class KernelSizes:
     heads: tuple[int, ...] = (16, 32)
     width: int = 128
     softmax_until: int = 65536  # tokens; the cost of softmax is quadratic
-    tuned_at: int = 32768  # tokens at which fla-core chooses its configurations
+    tuned_at: int = 32768  # tokens at which fla-core chooses its configurations, and `tune` ours
+    tuned_widths: tuple[int, ...] = (128, 64)
+    tuning_seconds: float = 170.0  # of `tune`
     repetitions: int = 15
     copied: int = 2**32  # bytes
     side: int = 8192  # rows of the square matrices whose product gives the ceiling
@@ -26,6 +28,17 @@ class KernelSizes:
     model_steps: int = 5
     # Budgets for compiling and tuning, the operators, the model's steps, and the phases: ten minutes in all.
     seconds: tuple[float, float, float, float] = (200.0, 220.0, 120.0, 30.0)
+
+    def within(self, seconds: float) -> KernelSizes:
+        """Return sizes with budgets that make `kernels`, or `tune`, end in so many seconds.
+
+        Much less time is for one number of heads and every second length.
+        """
+        short = seconds < sum(self.seconds) / 2
+        heads, lengths = (self.heads[:1], self.lengths[1::2]) if short else (self.heads, self.lengths)
+        compiling, operators, steps, phases = (part * seconds / sum(self.seconds) for part in self.seconds)
+        budgets = compiling, operators, steps, phases
+        return replace(self, heads=heads, lengths=lengths, seconds=budgets, tuning_seconds=seconds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +92,8 @@ QUICK = Sizes(
         width=16,
         softmax_until=48,
         tuned_at=48,
+        tuned_widths=(16,),
+        tuning_seconds=600.0,
         repetitions=2,
         copied=2**20,
         side=64,

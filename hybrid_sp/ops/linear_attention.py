@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends import needs, select_backend
+from ..backends import check_triton, needs, select_backend
 from ..baselines.head_parallel import HEAD_PARALLEL, run_head_parallel
 from ..baselines.linear_ring_attention import left_product
 from ..checks import (
@@ -101,7 +101,7 @@ def linear_attention(
     by_states = causal and shard.sp.linear != "ring_attention"
     only = "" if by_states else "has the causal form by states alone"
     backend = select_backend("linear_attention", backend, q, q.shape[3], v.shape[3], only_torch=only)
-    recurrence = select_recurrence(backend)  # raises ImportError here, before any communication
+    recurrence = select_recurrence(backend, q.device)  # raises ImportError here, before any communication
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if shard.sp.linear in HEAD_PARALLEL:
         alone = functools.partial(
@@ -172,12 +172,13 @@ def _by_states(
     )
 
 
-def select_recurrence(backend: str) -> type[Recurrence]:
-    """Return the implementation of a backend; ImportError if its package is not installed."""
+def select_recurrence(backend: str, device: torch.device) -> type[Recurrence]:
+    """Return the implementation of a backend; ImportError if its package is not installed, or wrong on this device."""
     if backend == "torch":
         return reference.LinearPhases
     with needs(backend):
         from ..kernels.gpu import linear
+    check_triton(device)
     return linear.LinearPhases
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,6 +24,20 @@ SOFTMAX = {  # by name: heads of queries and of keys, window, documents as share
     "window": (4, 2, 37, ()),
     "documents": (4, 2, None, (0.1, 0.7)),
 }
+
+
+@contextmanager
+def two_configurations() -> Iterator[None]:
+    """Of each of fla-core's kernels two configurations are enough to see that it is right; all of them take minutes."""
+    if importlib.util.find_spec("fla") is None:
+        yield
+        return
+    from triton.runtime.autotuner import Autotuner
+
+    prune = Autotuner.prune_configs
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Autotuner, "prune_configs", lambda self, kwargs: prune(self, kwargs)[:2])
+        yield
 
 
 def _results(call: Callable[..., Tensor], x: Tensors) -> Tensors:

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 from layers.registry import MIXERS
-from tests.gpu import attention, linear
+from tests.gpu import attention, linear, memcheck
 from tests.gpu.linear import Problem
 
-ROOT = Path(__file__).parents[2]
 CUDA = torch.device("cuda")
 DECAYS = (None, "fixed", "scalar", "vector")
 WIDTHS = ((64, 64), (128, 128), (256, 256), (64, 128), (37, 53))
@@ -137,16 +132,12 @@ def test_softmax_attention_is_right(kind: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("decay", [None, "scalar", "vector"])
-def test_the_delta_rule_is_right(decay: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two configurations of each kernel are enough here; fla-core would compile all, for minutes."""
+def test_the_delta_rule_is_right(decay: str | None) -> None:
     if importlib.util.find_spec("fla") is None:
         pytest.skip("fla-core is not installed")
-    from triton.runtime.autotuner import Autotuner
-
-    prune = Autotuner.prune_configs
-    monkeypatch.setattr(Autotuner, "prune_configs", lambda self, kwargs: prune(self, kwargs)[:2])
-    for width in (64, 128):
-        attention.check_delta(decay, "fla", CUDA, torch.bfloat16, width, 517)
+    with attention.two_configurations():
+        for width in (64, 128):
+            attention.check_delta(decay, "fla", CUDA, torch.bfloat16, width, 517)
 
 
 @pytest.mark.parametrize("name", sorted(MIXERS))
@@ -156,12 +147,7 @@ def test_mixers_are_those_of_the_cpu(name: str) -> None:
 
 
 def test_memcheck_is_clean() -> None:
-    tool = shutil.which("compute-sanitizer")
-    if tool is None:
-        pytest.skip("compute-sanitizer is not on the PATH")
-    command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-m", "tests.gpu.memcheck"]
-    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    if "Device not supported" in run.stdout + run.stderr:
-        pytest.skip("compute-sanitizer does not support this device")
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    code, told = memcheck.watched(seconds=300)
+    if code == memcheck.LACKING:
+        pytest.skip(told)
+    assert code == 0, told[-6000:]

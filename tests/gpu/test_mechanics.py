@@ -5,12 +5,16 @@ from __future__ import annotations
 import importlib.util
 import os
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import hybrid_sp as hsp
-from tests.gpu import attention, linear, memcheck
+from hybrid_sp.kernels.gpu import launch
+from tests.gpu import attention, linear, memcheck, ptxas, syncs
 from tests.gpu.linear import Problem
 from tests.support import interpreter
 from tests.support.tiers import tiered
@@ -78,6 +82,81 @@ def test_what_memcheck_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     monkeypatch.setattr(memcheck, "problems", lambda: [p for p in tiny if p.decay == "scalar"])
     memcheck.main(CPU)
+
+
+@interpreted
+def test_a_kernel_that_two_ptxas_make_differently_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not the kernels that only read what it wrote; and rounding is told apart from what is wrong."""
+    problem = replace(TINY, length=20, heads=1, groups=1)
+    monkeypatch.setattr(ptxas, "problems", lambda: [problem])
+    right = ptxas.run_problem(problem, CPU)
+    assert {step.kernel.partition("_")[0] for step in right.steps} == {"summary", "fold", "scan"}
+    assert ptxas.differences(problem, right, ptxas.run_problem(problem, CPU)) == ([], [])
+
+    def compare(factor: float) -> tuple[bool, str]:
+        launched = launch.launch
+
+        def off(kernel: Any, grid: Any, *args: Any, **options: Any) -> None:
+            launched(kernel, grid, *args, **options)
+            if kernel.fn.__name__ == "fold_kernel" and not options["REVERSE"]:
+                args[3].mul_(factor).add_(factor - 1)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ptxas, "launch", off)
+            other = ptxas.run_problem(problem, CPU)
+            dumps = {"ptxas": [right], "ptxas-blackwell": [other]}
+            patch.setattr(ptxas, "dump_all", lambda folder, name, path: dumps[name])
+            fine = ptxas.compare_kernels(tmp_path, dict.fromkeys(dumps, Path()))
+        told = capsys.readouterr().out
+        assert (tmp_path / "report.md").read_text().splitlines()[0] == told.splitlines()[-1]
+        assert told.count("fold_kernel") == 1 and "summary_kernel" not in told
+        return fine, told
+
+    fine, told = compare(1 + 2**-12)
+    assert fine and "which is rounding" in told and ", 0 more than rounding" in told
+    fine, told = compare(1.5)
+    assert not fine and "which is rounding" not in told.splitlines()[0]
+
+
+def test_tests_that_one_ptxas_alone_fails_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = tmp_path / "tests.xml"
+    cases = '<testcase name="a"/><testcase name="b"><failure/></testcase><testcase name="c"><skipped/></testcase>'
+    report.write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
+    bad = ptxas.read_tests(report)
+    assert bad == {"a": "passed", "b": "failed", "c": "skipped"}
+    assert not ptxas.compare_tests({"ptxas": bad, "ptxas-blackwell": bad | {"b": "passed"}})
+    assert capsys.readouterr().out.splitlines()[-2:] == ["which tests fail depends on ptxas:", "  b"]
+    assert ptxas.compare_tests({"ptxas": {"a": "passed"}})
+    assert ptxas.read_tests(tmp_path / "none.xml") == {"pytest": "failed"}
+
+
+def test_every_stop_of_a_host_is_told_and_none_is_left_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for the mode of CUDA: while it is on, one mixer stops the host."""
+    modes = ["default"]
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    plain = syncs.step
+
+    def step(block: Any, x: Tensor, shard: hsp.Shard) -> list[Tensor]:
+        if modes[-1] == "error" and type(block.mixer).__name__ != "SoftmaxMixer":
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return plain(block, x, shard)
+
+    monkeypatch.setattr(syncs, "step", step)
+    found = syncs.stops(None, CPU, ["linear", "softmax"], 24, 32)
+    assert found.keys() == {"linear, whole", "linear, packed"} and modes == ["default", *["error", "default"] * 4]
+    assert syncs.main() == syncs.LACKING
+
+
+def test_memcheck_says_what_the_sanitizer_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "compute-sanitizer"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert memcheck.watched() == (memcheck.LACKING, "compute-sanitizer is not on the PATH")
+    for line, code in (("exit 9", 9), ("echo Device not supported; exit 1", memcheck.LACKING), ("exit 0", 0)):
+        tool.write_text(f"#!/bin/sh\n{line}\n")
+        tool.chmod(0o755)
+        assert memcheck.watched()[0] == code
 
 
 def test_the_checks_notice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import torch
 import hybrid_sp as hsp
 from hybrid_sp import backends
 from hybrid_sp.backends import BACKENDS, INSTALL, WIDEST, needs, select_backend
+from hybrid_sp.ops.linear_attention import select_recurrence
 
 ROOT = Path(__file__).parents[2]
 OTHER = {operator: names[1] for operator, names in BACKENDS.items()}
@@ -90,6 +92,25 @@ def test_an_older_device(operator: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert select_backend(operator, "auto", tensor(), 64) == "torch"
     with pytest.raises(ValueError, match="needs compute capability 8.0 or newer, got 7.5"):
         select_backend(operator, OTHER[operator], tensor(), 64)
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("version", ["3.6.0", "3.7.0+git1a2b", "3.7.1", "3.10.0"])
+def test_a_triton_that_miscompiles_on_hopper_is_refused_there(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fla-core refuses the same versions there, and torch 2.11 comes with one of them."""
+    pytest.importorskip("triton")
+    select_recurrence("triton", torch.device("cpu"))
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__=version))
+    if version in ("3.7.1", "3.10.0"):
+        select_recurrence("triton", torch.device("cuda"))
+    else:
+        with monkeypatch.context() as patch:  # as `make gpu-test` and `make gpu-first`, which find out
+            patch.setenv("HYBRID_SP_ANY_TRITON", "1")
+            select_recurrence("triton", torch.device("cuda"))
+        with pytest.raises(ImportError, match=f'triton 3.7.1 or newer .* got {re.escape(version)}; .*backend="torch"'):
+            select_recurrence("triton", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    select_recurrence("triton", torch.device("cuda"))
 
 
 @pytest.mark.usefixtures("device")

@@ -7,6 +7,7 @@ from tests.mutants.exchanges import EXCHANGE_MUTANTS
 from tests.mutants.kernels import KERNEL_MUTANTS
 from tests.mutants.models import MODEL_MUTANTS
 from tests.mutants.mutant import Mutant
+from tests.mutants.packages import PACKAGE_MUTANTS
 from tests.mutants.programs import PROGRAM_MUTANTS
 from tests.mutants.recurrence import RECURRENCE_MUTANTS
 
@@ -492,6 +493,7 @@ MUTANTS = [
     *BASELINE_MUTANTS,
     *EXCHANGE_MUTANTS,
     *KERNEL_MUTANTS,
+    *PACKAGE_MUTANTS,
     *MODEL_MUTANTS,
     *PROGRAM_MUTANTS,
     *RECURRENCE_MUTANTS,

@@ -16,6 +16,7 @@ from torch import Tensor
 import hybrid_sp as hsp
 from analysis.bench.device import linear_backend
 
+FORWARD, BOTH = PASSES = ("forward", "forward + backward")
 DECAYS = ("none", "fixed", "scalar", "vector")
 LAYERS = 16  # layers of the model; `fixed_decay` returns the decays of its first one
 
@@ -30,6 +31,7 @@ class Contender:
     decay: str  # one of DECAYS, or "softmax" for an operator without a state
     call: Callable[..., Tensor]
     until: int | None = None  # the longest sequence to run it on
+    passes: tuple[str, ...] = PASSES  # those that it can run
 
 
 def find_contenders(device: torch.device, softmax_until: int) -> tuple[list[Contender], list[str]]:
@@ -38,7 +40,7 @@ def find_contenders(device: torch.device, softmax_until: int) -> tuple[list[Cont
     flash = Contender(name="torch flash attention", decay="softmax", call=_softmax, until=softmax_until)
     if missing := _fla_missing(device):
         return [*ours, flash], [f"skipped: {missing}"]
-    return [*ours, flash, *_fla_contenders()], []
+    return [*ours, flash, *fla_contenders()], []
 
 
 def _ours(decay: str) -> Callable[..., Tensor]:
@@ -90,7 +92,7 @@ def _fla_missing(device: torch.device) -> str:
     return ""
 
 
-def _fla_contenders() -> list[Contender]:
+def fla_contenders() -> list[Contender]:
     from fla.ops.gla import chunk_gla
     from fla.ops.lightning_attn import chunk_lightning_attn
     from fla.ops.linear_attn import chunk_linear_attn

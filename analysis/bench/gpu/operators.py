@@ -19,7 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -27,14 +27,13 @@ from torch import Tensor
 
 from analysis.bench.device import Ceilings, ceilings, default_device
 from analysis.bench.gpu import overlap_model, train_step
-from analysis.bench.gpu.contenders import Contender, Forms, draw_inputs, find_contenders
+from analysis.bench.gpu.contenders import BOTH, FORWARD, PASSES, Contender, Forms, draw_inputs, find_contenders
 from analysis.bench.result import Claim, Result, Row
 from analysis.bench.sizes import QUICK, KernelSizes, Sizes
 from analysis.bench.stopwatch import Budget, Stopwatch, Timed
 from analysis.tables import Table
 from hybrid_sp.kernels.reference.chunks import CHUNK
 
-FORWARD, BOTH = PASSES = ("forward", "forward + backward")
 AGREEMENT = 2e-2  # allowed relative difference of two outputs in bf16 with the same mathematics
 LONG = 32768  # tokens; from here on the higher goal applies
 
@@ -126,14 +125,15 @@ def measure_operators(
 ) -> tuple[list[Cell], list[Claim]]:
     """Measure every contender on every shape, in turns, and claim that peers compute the same as ours.
 
-    It drops a contender that fails, or whose turn comes after the budget for compiling, and adds a note.
+    It drops a contender that fails, or whose turn comes after the budget for compiling, and adds a note. One whose
+    backward pass alone fails is measured forward.
     """
     tuning = Budget(shape.seconds[0])
     drawn = {heads: draw_inputs(heads, shape.tuned_at, shape.width, dtype, watch.device) for heads in shape.heads}
     contenders = [
-        one
+        replace(one, passes=passes)
         for one in contenders
-        if all(_warm_up(one, forms[one.decay], do, notes, tuning) for forms, do in drawn.values())
+        if (passes := _warm_up(one, [(forms[one.decay], do) for forms, do in drawn.values()], notes, tuning))
     ]
     differences = [
         claim
@@ -150,9 +150,9 @@ def measure_operators(
             continue
         forms, do = draw_inputs(heads, length, shape.width, dtype, watch.device)
         todo = [
-            (Cell(contender=one, heads=heads, length=length, passes=passes), _call(one, forms[one.decay], do, passes))
+            (Cell(contender=one, heads=heads, length=length, passes=passes), call_of(one, forms[one.decay], do, passes))
             for one in contenders
-            for passes in PASSES
+            for passes in one.passes
             if length <= (one.until or length)
         ]
         done = _measure_in_turns(todo, shape.repetitions, watch, Budget(budget.left / (len(grid) - number)), notes)
@@ -163,7 +163,9 @@ def measure_operators(
     return cells, differences
 
 
-def _call(one: Contender, leaves: list[Tensor], do: Tensor, passes: str) -> Timed:
+def call_of(one: Contender, leaves: list[Tensor], do: Tensor, passes: str) -> Timed:
+    """Return a function that runs these passes of a contender."""
+
     def forward() -> Tensor:
         with torch.no_grad():
             return one.call(*leaves)
@@ -171,18 +173,22 @@ def _call(one: Contender, leaves: list[Tensor], do: Tensor, passes: str) -> Time
     return forward if passes == FORWARD else lambda: torch.autograd.grad(one.call(*leaves), leaves, do)
 
 
-def _warm_up(one: Contender, leaves: list[Tensor], do: Tensor, notes: list[str], budget: Budget) -> bool:
-    """Compile and tune a contender by its first call, and return True if it works."""
-    if budget.over:
-        notes.append(f"not measured, out of time: {one.name}")
-        return False
-    _report_progress(f"compiling and tuning {one.name}, H={leaves[0].shape[2]}")
-    try:
-        _call(one, leaves, do, BOTH)()
-    except Exception as error:  # a package may raise anything on this device; the others go on
-        notes.append(f"failed: {one.name}: {_first_line(error)}")
-        return False
-    return True
+def _warm_up(
+    one: Contender, inputs: Sequence[tuple[list[Tensor], Tensor]], notes: list[str], budget: Budget
+) -> tuple[str, ...]:
+    """Compile and tune a contender by its first call on each of the inputs, and return the passes that it can run."""
+    for passes in (PASSES, (FORWARD,)):
+        if budget.over:
+            notes.append(f"not measured, out of time: {one.name}")
+            return ()
+        try:
+            for leaves, do in inputs:
+                _report_progress(f"compiling and tuning {one.name}, {passes[-1]}, H={leaves[0].shape[2]}")
+                call_of(one, leaves, do, passes[-1])()
+            return passes
+        except Exception as error:  # a package may raise anything on this device; the others go on
+            notes.append(f"failed: {one.name}, {passes[-1]}: {_first_line(error)}")
+    return ()
 
 
 def _first_line(error: Exception) -> str:
@@ -249,23 +255,27 @@ COUNTED = (
 
 
 def operator_lines(cells: list[Cell], limits: Ceilings, width: int, itemsize: int) -> Iterator[tuple[str, ...]]:
-    """Yield a line under HEADER for each contender and shape with a measurement of both passes."""
+    """Yield a line under HEADER for each contender and shape with a measurement of the forward pass."""
     by_place = {(c.contender.name, c.heads, c.length, c.passes): c for c in cells}
     for cell in cells:
         name, place = cell.contender.name, (cell.heads, cell.length)
         both = by_place.get((name, *place, BOTH))
-        if cell.passes != FORWARD or both is None:
+        if cell.passes != FORWARD:
             continue
         decay = "scalar" if cell.contender.decay == "softmax" else cell.contender.decay
         ours = [by_place.get((f"ours, {decay}", *place, passes)) for passes in PASSES]
         moved = cell.work(width, itemsize)[0] / cell.seconds
+        times = [f"{c.seconds * 1e3:.3f}" if c else "" for c in (cell, both)]
+        ratios = [
+            f"{c.seconds / own.seconds:.2f}" if c and own else "" for c, own in zip((cell, both), ours, strict=True)
+        ]
+        shared = (name, *map(str, place), *times, *ratios, f"{moved / 1e9:,.0f} ({moved / limits.copy:.0%})")
+        if both is None:
+            yield (*shared, "", "", "")
+            continue
         computed = both.work(width, itemsize)[1] / both.seconds
         yield (
-            name,
-            *map(str, place),
-            *(f"{c.seconds * 1e3:.3f}" for c in (cell, both)),
-            *(f"{c.seconds / own.seconds:.2f}" if own else "" for c, own in zip((cell, both), ours, strict=True)),
-            f"{moved / 1e9:,.0f} ({moved / limits.copy:.0%})",
+            *shared,
             f"{computed / 1e12:,.1f} ({computed / limits.matmul:.0%})",
             f"{both.peak_bytes / 2**20:,.0f}",
             f"{statistics.median(both.host) * 1e3:.2f}",

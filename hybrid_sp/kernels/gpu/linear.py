@@ -25,7 +25,7 @@ from ..phases import AffineState, Gradients, Inputs, Options
 from ..pieces import Spans, span_decays
 from . import tuning, vector_decay
 from .chunk_scan import Decay, DecayGradient, scan, scan_chunk
-from .launch import rows
+from .launch import check_interpreter, rows
 from .scalar_decay import decays_within
 from .segments import Segments, segment
 from .state_passing import carry, fold, summary
@@ -117,6 +117,8 @@ class LinearPhases:
         if bonus is not None and (g is None or g.ndim == 3):
             g = x.v.new_zeros(1, 1, 1, dtype=bonus.dtype) if g is None else g
             g = g.unsqueeze(-1).expand(*x.v.shape[:3], x.k.shape[3])
+        if x.v.device.type == "cpu" and (_by_channel(g) or x.v.dtype == torch.bfloat16):
+            check_interpreter()
         B, _, H, V = x.v.shape
         programs = tuning.entry("segments", x.k.shape[3], V, x.v.dtype, x.v.device).programs
         segments = segment(spans, B * H, scan_chunk(x.v.dtype), x.v.device, programs)

@@ -35,7 +35,7 @@ from tests.support.packages import needs
 ROOT = Path(__file__).parents[3]
 RECIPES = ("omegaconf", "wandb", "matplotlib", "rich")  # packages of recipes and reports
 PEERS = ("triton", "fla", "transformers")
-SHORT = ("linear", "kernels", "balance")
+SHORT = ("linear", "kernels", "balance", "launches", "tune")
 LONG = ("limit", "delta", "mixers", "strategies", "overlap", "exchange_vs_length", "memory")
 NAIVE, CHUNKED = "fla-core naive_chunk_simple_gla", "transformers torch_chunk_gated_delta_rule"
 MIXER_COUNT = sum(spec.letter == "L" for spec in MIXERS.values())
@@ -49,10 +49,13 @@ ROWS = {  # without peers: lengths, heads, passes, decays and so on, multiplied
     "balance": 2,
     "exchange_vs_length": 2 * 2,
     "memory": 2 * 2 * len(KINDS),
+    "launches": 0,
+    "tune": 0,
     "kernels": 2 * 2 * 2 * len(DECAYS) + 2 * 2 + 2 * 2 + 2 * 2 * 2 * len(overlap_model.PHASES),
 }
 CLAIMS = {"limit": 5 + 1 + 1 + 2 + 1, "linear": 3, "delta": 1, "mixers": MIXER_COUNT, "strategies": 7, "overlap": 8,
-          "balance": 1, "exchange_vs_length": 1, "memory": len(KINDS) + 1, "kernels": 0}  # fmt: skip
+          "balance": 1, "exchange_vs_length": 1, "memory": len(KINDS) + 1, "launches": 0, "tune": 0,
+          "kernels": 0}  # fmt: skip
 
 
 def run_without(packages: tuple[str, ...], names: tuple[str, ...], folder: Path) -> subprocess.CompletedProcess[str]:
@@ -91,7 +94,8 @@ def test_benchmarks_run_without_optional_packages(tmp_path: Path, names: tuple[s
         assert report.count("| at most ") + report.count("| at least ") == CLAIMS[name], report
         assert len(results["measured"]) == len(results["rows"]) == ROWS[name], results["measured"]
         assert results["commit"] == "abc" and results["device"] is None
-        assert [note.split()[0] for note in results.get("notes", [])] == ["skipped:"] * (name == "kernels")
+        skipped = {"kernels": ["skipped:"], "launches": ["skipped:"] * 2, "tune": ["nothing"]}.get(name, [])
+        assert [note.split()[0] for note in results.get("notes", [])] == skipped
         bytes_ = [claim for claim in results["claims"] if "bytes received" in claim["what"] or name == "memory"]
         assert all(claim["measured"] <= claim["at_most"] for claim in bytes_)
     skipped = {line.split(" (")[0] for line in run.stderr.splitlines() if line.startswith("skipped: ")}
@@ -114,6 +118,9 @@ def test_operators_are_compared_with_their_peers(tmp_path: Path) -> None:
 def test_our_kernels_are_measured_in_the_interpreter() -> None:
     if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("triton is not installed, or not set to interpret")
+    from tests.support.interpreter import mend
+
+    mend()
     model = {"dim": 16, "heads": 1}
     shape = replace(
         QUICK.kernels, lengths=(17,), heads=(1,), tuned_at=17, repetitions=1, model=model, model_lengths=(17,)
@@ -155,13 +162,30 @@ def test_a_contender_that_fails_is_noted_and_the_others_go_on() -> None:
     def fails(*_: Tensor) -> Tensor:
         raise RuntimeError("no kernel image\nfor this device")
 
+    def has_no_backward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            raise RuntimeError("no gradients")
+        return q * k * v
+
     good = Contender(name="ours, none", decay="none", call=lambda q, k, v: q * k * v)
     bad = Contender(name="fla chunk_linear_attn", decay="none", call=fails)
+    half = Contender(name="fla chunk_gla", decay="none", call=has_no_backward)
     notes: list[str] = []
     watch = Stopwatch(torch.device("cpu"))
-    cells, _ = operators.measure_operators([bad, good], QUICK.kernels, watch, torch.float32, notes)
-    assert {cell.contender.name for cell in cells} == {"ours, none"} and all(cell.values for cell in cells)
-    assert notes == ["failed: fla chunk_linear_attn: RuntimeError: no kernel image"]
+    shape = replace(QUICK.kernels, heads=(1,), lengths=(48,))
+    cells, _ = operators.measure_operators([bad, good, half], shape, watch, torch.float32, notes)
+    both = "forward + backward"
+    assert {(cell.contender.name, cell.passes) for cell in cells} == {
+        ("ours, none", "forward"), ("ours, none", both), ("fla chunk_gla", "forward")
+    }  # fmt: skip
+    assert all(cell.values for cell in cells)
+    assert notes == [
+        f"failed: fla chunk_linear_attn, {both}: RuntimeError: no kernel image",
+        "failed: fla chunk_linear_attn, forward: RuntimeError: no kernel image",
+        f"failed: fla chunk_gla, {both}: RuntimeError: no gradients",
+    ]
+    lines = [*operators.operator_lines(cells, Ceilings(1.0, 1.0), 16, 4)]
+    assert len(lines) == 2 and lines[1][0] == "fla chunk_gla" and lines[1][4] == lines[1][6] == lines[1][9] == ""
     for seconds, what in (((0.0, 9.0), "ours, none"), ((9.0, 0.0), "H=2, T=96")):
         shape = replace(QUICK.kernels, seconds=(*seconds, 0.0, 0.0))
         assert operators.measure_operators([good], shape, watch, torch.float32, notes)[0] == []

@@ -217,6 +217,7 @@ def record() -> Recorder:
     assert early == [launch.__name__], f"{early} have the real `launch` already"
     recorder = Recorder()
     launch.launch, backends.interpreted = recorder, lambda: True
+    launch.check_interpreter = lambda: None  # type: ignore[assignment]
     return recorder
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +26,7 @@ from tests.support.tiers import tiered
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
 
+ROOT = Path(__file__).parents[3]
 LENGTH = 43
 SHORT, LONG = (0, 1, 14, 15, 29, 30, 33, 43), (0, 3, 37, 43)  # documents
 NAMED = {
@@ -358,3 +361,26 @@ def test_a_decay_that_is_not_a_number_is_not_hidden(decay: str) -> None:
         gradients = torch.autograd.grad(o.sum(), [*x, g])
     assert o[:, :16].isfinite().all() and o[:, 20:].isnan().all()
     assert all(gradient.isnan().any() for gradient in gradients)
+
+
+RAW = """
+import torch
+import hybrid_sp as hsp
+from tests.support.interpreter import patch_once
+
+patch_once()  # what keeps it from running at all, and no more
+x = torch.rand(1, 20, 1, 16)
+hsp.linear_attention(x, x, x, log_decay=-x[..., 0], backend="triton")
+for dtype, g in ((torch.bfloat16, None), (torch.float32, -x)):
+    try:
+        hsp.linear_attention(*[x.to(dtype)] * 3, log_decay=g, backend="triton")
+    except RuntimeError as error:
+        print(error)
+"""
+
+
+def test_an_interpreter_that_is_not_mended_is_refused() -> None:
+    """Where it would multiply bf16 numbers: it takes them for integers, and what comes out is not a number."""
+    run = subprocess.run([sys.executable, "-c", RAW], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("interpreter multiplies bf16 numbers as integers") == 2

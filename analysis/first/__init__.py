@@ -1,0 +1,1 @@
+"""The first run on a device: `python -m analysis.first --help`."""
