@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,8 @@ class Case:
     causal: bool = True
     states: bool = False
     window: int | None = None
+    value: int = 6
+    sinks: bool = False
     width: int = 4
     bias: bool = False
     documents: tuple[int, ...] | None = None
@@ -57,7 +59,7 @@ class Case:
             return torch.randn(*shape, generator=make, dtype=torch.float64)
 
         B, L, H, G, K = 2 if self.documents is None else 1, self.length, self.heads, self.groups, 6
-        V = K if self.operator == "softmax" else 5
+        V = self.value if self.operator == "softmax" else 5
         if self.operator in ("conv", "shift"):
             x = {"x": normal(B, L, 7)}
             if self.operator == "conv":
@@ -71,6 +73,8 @@ class Case:
 
         x = {"q": normal(B, L, H if self.operator == "softmax" else G, K), "k": normal(B, L, G, K)}
         x["v"] = normal(B, L, G if self.operator == "softmax" else H, V)
+        if self.sinks:
+            x["sinks"] = normal(H)
         if self.operator == "delta":
             x["k"] = x["k"] / x["k"].norm(dim=-1, keepdim=True)
             x["beta"] = 2 * normal(B, L, H).sigmoid()
@@ -97,7 +101,7 @@ class Case:
 
     def whole(self, name: str) -> bool:
         """Whether every rank has all of this input, and its gradient is the sum over ranks."""
-        return name in ("bonus", "initial", "initial_z", "weight", "bias") or (
+        return name in ("bonus", "initial", "initial_z", "weight", "bias", "sinks") or (
             name == "log_decay" and self.decay == "fixed"
         )
 
@@ -109,7 +113,7 @@ class Case:
         match self.operator:
             case "softmax":
                 given: dict[str, Any] = {"causal": self.causal, "window": self.window, "backend": self.backend}
-                out = hsp.softmax_attention(x["q"], x["k"], x["v"], shard=shard, **given)
+                out = hsp.softmax_attention(x["q"], x["k"], x["v"], sinks=x.get("sinks"), shard=shard, **given)
             case "conv":
                 activation = "silu" if self.bias else None
                 out = hsp.short_conv(x["x"], x["weight"], x.get("bias"), activation=activation, shard=shard, **states)
@@ -260,6 +264,9 @@ def softmax_cases() -> list[Case]:
         cases += [Case(operator="softmax", window=w, documents=documents, groups=2) for w in (1, 2, 16, 50, 200)]
     for documents in (SHORT_DOCUMENTS, LONG_DOCUMENTS):
         cases += [Case(operator="softmax", causal=c, documents=documents, groups=2) for c in (True, False)]
+    wide = Case(operator="softmax", groups=2, sinks=True, value=10)
+    cases += [wide, replace(wide, causal=False), replace(wide, window=16, value=3), replace(wide, groups=4, value=6)]
+    cases += [replace(wide, documents=d, value=v) for d, v in ((SHORT_DOCUMENTS, 2), (LONG_DOCUMENTS, 9))]
     return cases
 
 
