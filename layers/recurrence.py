@@ -6,7 +6,7 @@ A mixer supplies its shape, and a rule that turns queries, keys and values into 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from layers.conv import ShortConv
 from layers.cost import Cost, Summary, count_parameters
 from layers.norm import HeadNorm
 from layers.projection import HeadProjection, Sizes, channels, cut_heads
-from layers.registry import BlockContext
+from layers.registry import BlockContext, MixerSpec
 from layers.rotary import token_positions
 
 
@@ -30,8 +30,8 @@ class MixerShape:
     """Describe a linear mixer: its sizes, its recurrence, and the norm and gate of its output.
 
     The state is S_BHKV, with z_BHK if `normalize` divides the output by a sum of features. Other outputs grow with the
-    number of tokens and therefore pass through an RMSNorm: per head with one weight [V]; with `joint_norm` over all
-    heads with a weight [H*V]; with `group_norm` over the heads that share a key, with a weight [H*V].
+    number of tokens and therefore pass through an RMSNorm. `norm` names the heads that it takes together: head (one
+    weight [V] for all heads), group (the heads that share a key) or all. The last two have a weight [H*V].
     """
 
     heads: int  # of values, decays and states
@@ -48,8 +48,7 @@ class MixerShape:
     gate_rank: int = 0  # inner channels of a gate of two matrices; 0: one matrix
     gate_first: bool = False  # norm(o * gate) instead of norm(o) * gate
     normalize: bool = False
-    joint_norm: bool = False
-    group_norm: bool = False
+    norm: str = "head"  # head, group or all
 
     @property
     def key_heads(self) -> int:
@@ -67,9 +66,7 @@ class MixerShape:
         """The number of heads in one output norm; 0 with a normaliser, which replaces the norm."""
         if self.normalize:
             return 0
-        if self.group_norm:
-            return self.heads // self.key_heads
-        return self.heads if self.joint_norm else 1
+        return {"head": 1, "group": self.heads // self.key_heads, "all": self.heads}[self.norm]
 
 
 class RecurrenceInputs(NamedTuple):
@@ -87,6 +84,31 @@ class RecurrenceInputs(NamedTuple):
     skip: Tensor | None = None  # [B,T,H,V]
 
 
+Rule = Callable[..., RecurrenceInputs]  # of x_BTD, q, k, v and positions_T
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecurrentSpec(MixerSpec):
+    """Hold the options of every mixer that is a recurrence. A mixer's own spec adds its shape and its rule."""
+
+    heads: int = 0  # of values, decays and states; 0: the model's
+    head_dim: int = 0  # width of a head, before it is expanded; 0: dim / heads
+    conv: int = 0  # tokens that the short convolution of queries, keys and values reads; 0: none, and no SiLU
+
+    def shape(self, context: BlockContext) -> MixerShape:
+        """Return the sizes of the mixer. The option `conv` is added to them."""
+        raise NotImplementedError
+
+    def rule(self, context: BlockContext, shape: MixerShape) -> Rule:
+        """Return what makes the inputs of the recurrence."""
+        raise NotImplementedError
+
+    def build(self, context: BlockContext) -> RecurrentMixer:
+        context = context.resized(self.heads, self.head_dim)
+        shape = replace(self.shape(context), conv=self.conv)
+        return RecurrentMixer(shape, context, self.rule(context, shape))
+
+
 class RecurrentMixer(nn.Module):
     """Project x_BTD to q, k, v and a gate, convolve q, k and v if the shape asks, apply the rule, and recur:
 
@@ -97,7 +119,7 @@ class RecurrentMixer(nn.Module):
     starts from a state and returns the next one.
     """
 
-    def __init__(self, shape: MixerShape, context: BlockContext, rule: Callable[..., RecurrenceInputs]) -> None:
+    def __init__(self, shape: MixerShape, context: BlockContext, rule: Rule) -> None:
         super().__init__()
         values = shape.heads * shape.value
         self.shape = shape
@@ -109,7 +131,7 @@ class RecurrentMixer(nn.Module):
         self.rule = rule
         self.norm: nn.Module = nn.Identity()
         if shape.norm_heads:
-            weights = shape.heads if shape.group_norm else shape.norm_heads
+            weights = 1 if shape.norm == "head" else shape.heads
             self.norm = HeadNorm(shape.norm_heads, weights, shape.value, context.norm_eps)
         if shape.gate_rank:
             self.gate = nn.Sequential(

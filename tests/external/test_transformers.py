@@ -16,6 +16,7 @@ EVERY = {"y", "dx", "d project.linear.weight", "d norm.weight", "d output.weight
 MODELS = {  # what is compared, of a batch and of packed documents
     "Qwen3-Next": EVERY | GATED | {"d conv.weight", "d rule.beta.weight", "d rule.steps.project.weight"},
     "Kimi Linear": EVERY | GATED | LOW_RANK | {"d conv.weight", "d rule.beta.weight"},
+    "Ling 3": EVERY | GATED | {"d conv.weight", "d rule.beta.weight", "d rule.steps.project.weight"},
     "Mamba-2": EVERY | GATED | {"d conv.weight", "d conv.bias", "d rule.steps.project.weight", "d rule.D"},
     "MiniMax": EVERY,
 }

@@ -21,6 +21,8 @@ from tests.external.program import Errors, report
 from tests.support.oracle import relative
 
 sys.modules["fla"] = None  # type: ignore[assignment]  # else transformers takes the kernels of fla
+from transformers.models.bailing_hybrid.configuration_bailing_hybrid import BailingHybridConfig  # noqa: E402
+from transformers.models.bailing_hybrid.modeling_bailing_hybrid import BailingHybridDeltaAttention  # noqa: E402
 from transformers.models.kimi_linear.configuration_kimi_linear import KimiLinearConfig  # noqa: E402
 from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearDeltaAttention  # noqa: E402
 from transformers.models.mamba2.configuration_mamba2 import Mamba2Config  # noqa: E402
@@ -109,6 +111,34 @@ def kimi_linear() -> Comparison:
     return Comparison(theirs=KimiLinearDeltaAttention(config, layer_idx=0), ours=ours, rename=rename)
 
 
+def ling3() -> Comparison:
+    config = BailingHybridConfig(
+        hidden_size=DIM,
+        num_hidden_layers=1,
+        layer_types=["linear_attention"],
+        linear_num_heads=HEADS,
+        linear_head_dim=8,
+        rms_norm_eps=CONTEXT.norm_eps,
+        kda_safe_gate=True,
+        kda_lower_bound=-5.0,
+    )
+
+    def rename(w: Weights) -> Weights:
+        return {
+            "project.linear.weight": torch.cat([w[f"{name}_proj.weight"] for name in "qkvg"]),
+            "conv.weight": w["conv1d.weight"].squeeze(1),
+            "rule.beta.weight": w["b_proj.weight"],
+            "rule.steps.project.weight": w["forget_gate.f_proj.weight"],
+            "rule.steps.A_log": w["forget_gate.A_log"],
+            "rule.steps.dt_bias": w["forget_gate.dt_bias"],
+            "norm.weight": w["o_norm.weight"],
+            "output.weight": w["o_proj.weight"],
+        }
+
+    ours = mixer_spec("kda", head_dim=8, gate_lower_bound=-5.0, full_rank="both").build(CONTEXT)
+    return Comparison(theirs=BailingHybridDeltaAttention(config, layer_idx=0), ours=ours, rename=rename)
+
+
 def mamba2() -> Comparison:
     G, state, inner = 2, 8, 2 * DIM
     config = Mamba2Config(
@@ -174,9 +204,7 @@ def minimax() -> Comparison:
             "output.weight": w["out_proj.weight"],
         }
 
-    shape = MixerShape(
-        heads=HEADS, key=width, value=width, decay="fixed", scale=1.0, gate=torch.sigmoid, joint_norm=True
-    )
+    shape = MixerShape(heads=HEADS, key=width, value=width, decay="fixed", scale=1.0, gate=torch.sigmoid, norm="all")
     context = BlockContext(**{**vars(CONTEXT), "norm_eps": theirs.norm.variance_epsilon})
     ours = RecurrentMixer(shape, context, MiniMaxRule(theirs.slope_rate.flatten().double()))
     return Comparison(theirs=theirs, ours=ours, rename=rename, call=lambda layer, x: layer(x, None, None)[0])
@@ -216,7 +244,13 @@ def errors_of(comparison: Comparison) -> dict[str, float]:
 
 
 def main() -> None:
-    models = {"Qwen3-Next": qwen3_next, "Kimi Linear": kimi_linear, "Mamba-2": mamba2, "MiniMax": minimax}
+    models = {
+        "Qwen3-Next": qwen3_next,
+        "Kimi Linear": kimi_linear,
+        "Ling 3": ling3,
+        "Mamba-2": mamba2,
+        "MiniMax": minimax,
+    }
     errors: Errors = {name: errors_of(build()) for name, build in models.items()}
     report(errors)
 

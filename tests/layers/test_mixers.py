@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import hybrid_sp as hsp
-from layers.recurrence import RecurrentMixer
+from layers.recurrence import RecurrentMixer, RecurrentSpec
 from layers.registry import MIXERS, mixer_cost, mixer_spec
 from tests.layers.cases import CASES, CONTEXT, Case, tokens
 from tests.support.oracle import assert_close, relative
@@ -31,7 +31,7 @@ def test_output_and_gradients_are_those_of_the_formula(case: Case) -> None:
     y, cache = mixer(x)
     assert cache is None
     weights = {name: weight.detach().clone().requires_grad_() for name, weight in mixer.named_parameters()}
-    y_formula = case.formula(weights, x_formula, **case.options)
+    y_formula = case.formula(weights, x_formula, **case.told)
     assert_close("y", y, y_formula, 1e-10)
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(3), dtype=y.dtype)
     (y * dy).sum().backward()
@@ -39,6 +39,27 @@ def test_output_and_gradients_are_those_of_the_formula(case: Case) -> None:
     assert_close("dx", x.grad, x_formula.grad, 1e-10)
     for name, weight in mixer.named_parameters():
         assert_close(f"d {name}", weight.grad, weights[name].grad, 1e-10)
+
+
+@every_case
+def test_a_convolution_reads_as_many_tokens_as_its_option_says(case: Case) -> None:
+    taps = dict(case.build().named_parameters()).get("conv.weight")
+    assert (0 if taps is None else taps.shape[1]) == getattr(case.spec, "conv", 0)
+
+
+OF_ITS_OWN = [name for name, spec in MIXERS.items() if issubclass(spec, RecurrentSpec)]
+
+
+@pytest.mark.parametrize("name", OF_ITS_OWN)
+def test_heads_of_its_own_are_those_of_a_model_that_has_as_many(name: str) -> None:
+    there = dataclasses.replace(CONTEXT, heads=2, kv_heads=2)
+    own = mixer_spec(name, heads=2, head_dim=12).build(CONTEXT).double()
+    by_model = mixer_spec(name).build(there).double()
+    by_model.load_state_dict(own.state_dict())
+    assert torch.equal(own(tokens(9))[0], by_model(tokens(9))[0])
+    wide = mixer_spec(name, head_dim=8).build(CONTEXT)
+    assert wide.shape.value == mixer_spec(name).build(dataclasses.replace(CONTEXT, dim=32)).shape.value
+    assert wide.output.weight.shape == (CONTEXT.dim, 4 * wide.shape.value)
 
 
 def test_shapes_say_how_the_state_decays() -> None:
@@ -116,7 +137,7 @@ def test_dtypes(case: Case, dtype: torch.dtype, bound: float) -> None:
 def test_cost_is_what_is_counted(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     batch, length = 3, 7
     mixer = case.build(dtype)
-    cost = mixer_cost(mixer_spec(case.mixer, **case.options), CONTEXT)
+    cost = mixer_cost(case.spec, CONTEXT)
     assert cost.matmul_params == sum(weight.numel() for weight in mixer.parameters() if weight.ndim > 1)
     assert cost.other_params == sum(weight.numel() for weight in mixer.parameters() if weight.ndim == 1)
 

@@ -108,9 +108,12 @@ def from_activations(mixer: nn.Module, exact: nn.Module, x: Tensor) -> Tensor | 
     steps = getattr(rule, "steps", None)
     if isinstance(steps, TimeStep):
         exact_steps = exact_rule.get_submodule("steps")
-        dt = F.softplus(steps.project(x).double() + exact_steps.dt_bias.double())
+        step = steps.project(x).double() + exact_steps.dt_bias.double()
         rate = exact_steps.A_log.double().exp()
-        return -dt * rate if steps.width is None else -dt.unflatten(-1, (-1, steps.width)) * rate[:, None]
+        if steps.width is not None:
+            step, rate = step.unflatten(-1, (-1, steps.width)), rate[:, None]
+        bound = steps.lower_bound
+        return bound * torch.sigmoid(rate * step) if bound else -rate * F.softplus(step)
     return None
 
 

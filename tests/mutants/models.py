@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tests.mutants.mixers import MIXER_MUTANTS
 from tests.mutants.mutant import Mutant
 
 PRECISION = "tests/layers/test_precision.py"
@@ -202,4 +203,5 @@ MODEL_MUTANTS = [
         new="tokens.to(torch.int64)",
         test="tests/hybrid_sp/test_gradients.py::test_the_sum_over_ranks_is_divided_by_all_tokens",
     ),
+    *MIXER_MUTANTS,
 ]

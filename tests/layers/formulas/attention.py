@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from tests.layers.formulas.parts import Weights, heads, rms_norm, turned
+from tests.layers.formulas.parts import Weights, heads, projected, rms_norm, turned
 from tests.support.oracle import linear_attention_loop, softmax_attention_loop
 
 
@@ -18,7 +18,7 @@ def linear(w: Weights, x: Tensor, feature_map: str = "identity", normalize: bool
         "relu": lambda z: z.clamp(min=0),
         "softmax": lambda z: z.exp() / z.exp().sum(-1, keepdim=True),
     }[feature_map]
-    q, k, v = (heads(x, rows, 4) for rows in w["project.linear.weight"].split([24, 24, 24]))
+    q, k, v = projected(w, x, (4, 6), (4, 6), (4, 6))
     o, _ = linear_attention_loop(feature(q), feature(k), v, normalize=normalize)
     if not normalize:
         o = rms_norm(o, w["norm.weight"])
@@ -26,7 +26,7 @@ def linear(w: Weights, x: Tensor, feature_map: str = "identity", normalize: bool
 
 
 def lightning(w: Weights, x: Tensor) -> Tensor:
-    q, k, v, g = (heads(x, rows, 4) for rows in w["project.linear.weight"].split([24, 24, 24, 24]))
+    q, k, v, g = projected(w, x, (4, 6), (4, 6), (4, 6), (4, 6))
     log_decay = torch.tensor([-(8 * h / 4) * (1 - 1 / 4) for h in range(4)], dtype=x.dtype)
     o, _ = linear_attention_loop(q * torch.sigmoid(q), k * torch.sigmoid(k), v, log_decay)
     y = rms_norm(o.flatten(2), w["norm.weight"]) / (1 + torch.exp(-g.flatten(2)))
@@ -34,15 +34,15 @@ def lightning(w: Weights, x: Tensor) -> Tensor:
 
 
 def retention(w: Weights, x: Tensor) -> Tensor:
-    q, k, v, g = (heads(x, rows, 4) for rows in w["project.linear.weight"].split([24, 24, 48, 48]))
+    q, k, v, g = projected(w, x, (4, 6), (4, 6), (4, 12), (4, 12))
     log_decay = torch.tensor([math.log(1 - 2 ** (-5 - h)) for h in range(4)], dtype=x.dtype)
     o, _ = linear_attention_loop(turned(q), turned(k), v, log_decay)
     return (rms_norm(o, w["norm.weight"]) * g * torch.sigmoid(g)).flatten(2) @ w["output.weight"].T
 
 
 def gla(w: Weights, x: Tensor, expand_k: float = 0.5, temperature: float = 16.0) -> Tensor:
-    keys = int(24 * expand_k)
-    q, k, v, g = (heads(x, rows, 4) for rows in w["project.linear.weight"].split([keys, keys, 24, 24]))
+    width = int(6 * expand_k)
+    q, k, v, g = projected(w, x, (4, width), (4, width), (4, 6), (4, 6))
     logits = x @ w["rule.low_rank.0.weight"].T @ w["rule.low_rank.1.weight"].T + w["rule.low_rank.1.bias"]
     decay = torch.sigmoid(logits) ** (1 / temperature)
     o, _ = linear_attention_loop(q, k, v, decay.log().unflatten(-1, (4, -1)))

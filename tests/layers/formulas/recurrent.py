@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tests.layers.formulas.parts import CONTEXT, Weights, heads, rms_norm
+from tests.layers.formulas.parts import CONTEXT, Weights, heads, projected, rms_norm
 from tests.support.oracle import linear_attention_loop
 
 
 def hgrn2(w: Weights, x: Tensor, lower_bound: str = "learned") -> Tensor:
-    q, logits, v = (heads(x, rows, 4) for rows in w["project.linear.weight"].split([24, 24, 24]))
+    q, logits, v = projected(w, x, (4, 6), (4, 6), (4, 6))
     bound = {
         "learned": lambda: torch.sigmoid(w["rule.bound"]).unflatten(0, (4, 6)),
         "fixed": lambda: torch.tensor(CONTEXT.layer / CONTEXT.depth),
