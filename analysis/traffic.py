@@ -160,7 +160,9 @@ def _linear(summary: Summary, cut: Setting, rank: int) -> tuple[int, int]:
     keys, values = groups * summary.key, heads * summary.value
     numbers = (keys, keys, values, values)
     gates, decays = heads * summary.gates, heads * transition_elements(summary.transition, summary.key)
-    sizes = TokenSizes(cut.P, cut.layout, cut.B, cut.L, *numbers, cut.kv_bytes, gates, decays, heads, groups)
+    sizes = TokenSizes(
+        cut.P, cut.layout, cut.B, summary.steps * cut.L, *numbers, cut.kv_bytes, gates, decays, heads, groups
+    )
     return BASELINES["linear"][chosen].received(sizes)
 
 

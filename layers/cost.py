@@ -59,8 +59,8 @@ class Summary:
     """Describe the message about one span of a recurrence: per head a state [key, value] and a transition.
 
     The transition is none, fixed (neither is sent), scalar, vector or matrix. `normalize` adds a state [key].
-    Baselines send tokens instead. Their queries and keys have `groups` heads, or with None as many as the values.
-    Their log decays and beta are `gates` numbers per token and value head.
+    Baselines send tokens instead, `steps` for each of the model's. Their queries and keys have `groups` heads, or with
+    None as many as the values. Their log decays and beta are `gates` numbers per token and value head.
     """
 
     heads: int
@@ -70,6 +70,7 @@ class Summary:
     normalize: bool = False
     groups: int | None = None
     gates: int = 0
+    steps: int = 1
 
     @property
     def numbers(self) -> tuple[int, int]:

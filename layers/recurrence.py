@@ -42,6 +42,7 @@ class MixerShape:
     conv: int = 0  # tokens that the short convolution of queries, keys and values reads; 0: none
     conv_bias: bool = False
     decay: str = "none"  # none, fixed (per head), scalar (per head and token) or vector (over K as well)
+    steps: int = 1  # updates of the state per token, each with a key and a value; the last one reads
     delta: bool = False  # whether a write replaces the value under its key, by the delta rule, or adds to it
     scale: float | None = None  # of queries; None: K**-0.5
     gate: Callable[[Tensor], Tensor] | None = None  # the activation of the output gate
@@ -59,7 +60,7 @@ class MixerShape:
     def qkv(self) -> Sizes:
         """The (heads, width) of the projected query, key and value."""
         width = self.key if self.features is None else self.features
-        return [(self.key_heads, width), (self.key_heads, width), (self.heads, self.value)]
+        return [(self.key_heads, width), (self.steps * self.key_heads, width), (self.steps * self.heads, self.value)]
 
     @property
     def norm_heads(self) -> int:
@@ -72,7 +73,8 @@ class MixerShape:
 class RecurrenceInputs(NamedTuple):
     """Hold the output of a rule: the arguments of hsp.delta_rule if beta is given, else of hsp.linear_attention.
 
-    `skip` is added to the operator's output.
+    A shape with `steps` has so many tokens here for each of the input's, one after the other. `skip` is added to the
+    output.
     """
 
     q: Tensor  # [B,T,G,K]
@@ -81,7 +83,7 @@ class RecurrenceInputs(NamedTuple):
     log_decay: Tensor | None = None  # [H], [B,T,H] or [B,T,H,K]
     beta: Tensor | None = None  # [B,T,H]
     bonus: Tensor | None = None  # [H,K]
-    skip: Tensor | None = None  # [B,T,H,V]
+    skip: Tensor | None = None  # [B,T,H,V], of the input's tokens
 
 
 Rule = Callable[..., RecurrenceInputs]  # of x_BTD, q, k, v and positions_T
@@ -160,10 +162,12 @@ class RecurrentMixer(nn.Module):
             transition="matrix" if shape.delta else shape.decay,
             normalize=shape.normalize,
             groups=shape.groups,
+            steps=shape.steps,
             gates=shape.delta + {"scalar": 1, "vector": shape.key}.get(shape.decay, 0),
         )
         return count_parameters(self) + Cost(
-            recurrence_flops=(6 if shape.delta else 4) * matrix + 2 * normaliser,  # S + k^T v, q S, with delta k S; q z
+            # S + k^T v, q S, with delta k S; q z. Every step reads, though the output is that of the last alone.
+            recurrence_flops=shape.steps * ((6 if shape.delta else 4) * matrix + 2 * normaliser),
             state=matrix + normaliser,
             summaries=(summary,),
             halos=(self.conv.halo,) if shape.conv else (),
@@ -185,6 +189,7 @@ class RecurrentMixer(nn.Module):
         # 2. Let the rule make the inputs of the recurrence, and recur over the sequence or from the cached state.
         inputs = self.rule(x_BTD, *cut_heads(mixed_BTC, shape.qkv), positions_T)
         o_BTHV, state = self._recur(inputs, shard, state)
+        o_BTHV = o_BTHV.to(x_BTD.dtype)  # of a rule that widens its inputs
         if cache is not None:
             cache = cache.extended(x_BTD.shape[1], *([] if recent is None else [recent]), *state)
 
@@ -202,9 +207,10 @@ class RecurrentMixer(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return o_BTHV, and the state after these tokens if a state is given."""
         q, k, v, log_decay, beta, bonus, skip = inputs
+        steps = self.shape.steps
         recur: Any
         if beta is not None:
-            recur = partial(hsp.delta_rule, beta=beta)
+            recur = partial(hsp.delta_rule, beta=beta, steps=steps)
         else:
             recur = partial(hsp.linear_attention, bonus=bonus, normalize=self.shape.normalize)
         recur = partial(recur, q, k, v, log_decay=log_decay, scale=self.shape.scale, backend=self.backend)
@@ -215,4 +221,6 @@ class RecurrentMixer(nn.Module):
         else:
             o_BTHV, final = recur(initial_state=state[0], return_final_state=True)
             state = (final,)
+        if steps > 1:
+            o_BTHV = o_BTHV[:, steps - 1 :: steps]  # the last step of each token reads
         return o_BTHV if skip is None else o_BTHV + skip, state

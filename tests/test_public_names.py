@@ -40,6 +40,7 @@ Shard(
     cu_seqlens: tuple[int, ...] | None = None,
     calls: Iterator[int] = <factory>,
     agreement: Agreement | None = None,
+    unit: int = 1,
 ) -> None
 Shard.boundaries -> tuple[int, ...]
 Shard.bounds -> tuple[int, ...]
@@ -65,6 +66,7 @@ Shard.span_lengths -> tuple[int, ...]
 Shard.spans -> list[tuple[int, int]]
 Shard.spans_at(self, rank: int) -> list[tuple[int, int]]
 Shard.split(self, x: Tensor, dim: int) -> Tensor
+Shard.stretched(self, steps: int) -> Shard
 Shard.take(self, x: Tensor, dim: int = 1) -> Tensor
 Shard.tokens -> int
 checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]
@@ -77,6 +79,7 @@ delta_rule(
     log_decay: Tensor | None = None,
     shard: Shard | None = None,
     scale: float | None = None,
+    steps: int = 1,
     initial_state: Tensor | None = None,
     return_final_state: bool = False,
     backend: str = 'auto',
@@ -158,6 +161,11 @@ model.mixers.based.heads: int = 0
 model.mixers.based.head_dim: int = 0
 model.mixers.based.conv: int = 0
 model.mixers.based.feature_dim: int = 16
+model.mixers.comba.heads: int = 0
+model.mixers.comba.head_dim: int = 0
+model.mixers.comba.conv: int = 4
+model.mixers.comba.expand_k: float = 0.75
+model.mixers.comba.expand_v: float = 1.5
 model.mixers.delta_net.heads: int = 0
 model.mixers.delta_net.head_dim: int = 0
 model.mixers.delta_net.conv: int = 4
@@ -172,6 +180,14 @@ model.mixers.gated_delta_net.expand_k: float = 0.75
 model.mixers.gated_delta_net.expand_v: float = 1.5
 model.mixers.gated_delta_net.key_heads: int = 0
 model.mixers.gated_delta_net.negative_eigenvalues: bool = False
+model.mixers.gated_delta_product.heads: int = 0
+model.mixers.gated_delta_product.head_dim: int = 0
+model.mixers.gated_delta_product.conv: int = 4
+model.mixers.gated_delta_product.steps: int = 2
+model.mixers.gated_delta_product.expand_k: float = 0.75
+model.mixers.gated_delta_product.expand_v: float = 1.5
+model.mixers.gated_delta_product.key_heads: int = 0
+model.mixers.gated_delta_product.negative_eigenvalues: bool = True
 model.mixers.gla.heads: int = 0
 model.mixers.gla.head_dim: int = 0
 model.mixers.gla.conv: int = 0
@@ -217,6 +233,7 @@ model.mixers.retention.conv: int = 0
 model.mixers.retention.expand_v: float = 2.0
 model.mixers.rwkv6.shift_rank: int = 32
 model.mixers.rwkv6.decay_rank: int = 64
+model.mixers.short_conv.conv: int = 3
 model.mixers.sliding_window.window: int = 128
 model.backend: str = 'auto'
 data.files: str | None = None

@@ -2,8 +2,10 @@
 
 from layers.mixers import (  # noqa: F401
     based,
+    comba,
     delta_net,
     gated_delta_net,
+    gated_delta_product,
     gla,
     hgrn2,
     kda,
@@ -13,6 +15,7 @@ from layers.mixers import (  # noqa: F401
     rebased,
     retention,
     rwkv6,
+    short_conv,
     sliding_window,
     softmax,
 )

@@ -28,6 +28,9 @@ KINDS = {  # family, numbers of a layer's state, tokens of its convolution
     "rwkv6": ("vector gate", 4 * 8 * 8, "2"),
     "delta_net": ("delta rule", 4 * 8 * 8, "4"),
     "gated_delta_net": ("delta rule", 4 * 6 * 12, "4"),
+    "gated_delta_product": ("delta rule", 4 * 6 * 12, "4"),
+    "comba": ("delta rule", 4 * 6 * 12, "4"),
+    "short_conv": ("convolution", 0, "3"),
     "kda": ("delta rule", 4 * 8 * 8, "4"),
     "sliding_window": ("softmax", 128 * 2 * 2 * 8, "none"),
 }

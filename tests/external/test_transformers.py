@@ -19,6 +19,7 @@ MODELS = {  # what is compared, of a batch and of packed documents
     "Ling 3": EVERY | GATED | {"d conv.weight", "d rule.beta.weight", "d rule.steps.project.weight"},
     "Mamba-2": EVERY | GATED | {"d conv.weight", "d conv.bias", "d rule.steps.project.weight", "d rule.D"},
     "MiniMax": EVERY,
+    "LFM2": {"y", "dx", "d project.weight", "d conv.weight", "d output.weight"},
 }
 
 

@@ -25,6 +25,8 @@ from transformers.models.bailing_hybrid.configuration_bailing_hybrid import Bail
 from transformers.models.bailing_hybrid.modeling_bailing_hybrid import BailingHybridDeltaAttention  # noqa: E402
 from transformers.models.kimi_linear.configuration_kimi_linear import KimiLinearConfig  # noqa: E402
 from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearDeltaAttention  # noqa: E402
+from transformers.models.lfm2.configuration_lfm2 import Lfm2Config  # noqa: E402
+from transformers.models.lfm2.modeling_lfm2 import Lfm2ShortConv  # noqa: E402
 from transformers.models.mamba2.configuration_mamba2 import Mamba2Config  # noqa: E402
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer  # noqa: E402
 from transformers.models.minimax.configuration_minimax import MiniMaxConfig  # noqa: E402
@@ -210,6 +212,20 @@ def minimax() -> Comparison:
     return Comparison(theirs=theirs, ours=ours, rename=rename, call=lambda layer, x: layer(x, None, None)[0])
 
 
+def lfm2() -> Comparison:
+    config = Lfm2Config(hidden_size=DIM, num_hidden_layers=1, conv_L_cache=3, layer_types=["conv"])
+
+    def rename(w: Weights) -> Weights:
+        return {
+            "project.weight": w["in_proj.weight"],
+            "conv.weight": w["conv.weight"].squeeze(1),
+            "output.weight": w["out_proj.weight"],
+        }
+
+    ours = mixer_spec("short_conv").build(CONTEXT)
+    return Comparison(theirs=Lfm2ShortConv(config, layer_idx=0), ours=ours, rename=rename)
+
+
 def errors_of(comparison: Comparison) -> dict[str, float]:
     theirs, ours = comparison.theirs.double(), comparison.ours.double()
     generator = torch.Generator().manual_seed(0)
@@ -250,6 +266,7 @@ def main() -> None:
         "Ling 3": ling3,
         "Mamba-2": mamba2,
         "MiniMax": minimax,
+        "LFM2": lfm2,
     }
     errors: Errors = {name: errors_of(build()) for name, build in models.items()}
     report(errors)

@@ -169,7 +169,7 @@ def countable_linear_attention(
     return torch.stack(outputs, dim=1).view_as(v)
 
 
-def countable_delta_rule(q: Tensor, k: Tensor, v: Tensor, *, beta, log_decay, scale, shard, backend) -> Tensor:  # type: ignore[no-untyped-def]
+def countable_delta_rule(q: Tensor, k: Tensor, v: Tensor, *, beta, log_decay, scale, steps, shard, backend) -> Tensor:  # type: ignore[no-untyped-def]
     """The same for the delta rule: what the state has under a key, its replacement, and the read."""
     outputs = []
     for q_BH1K, k_BHK1, v_BH1V, S in countable_states(q, k, v):
@@ -239,3 +239,28 @@ def test_decays_of_rwkv6_at_their_end_are_zero_and_finite(logit: float) -> None:
     y.sum().backward()
     assert y.isfinite().all() and x.grad.isfinite().all()
     assert mixer.decay.grad is not None and not mixer.decay.grad.any()
+
+
+def test_one_write_per_token_is_gated_delta_net() -> None:
+    product = mixer_spec("gated_delta_product", steps=1, expand_k=0.5).build(CONTEXT).double()
+    net = mixer_spec("gated_delta_net", expand_k=0.5, negative_eigenvalues=True).build(CONTEXT).double()
+    net.load_state_dict({name.replace("write.", ""): weight for name, weight in product.state_dict().items()})
+    assert_close("y", product(tokens(30))[0], net(tokens(30))[0], 1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_feedback_of_comba_before_decays_that_erase_the_state(dtype: torch.dtype) -> None:
+    """The share of the state that a write replaces is divided by the decay, which may be as small as one likes."""
+    case = next(case for case in CASES if case.mixer == "comba")
+    outputs = []
+    for of in (dtype, torch.float64):
+        mixer = case.build(torch.float32)
+        mixer.rule.delta.steps.dt_bias.data.copy_(torch.tensor([-5.0, 8.0, 30.0, 1e4]))
+        mixer.rule.delta.steps.A_log.data.fill_(1.0)
+        mixer = mixer.to(dtype).to(of)
+        x = tokens(40, dtype).to(of).requires_grad_()
+        y, _ = mixer(x)
+        y.sum().backward()
+        assert x.grad.isfinite().all() and all(weight.grad.isfinite().all() for weight in mixer.parameters())
+        outputs.append(y)
+    assert relative(*outputs) < {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
