@@ -14,6 +14,7 @@ from hybrid_sp.backends import BACKENDS
 from hybrid_sp.shard import Shard
 from layers.cache import LayerCache
 from layers.cost import Cost
+from layers.rotary import RopeScaling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,7 @@ class BlockContext:
     depth: int  # number of blocks
     norm_eps: float
     rope_base: float
+    rope_scaling: RopeScaling | None = None
     backend: str = "auto"
     head_dim: int | None = None  # None: dim / heads
 

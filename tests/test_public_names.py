@@ -16,6 +16,7 @@ from typing import Any
 import hybrid_sp
 from hybrid_sp.comm.link import Link
 from layers.registry import MIXERS
+from layers.rotary import RopeScaling
 from recipes.config import Recipe
 
 NAMES = """
@@ -156,6 +157,11 @@ model.mlp_dim: int | None = None
 model.tie_embeddings: bool = False
 model.norm_eps: float = 1e-06
 model.rope_base: float = 10000.0
+model.rope_scaling: RopeScaling | None = None
+model.rope_scaling.factor: float
+model.rope_scaling.original_length: int
+model.rope_scaling.beta_fast: float = 32.0
+model.rope_scaling.beta_slow: float = 1.0
 model.mixers: dict[str, dict[str, Any]] = {}
 model.mixers.based.heads: int = 0
 model.mixers.based.head_dim: int = 0
@@ -234,7 +240,19 @@ model.mixers.retention.expand_v: float = 2.0
 model.mixers.rwkv6.shift_rank: int = 32
 model.mixers.rwkv6.decay_rank: int = 64
 model.mixers.short_conv.conv: int = 3
+model.mixers.sliding_window.head_dim: int = 0
+model.mixers.sliding_window.conv: int = 0
+model.mixers.sliding_window.qk_norm: bool = False
+model.mixers.sliding_window.rope_fraction: float = 1.0
+model.mixers.sliding_window.gate: str = 'none'
+model.mixers.sliding_window.sinks: bool = False
 model.mixers.sliding_window.window: int = 128
+model.mixers.softmax.head_dim: int = 0
+model.mixers.softmax.conv: int = 0
+model.mixers.softmax.qk_norm: bool = False
+model.mixers.softmax.rope_fraction: float = 1.0
+model.mixers.softmax.gate: str = 'none'
+model.mixers.softmax.sinks: bool = False
 model.backend: str = 'auto'
 data.files: str | None = None
 data.validation: str | None = None
@@ -286,6 +304,8 @@ wandb.project: str = 'hybrid_sp'
 wandb.group: str | None = None
 """
 
+OPTIONAL = {"parallel.link": Link, "model.rope_scaling": RopeScaling}  # sections that are none by default
+
 
 class _Text(str):
     """An annotation as it stands in the source."""
@@ -330,7 +350,7 @@ def names() -> Iterator[str]:
 
 
 def keys(section: Any, prefix: str = "") -> Iterator[str]:
-    """The keys of a section, of the sections in it, of a link, and of every mixer's options."""
+    """The keys of a section, of the sections in it, of optional ones, and of every mixer's options."""
     for field in dataclasses.fields(section):
         made = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
         key = f"{prefix}{field.name}"
@@ -341,8 +361,8 @@ def keys(section: Any, prefix: str = "") -> Iterator[str]:
         if key == "model.mixers":
             for name, spec in sorted(MIXERS.items()):
                 yield from keys(spec, f"{key}.{name}.")
-        if key == "parallel.link":
-            yield from keys(Link, f"{key}.")
+        if key in OPTIONAL:
+            yield from keys(OPTIONAL[key], f"{key}.")
 
 
 def by_name(text: str) -> dict[str, str]:

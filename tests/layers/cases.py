@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from layers.registry import MixerSpec, mixer_spec
-from tests.layers.formulas import attention, delta, polynomial, recurrent, window
+from tests.layers.formulas import attention, delta, polynomial, recurrent
 from tests.layers.formulas.mamba2 import mamba2
 from tests.layers.formulas.parts import CONTEXT
 
@@ -107,9 +107,25 @@ CASES = [
     Case(mixer="mamba2", formula=mamba2, options={"state": 8}),
     Case(mixer="mamba2", formula=mamba2, options={"expand": 1.0, "state": 5, "groups": 2, "conv": 0}),
     Case(mixer="softmax", formula=attention.softmax),
-    Case(mixer="sliding_window", formula=window.sliding_window),
-    Case(mixer="sliding_window", formula=window.sliding_window, options={"window": 5}),
-    Case(mixer="sliding_window", formula=window.sliding_window, options={"window": 1}),
+    Case(
+        mixer="softmax",
+        formula=attention.softmax,
+        options={"head_dim": 8, "qk_norm": True, "rope_fraction": 0.25, "gate": "channel"},
+    ),
+    Case(
+        mixer="softmax",
+        formula=attention.softmax,
+        options={"rope_fraction": 0.0, "gate": "head", "sinks": True, "conv": 3},
+    ),
+    Case(mixer="sliding_window", formula=attention.sliding_window),
+    Case(mixer="sliding_window", formula=attention.sliding_window, options={"window": 5}),
+    Case(
+        mixer="sliding_window",
+        formula=attention.sliding_window,
+        options={"window": 7, "head_dim": 4, "rope_fraction": 0.5, "gate": "head", "sinks": True, "qk_norm": True},
+    ),
+    Case(mixer="sliding_window", formula=attention.sliding_window, options={"conv": 2, "gate": "channel"}),
+    Case(mixer="sliding_window", formula=attention.sliding_window, options={"window": 1}),
     Case(mixer="based", formula=polynomial.based),
     Case(mixer="based", formula=polynomial.based, options={"feature_dim": 3, "conv": 3}),
     Case(mixer="rebased", formula=polynomial.rebased),

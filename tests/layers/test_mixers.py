@@ -195,7 +195,7 @@ def countable_short_conv(x: Tensor, weight: Tensor, bias: Tensor | None, *, acti
     return torch.bmm(windows_DXW, weight[:, :, None])[..., 0].T.reshape(x.shape)
 
 
-def countable_softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, shard, window, backend) -> Tensor:  # type: ignore[no-untyped-def]
+def countable_softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, sinks, shard, window, backend) -> Tensor:  # type: ignore[no-untyped-def]
     """Each query against the keys that it sees, each product a batched matrix product, which the counter knows."""
     repeats = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(repeats, dim=2) for x in (k, v))

@@ -52,6 +52,11 @@ def test_a_spec_is_its_options() -> None:
         ),
         ("rwkv6", {"shift_rank": 0}, "shift_rank of rwkv6 is 0; it must be at least 1"),
         ("rwkv6", {"decay_rank": -1}, "decay_rank of rwkv6 is -1; it must be at least 1"),
+        ("softmax", {"rope_fraction": 1.5}, "rope_fraction is 1.5; it must be between 0 (NoPE) and 1"),
+        ("softmax", {"gate": "heads"}, "unknown gate 'heads'; did you mean 'head'? known: channel, head, none"),
+        ("sliding_window", {"gate": "heads"}, "unknown gate 'heads'; did you mean 'head'? known: channel, head, none"),
+        ("short_conv", {"conv": 0}, "conv of short_conv is 0; it must be at least 1"),
+        ("gated_delta_product", {"steps": 0}, "steps of gated_delta_product is 0; it must be at least 1"),
         ("sliding_window", {"window": 0}, "window of sliding_window is 0; it must be at least 1"),
     ],
 )
@@ -74,3 +79,11 @@ def test_heads_share_the_channels_evenly() -> None:
         own.width(0.5, option="expand_k")
     with pytest.raises(ValueError, match="gives each of 4 heads 3 channels"):
         BlockContext(dim=12, heads=4, kv_heads=2, layer=0, depth=1, norm_eps=1e-6, rope_base=1e4).width(even=True)
+
+
+def test_channels_that_rotate_are_pairs() -> None:
+    context = BlockContext(dim=24, heads=4, kv_heads=2, layer=0, depth=1, norm_eps=1e-6, rope_base=1e4)
+    with pytest.raises(ValueError, match="rope_fraction 0.5 of the 6 channels of a head is 3, which rotary embedding"):
+        mixer_spec("softmax", rope_fraction=0.5).build(context)
+    for fraction in (0.0, 0.5):  # an odd width needs no pairs where nothing is rotated, or fewer channels are
+        mixer_spec("softmax", rope_fraction=fraction, head_dim=5 if fraction == 0 else 4).build(context)

@@ -140,4 +140,77 @@ MIXER_MUTANTS = [
         new='activation="silu"',
         test=f"{FORMULA}[short_conv]",
     ),
+    Mutant(
+        name="queries and keys normed after they are rotated",
+        file="layers/mixers/softmax.py",
+        old="        q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)\n        if self.rotated:\n"
+        "            q_BTHK, k_BTGK = self.rotate(positions_T, self.rope_base, q_BTHK, k_BTGK)\n",
+        new="        if self.rotated:\n"
+        "            q_BTHK, k_BTGK = self.rotate(positions_T, self.rope_base, q_BTHK, k_BTGK)\n"
+        "        q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)\n",
+        test=f"{FORMULA}[softmax-8-True-0.25-channel]",
+    ),
+    Mutant(
+        name="the last channels rotated instead of the first",
+        file="layers/rotary.py",
+        old="low, high, rest = x_BTHK.tensor_split([half, 2 * half], dim=-1)",
+        new="rest, low, high = x_BTHK.tensor_split([x_BTHK.shape[-1] - 2 * half, x_BTHK.shape[-1] - half], dim=-1)",
+        test="tests/layers/test_rotary.py::test_channels_after_the_first_stay",
+    ),
+    Mutant(
+        name="a gate on the keys of another head",
+        file="layers/mixers/softmax.py",
+        old=".unflatten(-1, (o_BTHK.shape[2], -1))",
+        new=".unflatten(-1, (o_BTHK.shape[2], -1)).roll(1, 2)",
+        test=f"{FORMULA}[softmax-0.0-head-True-3]",
+    ),
+    Mutant(
+        name="sinks forgotten",
+        file="layers/mixers/softmax.py",
+        old="sinks=self.sinks,",
+        new="sinks=None,",
+        test=f"{FORMULA}[softmax-0.0-head-True-3]",
+    ),
+    Mutant(
+        name="a convolution of queries and keys that decoding begins anew",
+        file="layers/mixers/softmax.py",
+        old="None if cache is None else cache.tensors[0])",
+        new="None if cache is None else 0 * cache.tensors[0])",
+        test="tests/layers/test_mixers.py::test_decoding_is_the_parallel_forward[softmax-0.0-head-True-3]",
+    ),
+    Mutant(
+        name="a convolution of softmax attention that costs nothing",
+        file="layers/mixers/softmax.py",
+        old="halos = () if self.conv is None else (self.conv.halo,)",
+        new="halos = ()",
+        test="tests/layers/test_mixers.py::test_cost_is_what_is_counted[torch.float32-softmax-0.0-head-True-3]",
+    ),
+    Mutant(
+        name="fast pairs slowed down instead of slow ones",
+        file="layers/rotary.py",
+        old="return ((pairs_K - first) / max(last - first, 0.001)).clamp(0, 1)",
+        new="return 1 - ((pairs_K - first) / max(last - first, 0.001)).clamp(0, 1)",
+        test="tests/layers/test_rotary.py::test_yarn_by_hand",
+    ),
+    Mutant(
+        name="scaled positions of the wrong temperature",
+        file="layers/rotary.py",
+        old="return 1 + 0.1 * math.log(self.factor)",
+        new="return 1 + math.log(self.factor)",
+        test="tests/layers/test_rotary.py::test_yarn_by_hand",
+    ),
+    Mutant(
+        name="angles of another scaling",
+        file="layers/rotary.py",
+        old="(base, half, dtype, scaling)",
+        new="(base, half, dtype)",
+        test="tests/layers/test_rotary.py::test_positions_keep_scaled_angles_apart",
+    ),
+    Mutant(
+        name="scaled positions that reach no block",
+        file="layers/config.py",
+        old="rope_scaling=config.rope_scaling,",
+        new="rope_scaling=None,",
+        test="tests/layers/test_config.py::test_scaled_positions_reach_softmax_attention_and_decoding",
+    ),
 ]

@@ -157,8 +157,8 @@ MODEL_MUTANTS = [
     Mutant(
         name="angles of another base",
         file="layers/rotary.py",
-        old="made, key = _made.setdefault(positions_T, {}), (base, half, dtype)",
-        new="made, key = _made.setdefault(positions_T, {}), (1.0, half, dtype)",
+        old="made, key = _made.setdefault(positions_T, {}), (base,",
+        new="made, key = _made.setdefault(positions_T, {}), (1.0,",
         test="tests/layers/test_rotary.py::test_positions_keep_the_angles_of_every_base_width_and_dtype_apart",
     ),
     Mutant(

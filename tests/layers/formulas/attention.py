@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tests.layers.formulas.parts import Weights, heads, projected, rms_norm, turned
-from tests.support.oracle import linear_attention_loop, softmax_attention_loop
+from tests.layers.formulas.parts import Weights, projected, rms_norm, turned
+from tests.support.oracle import linear_attention_loop
 
 
 def linear(w: Weights, x: Tensor, feature_map: str = "identity", normalize: bool = False) -> Tensor:
@@ -49,7 +50,35 @@ def gla(w: Weights, x: Tensor, expand_k: float = 0.5, temperature: float = 16.0)
     return (rms_norm(o, w["norm.weight"]) * g * torch.sigmoid(g)).flatten(2) @ w["output.weight"].T
 
 
-def softmax(w: Weights, x: Tensor) -> Tensor:
-    q_rows, k_rows, v_rows = w["project.linear.weight"].split([24, 12, 12])
-    o = softmax_attention_loop(turned(heads(x, q_rows, 4)), turned(heads(x, k_rows, 2)), heads(x, v_rows, 2))
+def softmax(
+    w: Weights,
+    x: Tensor,
+    window: int | None = None,
+    head_dim: int = 6,
+    qk_norm: bool = False,
+    rope_fraction: float = 1.0,
+    gate: str = "none",
+    sinks: bool = False,
+) -> Tensor:
+    """One query of a head after another, which is shown only the keys that it may see."""
+    gates = {"none": [], "head": [(4, 1)], "channel": [(4, head_dim)]}[gate]
+    q, k, v, *g = projected(w, x, (4, head_dim), (2, head_dim), (2, head_dim), *gates)
+    if qk_norm:
+        q, k = rms_norm(q, w["q_norm.weight"]), rms_norm(k, w["k_norm.weight"])
+    rotated = int(head_dim * rope_fraction)
+    q, k = (torch.cat([turned(y[..., :rotated]), y[..., rotated:]], -1) for y in (q, k))
+    outputs = []
+    for t in range(x.shape[1]):
+        seen = slice(max(0, t - (window or t + 1) + 1), t + 1)
+        for h in range(4):
+            weights = torch.exp(torch.einsum("bk,bsk->bs", q[:, t, h], k[:, seen, h // 2]) / head_dim**0.5)
+            total = weights.sum(-1, keepdim=True) + (w["sinks"][h].exp() if sinks else 0)
+            outputs.append(torch.einsum("bs,bsv->bv", weights / total, v[:, seen, h // 2]))
+    o = torch.stack(outputs, dim=1).unflatten(1, (-1, 4))
+    if g:
+        o = o / (1 + torch.exp(-g[0]))
     return o.flatten(2) @ w["output.weight"].T
+
+
+def sliding_window(w: Weights, x: Tensor, window: int = 128, **options: Any) -> Tensor:
+    return softmax(w, x, window=window, **options)
