@@ -75,7 +75,7 @@ def latent_attention(
     alone, shard = shard is None, default_shard(shard, q)
     rope_k = latent[..., :0] if rope_k is None else rope_k
     _check(q, latent, rope_k, w_k, w_v, shard, causal, alone)
-    backend = select_backend("softmax_attention", backend, q, q.shape[-1], w_v.shape[1])
+    backend = select_backend("latent_attention", backend, q, q.shape[-1], w_v.shape[1])
     select_kernel(q, backend)  # raises ImportError here, before any communication
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if shard.sp.softmax != "all_gather":

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from layers.registry import mixer_spec
-from tests.layers.formulas import attention, delta, polynomial, recurrent, window
+from tests.layers.formulas import attention, delta, latent, polynomial, recurrent, window
 from tests.layers.formulas.mamba2 import mamba2
 from tests.layers.formulas.parts import CONTEXT
 
@@ -77,6 +77,15 @@ CASES = [
     Case(mixer="mamba2", formula=mamba2, options={"state": 8}),
     Case(mixer="mamba2", formula=mamba2, options={"expand": 1.0, "state": 5, "groups": 2}),
     Case(mixer="softmax", formula=attention.softmax),
+    Case(mixer="mla", formula=latent.mla),
+    Case(
+        mixer="mla",
+        formula=latent.mla,
+        options={"head_dim": 5, "value_dim": 3, "rope_dim": 4, "rotate": False, "gate": "channel"},
+    ),
+    Case(
+        mixer="mla", formula=latent.mla, options={"head_dim": 4, "rank": 7, "q_rank": 9, "rope_dim": 2, "gate": "head"}
+    ),
     Case(mixer="sliding_window", formula=window.sliding_window),
     Case(mixer="sliding_window", formula=window.sliding_window, options={"window": 5}),
     Case(mixer="sliding_window", formula=window.sliding_window, options={"window": 1}),
