@@ -26,8 +26,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from analysis.bench.device import allow_any_triton
 from analysis.bench.gpu.interception import in_place_of_launch
-from hybrid_sp.kernels.gpu.launch import launch
 from tests.gpu import memcheck
 from tests.gpu.linear import BOUND, Problem
 from tests.gpu.memcheck import LACKING
@@ -76,7 +76,7 @@ def run_problem(problem: Problem, device: torch.device) -> Dump:
         launch(kernel, grid, *args, **options)
         steps.append(Step(f"{kernel.fn.__name__} {words}", before, [digest(x) for x in tensors]))
 
-    with in_place_of_launch(watch):
+    with in_place_of_launch(watch) as launch:
         results = problem.results(problem.inputs(0, device), "triton")
     return Dump(steps, {name: value.cpu() for name, value in results.items()})
 
@@ -186,6 +186,7 @@ def main(arguments: Sequence[str]) -> int:
     chosen = parser.parse_args(arguments)
     if chosen.dump is not None:
         torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory is filled, so that digests are equal
+        print(allow_any_triton())
         file, number = chosen.dump
         torch.save(tuple(run_problem(problems()[int(number)], torch.device("cuda"))), file)
         return 0
