@@ -14,7 +14,8 @@ from analysis.first.stages import Stage
 
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu/test_device.py", "--durations", "10")
 SPREAD = "--numprocesses=8"  # most of the time goes into compiling kernels
-CHECKS = {  # the ten of `tests/gpu/pair.py`
+SHARES = {"syncs": 3.0, "loss": 1.5}  # kernels of all mixers are compiled; timeouts must pass
+CHECKS = {  # the ten of `tests.gpu.ranks.py`
     "start": "devices, collectives, rows of nothing",
     "parity": "every exchange, layout and form against the token loop in fp64",
     "auto": 'linear="auto" measures a link and ends',
@@ -52,9 +53,15 @@ def one_device(out: Path) -> list[Stage]:
 def several_ranks(out: Path, ranks: int, device: str) -> list[Stage]:
     """Return the ten checks on several ranks, with a device each."""
     environment = _on_device(out) if device == "cuda" else {}
-    command = [sys.executable, "-m", "tests.gpu.pair", "--ranks", str(ranks), "--device", device]
+    command = [sys.executable, "-m", "tests.gpu.ranks", "--ranks", str(ranks), "--device", device]
     return [
-        Stage(name=f"ranks-{name}", about=about, command=[*command, name], share=1, environment=environment)
+        Stage(
+            name=f"ranks-{name}",
+            about=about,
+            command=[*command, name],
+            share=SHARES.get(name, 1.0),
+            environment=environment,
+        )
         for name, about in CHECKS.items()
     ]
 
