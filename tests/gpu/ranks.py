@@ -372,11 +372,12 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("name", choices=[*CHECKS, "loss"])
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--few", action="store_true", help="small sizes, to see that it works")
+    parser.add_argument("--few", action="store_true", help="small sizes, as on a CPU")
     parser.add_argument("--words", type=Path, help="this process is a rank; the file for what it finds")
     chosen = parser.parse_args(arguments)
+    few = chosen.few or chosen.device == "cpu"
     if chosen.words is not None:
-        run_rank(chosen.name, chosen.device, chosen.words, chosen.few)
+        run_rank(chosen.name, chosen.device, chosen.words, few)
         return 0
     found = torch.cuda.device_count()
     if chosen.device == "cuda" and found < chosen.ranks:
