@@ -54,13 +54,18 @@ def segment(
     """Cut spans into segments, and these into chunks. `rows_per_token` is batch x heads."""
     pieces = cut(spans, _size(sum(spans.lengths), rows_per_token, chunk, programs))
     rows: list[tuple[int, ...]] = []
-    chunks: list[tuple[int, int]] = []
+    chunks: list[tuple[int, ...]] = []
     for p in pieces.all:
         flags = FIRST * p.begins_span | LAST * p.ends_span | NEW * p.begins_document
         rows.append((p.start, p.stop, len(chunks), p.span, flags))
         chunks += [(t, min(t + chunk, p.stop)) for t in range(p.start, p.stop, chunk)]
-    table, of_chunks = (torch.tensor(numbers, dtype=torch.int32, device=device) for numbers in (rows, chunks))
-    return Segments(pieces, table, chunk, of_chunks)
+    return Segments(pieces, _copy(rows, device), chunk, _copy(chunks, device))
+
+
+def _copy(numbers: list[tuple[int, ...]], device: torch.device) -> Tensor:
+    """Copy numbers to a device from pinned memory, so that the host does not wait for the device."""
+    pinned = device.type == "cuda"
+    return torch.tensor(numbers, dtype=torch.int32, pin_memory=pinned).to(device, non_blocking=pinned)
 
 
 def _size(tokens: int, rows_per_token: int, chunk: int, programs: int) -> int:
