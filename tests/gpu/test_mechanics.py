@@ -95,6 +95,7 @@ def test_a_kernel_that_two_ptxas_make_differently_is_named(
     """Not the kernels that only read what it wrote; and rounding is told apart from what is wrong."""
     problem = replace(TINY, length=20, heads=1, groups=1)
     monkeypatch.setattr(ptxas, "problems", lambda: [problem])
+    ptxas.run_problem(problem, CPU)  # the first call also tries the interpreter
     right = ptxas.run_problem(problem, CPU)
     assert {"summary", "fold", "scan"} <= {step.kernel.partition("_")[0] for step in right.steps}
     assert ptxas.differences(problem, right, ptxas.run_problem(problem, CPU)) == ([], [])
@@ -113,7 +114,7 @@ def test_a_kernel_that_two_ptxas_make_differently_is_named(
             fine = ptxas.compare_kernels(tmp_path, dict.fromkeys(dumps, Path()))
         told = capsys.readouterr().out
         assert (tmp_path / "report.md").read_text().splitlines()[0] == told.splitlines()[-1]
-        assert told.count("fold_kernel") == 1 and "summary_kernel" not in told
+        assert told.count("other bits in tensors") == told.count("fold_kernel") == 1
         return fine, told
 
     fine, told = compare(1 + 2**-12)
