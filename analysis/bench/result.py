@@ -84,7 +84,8 @@ def write(result: Result, facts: Mapping[str, Any], folder: Path) -> str:
         numbers=frozenset({"measured"}),
     )
     closing = f"`{facts['command']}` at commit {facts['commit']}, torch {torch.__version__}{device}."
-    sections = [f"## {result.title}", *result.body, *([claims] if result.claims else []), closing]
+    notes = [facts["note"]] if facts.get("note") else []
+    sections = [f"## {result.title}", *notes, *result.body, *([claims] if result.claims else []), closing]
     report = "\n\n".join(as_markdown(one) if isinstance(one, Table) else one for one in sections)
     values = {**facts, **result.facts, "unit": result.unit, "rows": result.rows, "claims": result.claims}
     (folder / "report.md").write_text(report + "\n")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from analysis.bench.device import allow_any_triton
 from tests.gpu.linear import Problem
 
 ROOT = Path(__file__).parents[2]
@@ -30,6 +31,7 @@ def problems() -> list[Problem]:
 
 
 def main(device: torch.device) -> None:
+    print(allow_any_triton())
     for problem in problems():
         for name, value in problem.results(problem.inputs(0, device), "triton").items():
             assert torch.isfinite(value).all(), f"{problem}: {name}"

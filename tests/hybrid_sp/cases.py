@@ -197,7 +197,7 @@ class Case:
 
 def weights(like: Tensor, seed: int) -> Tensor:
     """Gradient that the loss gives an output."""
-    return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(like.dtype)
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(like)
 
 
 def truth(case: Case, dtype: torch.dtype = torch.float64, **options: bool) -> dict[str, Tensor]:
@@ -218,7 +218,9 @@ def terms(case: Case, name: str) -> Tensor:
     return torch.zeros(())
 
 
-def measured(case: Case, group: Any, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+def measured(
+    case: Case, group: Any, dtype: torch.dtype = torch.float64, device: torch.device | None = None
+) -> dict[str, Tensor]:
     """What this rank computes, with gradients of replicated inputs summed over ranks."""
     sp = hsp.SequenceParallel(
         group,
@@ -232,12 +234,12 @@ def measured(case: Case, group: Any, dtype: torch.dtype = torch.float64) -> dict
     )
     shard = sp.shard(case.length, case.documents)
     x = {name: v if case.whole(name) else shard.take(v) for name, v in case.inputs(dtype).items()}
-    x = {name: value.detach().requires_grad_() for name, value in x.items()}
+    x = {name: value.detach().to(device).requires_grad_() for name, value in x.items()}
     o, finals = case.call(x, shard)
     whole = o.new_empty(o.shape[0], case.length, *o.shape[2:])
     loss = (o * shard.take(weights(whole, 0))).sum(dtype=torch.promote_types(dtype, torch.float32))
     for i, final in enumerate(finals):  # every rank gives the final state a different part of its gradient
-        parts = torch.arange(1, sp.size + 1, dtype=final.dtype)
+        parts = torch.arange(1, sp.size + 1, dtype=final.dtype, device=device)
         loss = loss + (final * weights(final, i + 1)).sum() * parts[sp.rank] / parts.sum()
     grads = torch.autograd.grad(loss, list(x.values()))
     got = {"o": o.detach(), **{f"final{i}": final.detach() for i, final in enumerate(finals)}}

@@ -159,9 +159,9 @@ Run(stages, Path({str(tmp_path)!r}), 120.0, {{}}).run()
 
 
 def test_the_plan_is_whole_and_its_programs_exist() -> None:
-    everything = [*plan.one_device(Path("out")), *plan.several_ranks(Path("out"), 2, "cuda")]
+    everything = [*plan.one_device(), *plan.several_ranks(2, "cuda")]
     assert len({one.name for one in everything}) == len(everything) == 8 + 10
-    assert sum(one.share for one in plan.one_device(Path("out"))) == pytest.approx(580)
+    assert sum(one.share for one in plan.one_device()) == pytest.approx(580)
 
 
 def test_a_stage_that_is_not_in_the_plan_is_named(capsys: pytest.CaptureFixture[str]) -> None:
