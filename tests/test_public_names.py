@@ -90,6 +90,18 @@ init_mesh(
     eager: bool = False,
     gather_ctas: int | None = None,
 ) -> DeviceMesh
+latent_attention(
+    q: Tensor,
+    latent: Tensor,
+    rope_k: Tensor | None,
+    w_k: Tensor,
+    w_v: Tensor,
+    *,
+    shard: Shard | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    backend: str = 'auto',
+) -> Tensor
 ledger() -> Iterator[Ledger]
 linear_attention(
     q: Tensor,
@@ -121,6 +133,7 @@ softmax_attention(
     k: Tensor,
     v: Tensor,
     *,
+    sinks: Tensor | None = None,
     shard: Shard | None = None,
     causal: bool = True,
     window: int | None = None,
@@ -180,6 +193,13 @@ model.mixers.mamba2.expand: float = 2.0
 model.mixers.mamba2.state: int = 128
 model.mixers.mamba2.groups: int = 1
 model.mixers.mamba2.conv: int = 4
+model.mixers.mla.head_dim: int = 0
+model.mixers.mla.value_dim: int = 0
+model.mixers.mla.rope_dim: int = 0
+model.mixers.mla.rank: int = 0
+model.mixers.mla.q_rank: int = 0
+model.mixers.mla.rotate: bool = True
+model.mixers.mla.gate: str = 'none'
 model.mixers.rebased.feature_dim: int = 16
 model.mixers.retention.expand_v: float = 2.0
 model.mixers.rwkv6.shift_rank: int = 32

@@ -1,4 +1,4 @@
-"""Multi-head latent attention over a sequence that is cut over ranks (MLA, DeepSeek-V2, arXiv 2405.04434).
+"""The multi-head latent attention (MLA) over a sequence that is cut over ranks (DeepSeek-V2, arXiv 2405.04434).
 
 All keys and values of a token are made from one latent vector. So the latent travels, and every rank makes the keys and
 values of the heads from it, a few heads at a time:
