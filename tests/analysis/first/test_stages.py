@@ -159,9 +159,10 @@ Run(stages, Path({str(tmp_path)!r}), 120.0, {{}}).run()
 
 
 def test_the_plan_is_whole_and_its_programs_exist() -> None:
-    everything = [*plan.one_device(), *plan.several_ranks(2, "cuda")]
+    everything = [*plan.one_device(None), *plan.several_ranks(2, "cuda")]
     assert len({one.name for one in everything}) == len(everything) == 8 + 10
-    assert sum(one.share for one in plan.one_device()) == pytest.approx(580)
+    assert sum(one.share for one in plan.one_device(None)) == pytest.approx(580)
+    assert all("--commit" in one.command for one in plan.one_device("abc") if "analysis.bench" in one.command)
 
 
 def test_a_stage_that_is_not_in_the_plan_is_named(capsys: pytest.CaptureFixture[str]) -> None:
