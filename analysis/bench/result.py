@@ -54,6 +54,7 @@ class Result:
     body     the report's tables and paragraphs, in order
     facts    further entries of results.json
     figures  a function that draws the PNG, for each file name; it may import matplotlib
+    cut      whether a signal ended the measurements
     """
 
     title: str
@@ -63,6 +64,7 @@ class Result:
     claims: list[Claim]
     facts: Mapping[str, Any] = field(default_factory=dict)
     figures: Mapping[str, Callable[[], bytes]] = field(default_factory=dict)
+    cut: bool = False
 
 
 def growth(rows: Mapping[tuple[str, int], Row], name: str, lengths: Sequence[int]) -> Claim:

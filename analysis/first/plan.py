@@ -26,8 +26,8 @@ CHECKS = {  # the ten of `tests.gpu.ranks.py`
 }
 
 
-def one_device() -> list[Stage]:
-    """Return the stages of one device."""
+def one_device(commit: str | None) -> list[Stage]:
+    """Return the stages of one device. The commit is that of a copy without git."""
     on_device = _on_device()
 
     def stage(name: str, about: str, share: float, *words: str, until: str = "") -> Stage:
@@ -41,8 +41,8 @@ def one_device() -> list[Stage]:
         stage("syncs", "no mixer stops the host, zigzag and packed", 40, "-m", "tests.gpu.syncs"),
         stage("memcheck", "small odd shapes under compute-sanitizer", 60, "-m", "tests.gpu.memcheck", "--watched"),
         stage("ptxas", "the same kernels by two ptxas", 70, *_ptxas()),
-        stage("tune", "five launch parameters of each kernel", 110, *_bench("tune")),
-        stage("kernels", "speed beside fla-core and flash attention", 130, *_bench("kernels")),
+        stage("tune", "five launch parameters of each kernel", 110, *_bench("tune", commit)),
+        stage("kernels", "speed beside fla-core and flash attention", 130, *_bench("kernels", commit)),
     ]
 
 
@@ -73,8 +73,9 @@ def chosen(stages: Sequence[Stage], names: Sequence[str]) -> list[Stage]:
     return [stage for stage in stages if not names or stage.name in names]
 
 
-def _bench(name: str) -> tuple[str, ...]:
-    return ("-m", "analysis.bench", name, "--out", "{folder}", "--seconds", "{seconds}")
+def _bench(name: str, commit: str | None) -> list[str]:
+    words = ["-m", "analysis.bench", name, "--out", "{folder}", "--seconds", "{seconds}"]
+    return [*words, "--commit", commit] if commit else words
 
 
 def _ptxas(*words: str) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 
 import hybrid_sp as hsp
+from analysis.bench.device import allow_any_triton
 from analysis.bench.ranks.network import loopback
 from hybrid_sp.comm import groups
 
@@ -50,6 +51,7 @@ def troubles(device: str, few: bool) -> list[Trouble]:
 
 def rank(kind: str, device: str, check: str) -> None:
     """A layer that all ranks call, and then the trouble."""
+    allow_any_triton()
     patience = timedelta(seconds=PATIENCE[device])
     group = hsp.init_mesh(sp=int(os.environ["WORLD_SIZE"]), device=device, timeout=patience)["sp"].get_group()
     last = groups.rank(group) == groups.size(group) - 1

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from analysis.bench.device import allow_any_triton
+from analysis.bench.device import allow_any_triton, default_device
 from analysis.bench.gpu.interception import in_place_of_launch
 from tests.gpu import memcheck
 from tests.gpu.linear import BOUND, Problem
@@ -196,7 +196,7 @@ def main(arguments: Sequence[str]) -> int:
         torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory is filled, so that digests are equal
         print(allow_any_triton())
         file, number = chosen.dump
-        torch.save(tuple(run_problem(problems()[int(number)], torch.device("cuda"))), file)
+        torch.save(tuple(run_problem(problems()[int(number)], default_device())), file)
         return 0
     chosen.folder.mkdir(parents=True, exist_ok=True)
     found, right = assemblers(), True

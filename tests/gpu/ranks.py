@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 import hybrid_sp as hsp
+from analysis.bench.device import allow_any_triton
 from analysis.bench.ranks.launch import launch
 from analysis.bench.ranks.network import loopback
 from hybrid_sp.comm import collectives, groups
@@ -354,6 +355,7 @@ CHECKS: dict[str, Callable[[Place], str]] = {
 def run_rank(name: str, device: str, words: Path, few: bool) -> None:
     """A check on this rank; rank 0 writes down what it has found."""
     faulthandler.dump_traceback_later(COMPILING if name == "syncs" else DEADLINE, exit=True)
+    allow_any_triton()
     torch.use_deterministic_algorithms(True, warn_only=True)
     mesh = hsp.init_mesh(sp=int(os.environ["WORLD_SIZE"]), device=device, timeout=TIMEOUT)
     group = mesh["sp"].get_group()

@@ -6,7 +6,8 @@
 3. This process times the call, forward and backward, with every candidate left, in turns, entry after entry. One
    replaces the default if it is faster by more than times vary.
 
-On a device the choice goes into the table, by architecture. What is chosen so far is in tuned.json all the time.
+On a device the choice goes into the table, by architecture. What is chosen so far is all the time in tuned.json of the
+results, which has the form of the table.
 """
 
 from __future__ import annotations
@@ -211,7 +212,8 @@ def tune_width(
             notes.append(f"not measured, out of time: {key}")
             continue
         best[key] = choose(group, runs[group[0].decay], best, watch, shape.repetitions).entry
-        (out / "tuned.json").write_text(json.dumps(_as_json(best), indent=1) + "\n")
+        chosen = {tuning.architecture_of(device): _as_json(best)}
+        (out / "tuned.json").write_text(json.dumps(chosen, indent=1) + "\n")
 
 
 def _as_json(entries: Mapping[str, Entry]) -> dict[str, dict[str, int]]:

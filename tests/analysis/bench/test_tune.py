@@ -120,7 +120,7 @@ def test_every_entry_that_calls_ask_for_is_tuned(tmp_path: Path, monkeypatch: py
 
     tune.tune_width(16, shape, torch.float32, Zero(), Budget(600.0), tmp_path, best, done, notes)
     assert best.keys() == keys and not notes and not any(one.refused for one in done)
-    assert json.loads((tmp_path / "tuned.json").read_text()).keys() == keys
+    assert json.loads((tmp_path / "tuned.json").read_text())[tuning.INTERPRETER].keys() == keys
     assert {one.key for one in done} == set(keys) and max(len([o for o in done if o.key == k]) for k in keys) <= 5
     assert tuning.TABLE.read_text() == table
     tune.tune_width(16, shape, torch.float32, Zero(), Budget(0.0), tmp_path, {}, [], notes)
