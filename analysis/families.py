@@ -59,7 +59,7 @@ def state(facts: Cost) -> str:
     if not facts.attention:
         return f"{facts.state:,}"
     return ", ".join(
-        f"{one.cache:,} a token" if one.window is None else f"{one.cache * one.window:,}" for one in facts.attention
+        f"{one.row:,} a token" if one.window is None else f"{one.row * one.window:,}" for one in facts.attention
     )
 
 

@@ -87,7 +87,7 @@ class ParallelConfig:
 
     dp: int = 1
     sp: int | None = None  # null: the number of processes divided by dp
-    layout: Literal["auto", "contiguous", "zigzag"] = "auto"  # auto: zigzag if any block is softmax
+    layout: Literal["auto", "contiguous", "zigzag"] = "auto"  # auto: zigzag if any block is softmax or mla
     linear: str = "all_gather"  # exchange of states in linear blocks; auto: the fastest on the link
     softmax: str = "all_gather"  # exchange of keys and values in softmax blocks
     kv_heads_per_gather: int | None = None  # key heads that a softmax block gathers at a time; null: all
@@ -178,7 +178,7 @@ def layout(recipe: Recipe) -> str:
     """Resolve ``parallel.layout``."""
     if recipe.parallel.layout != "auto":
         return recipe.parallel.layout
-    return "zigzag" if "softmax" in expand_pattern(recipe.model) else "contiguous"
+    return "zigzag" if "N" in pattern_letters(expand_pattern(recipe.model)) else "contiguous"
 
 
 def sequence_parallel(recipe: Recipe, group: Group) -> hsp.SequenceParallel:

@@ -94,6 +94,18 @@ init_mesh(
     eager: bool = False,
     gather_ctas: int | None = None,
 ) -> DeviceMesh
+latent_attention(
+    q: Tensor,
+    latent: Tensor,
+    rope_k: Tensor | None,
+    w_k: Tensor,
+    w_v: Tensor,
+    *,
+    shard: Shard | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    backend: str = 'auto',
+) -> Tensor
 ledger() -> Iterator[Ledger]
 linear_attention(
     q: Tensor,
@@ -229,6 +241,13 @@ model.mixers.mamba2.conv: int = 4
 model.mixers.mamba2.expand: float = 2.0
 model.mixers.mamba2.state: int = 128
 model.mixers.mamba2.groups: int = 1
+model.mixers.mla.head_dim: int = 0
+model.mixers.mla.value_dim: int = 0
+model.mixers.mla.rope_dim: int = 0
+model.mixers.mla.rank: int = 0
+model.mixers.mla.q_rank: int = 0
+model.mixers.mla.rotate: bool = True
+model.mixers.mla.gate: str = 'none'
 model.mixers.rebased.heads: int = 0
 model.mixers.rebased.head_dim: int = 0
 model.mixers.rebased.conv: int = 0

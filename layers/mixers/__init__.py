@@ -12,6 +12,7 @@ from layers.mixers import (  # noqa: F401
     lightning,
     linear,
     mamba2,
+    mla,
     rebased,
     retention,
     rwkv6,

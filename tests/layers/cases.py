@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from layers.registry import MixerSpec, mixer_spec
-from tests.layers.formulas import attention, delta, polynomial, recurrent
+from tests.layers.formulas import attention, delta, latent, polynomial, recurrent
 from tests.layers.formulas.mamba2 import mamba2
 from tests.layers.formulas.parts import CONTEXT
 
@@ -116,6 +116,15 @@ CASES = [
         mixer="softmax",
         formula=attention.softmax,
         options={"rope_fraction": 0.0, "gate": "head", "sinks": True, "conv": 3},
+    ),
+    Case(mixer="mla", formula=latent.mla),
+    Case(
+        mixer="mla",
+        formula=latent.mla,
+        options={"head_dim": 5, "value_dim": 3, "rope_dim": 4, "rotate": False, "gate": "channel"},
+    ),
+    Case(
+        mixer="mla", formula=latent.mla, options={"head_dim": 4, "rank": 7, "q_rank": 9, "rope_dim": 2, "gate": "head"}
     ),
     Case(mixer="sliding_window", formula=attention.sliding_window),
     Case(mixer="sliding_window", formula=attention.sliding_window, options={"window": 5}),

@@ -150,17 +150,16 @@ def test_options_reach_the_blocks() -> None:
     assert ModelConfig().kv_heads is None and block_specs(ModelConfig())[0][1].kv_heads == 4
 
 
-def scaled(**options: Any) -> ModelConfig:
-    return ModelConfig(dim=16, depth=1, heads=2, ratio="1", rope_scaling=scaling(**options))
-
-
-def test_scaled_positions_reach_softmax_attention_and_decoding() -> None:
+@pytest.mark.parametrize("mixer", ["softmax", "sliding_window", "mla"])
+def test_scaled_positions_reach_softmax_attention_and_decoding(mixer: str) -> None:
+    config = ModelConfig(dim=16, depth=1, heads=2, pattern=[mixer], rope_scaling=scaling())
     text = torch.randint(256, (1, 12), generator=torch.Generator().manual_seed(0))
-    logits = HybridLM(scaled()).double()(text)
-    assert not torch.allclose(logits, HybridLM(replace(scaled(), rope_scaling=None)).double()(text))
-    got, _ = HybridLM(scaled()).double().prefill(text)
+    model = HybridLM(config).double()
+    logits = model(text)
+    assert not torch.allclose(logits, HybridLM(replace(config, rope_scaling=None)).double()(text))
+    _, cache = model.prefill(text[:, :-1])
+    got, _ = model.step(text[:, -1], cache)
     assert torch.allclose(got, logits[:, -1], atol=1e-12)
-    assert block_specs(scaled())[0][1].rope_scaling == scaling()
 
 
 def test_scaled_positions_of_a_recipe() -> None:

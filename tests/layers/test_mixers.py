@@ -151,6 +151,7 @@ def test_cost_is_what_is_counted(case: Case, dtype: torch.dtype, monkeypatch: py
     monkeypatch.setattr(hsp, "delta_rule", countable_delta_rule)
     monkeypatch.setattr(hsp, "short_conv", countable_short_conv)
     monkeypatch.setattr(hsp, "softmax_attention", countable_softmax_attention)
+    monkeypatch.setattr(hsp, "latent_attention", countable_latent_attention)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         mixer(x)
     assert cost.flops(length) * batch == counter.get_total_flops()
@@ -195,7 +196,7 @@ def countable_short_conv(x: Tensor, weight: Tensor, bias: Tensor | None, *, acti
     return torch.bmm(windows_DXW, weight[:, :, None])[..., 0].T.reshape(x.shape)
 
 
-def countable_softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, sinks, shard, window, backend) -> Tensor:  # type: ignore[no-untyped-def]
+def countable_softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, shard, window, backend, sinks=None) -> Tensor:  # type: ignore[no-untyped-def]
     """Each query against the keys that it sees, each product a batched matrix product, which the counter knows."""
     repeats = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(repeats, dim=2) for x in (k, v))
@@ -205,6 +206,13 @@ def countable_softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, sinks, shard
         seen = slice(max(0, t + 1 - (window or t + 1)), t + 1)
         outputs.append(torch.bmm(torch.bmm(q[:, t : t + 1], k[:, seen].mT).softmax(-1), v[:, seen]))
     return torch.cat(outputs, dim=1).unflatten(0, (-1, CONTEXT.heads)).transpose(1, 2)
+
+
+def countable_latent_attention(q, latent, rope_k, w_k, w_v, *, shard, causal, backend):  # type: ignore[no-untyped-def]
+    """Keys and values from two matrix products, then as softmax attention."""
+    k, v = ((latent @ w.flatten(0, 1).T).unflatten(-1, w.shape[:2]) for w in (w_k, w_v))
+    k = torch.cat([k, rope_k.unsqueeze(2).expand(*k.shape[:3], -1)], -1)
+    return countable_softmax_attention(q, k, v, shard=shard, window=None, backend=backend)
 
 
 @pytest.mark.parametrize("lower_bound", ["learned", "fixed", "none"])

@@ -36,7 +36,7 @@ def log_decays(mixer: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> 
         raise Decays(log_decay)
 
     with monkeypatch.context() as patch:
-        for operator in ("linear_attention", "delta_rule", "softmax_attention"):
+        for operator in ("linear_attention", "delta_rule", "softmax_attention", "latent_attention"):
             patch.setattr(hsp, operator, catch)
         try:
             mixer(x)
