@@ -155,7 +155,8 @@ ATTENTION_MUTANTS = [
         name="an operator that waits before it lets the next one start",
         file="hybrid_sp/ops/recurrence.py",
         old="        yield\n        # 3.",
-        new="        # 3.",
+        new="        if exchanged:\n            S_in, S_final = finish(call, exchange, token)\n"
+        "        exchanged = False\n        yield\n        # 3.",
         test=f"{STARTED}::test_all_exchanges_start_before_any_is_finished_forward_and_backward[2]",
     ),
     Mutant(
