@@ -8,7 +8,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hybrid_sp.backends import BACKENDS
 from hybrid_sp.shard import Shard
@@ -65,11 +65,9 @@ class BlockContext:
 class Mixer(Protocol):
     """Define the interface of a mixer, an nn.Module that moves information between tokens.
 
-    `output` is the projection that writes to the residual stream. With a cache, on one device, the tokens continue
-    those in the cache, and the new cache contains them too. `cost` includes the mixer's parameters.
+    Its nn.Linear called `output` writes to the residual stream. With a cache, on one device, the tokens continue those
+    in the cache, and the new cache contains them too. `cost` includes the mixer's parameters.
     """
-
-    output: nn.Linear
 
     def __call__(
         self, x_BTD: Tensor, shard: Shard | None = None, cache: LayerCache | None = None

@@ -178,7 +178,7 @@ def layout(recipe: Recipe) -> str:
     """Resolve ``parallel.layout``."""
     if recipe.parallel.layout != "auto":
         return recipe.parallel.layout
-    return "zigzag" if "softmax" in expand_pattern(recipe.model) else "contiguous"
+    return "zigzag" if "N" in pattern_letters(expand_pattern(recipe.model)) else "contiguous"
 
 
 def sequence_parallel(recipe: Recipe, group: Group) -> hsp.SequenceParallel:

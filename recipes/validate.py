@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from hybrid_sp.backends import BACKENDS
 from hybrid_sp.baselines.head_parallel import HEAD_PARALLEL
 from hybrid_sp.shard import CHECKS, KINDS
-from layers.config import block_specs, expand_pattern, model_facts
+from layers.config import mixer_specs, model_facts
 from layers.registry import mixer_cost
 from recipes.config import NAME_BYTES, Recipe, RecipeError, layout, sequence_parallel
 
@@ -153,7 +153,7 @@ def _validate_choices(recipe: Recipe) -> None:
 def _validate_strategies(recipe: Recipe, sp: int) -> None:
     """Check that every strategy fits the blocks: their (key) heads can be cut, and their decays are supported."""
     linear, softmax = recipe.parallel.linear, recipe.parallel.softmax
-    for name, (spec, context) in zip(expand_pattern(recipe.model), block_specs(recipe.model), strict=True):
+    for name, spec, context in mixer_specs(recipe.model):
         facts = mixer_cost(spec, context)
         # Count the heads of keys: no kind has fewer, and they divide the heads of values and queries.
         for kind, strategy, heads in (
@@ -183,7 +183,7 @@ def _validate_model(recipe: Recipe) -> None:
         model_facts(model)
     except ValueError as error:
         raise RecipeError(f"model: {error}") from error
-    facts = [mixer_cost(spec, context) for spec, context in block_specs(model)]
+    facts = [mixer_cost(spec, context) for _, spec, context in mixer_specs(model)]
     transitions = [summary.transition for fact in facts for summary in fact.summaries]
     linear = ["delta_rule" if transition == "matrix" else "linear_attention" for transition in transitions]
     operators = sorted({*linear, *("softmax_attention" for fact in facts if fact.attention)})

@@ -15,6 +15,7 @@ from typing import Any
 
 import hybrid_sp
 from hybrid_sp.comm.link import Link
+from layers.moe import MoEConfig
 from layers.registry import MIXERS
 from recipes.config import Recipe
 
@@ -148,7 +149,20 @@ model.kv_heads: int | None = None
 model.linear: str = 'lightning'
 model.ratio: str = '1/4'
 model.pattern: Any = None
+model.side_by_side: Literal['sum', 'mean'] = 'sum'
 model.mlp_dim: int | None = None
+model.mlp: Literal['swiglu', 'relu2'] = 'swiglu'
+model.moe: MoEConfig | None = None
+model.moe.experts: int = 8
+model.moe.active: int = 2
+model.moe.dim: int | None = None
+model.moe.shared: int = 0
+model.moe.shared_gate: bool = False
+model.moe.router: Literal['softmax', 'sigmoid'] = 'softmax'
+model.moe.normalize: bool = True
+model.moe.scale: float = 1.0
+model.moe.bias_rate: float = 0.0
+model.moe.auxiliary: float = 0.0
 model.tie_embeddings: bool = False
 model.norm_eps: float = 1e-06
 model.rope_base: float = 10000.0
@@ -280,7 +294,7 @@ def names() -> Iterator[str]:
 
 
 def keys(section: Any, prefix: str = "") -> Iterator[str]:
-    """The keys of a section, of the sections in it, of a link, and of every mixer's options."""
+    """The keys of a section, of the sections in it, of a link, of experts, and of every mixer's options."""
     for field in dataclasses.fields(section):
         made = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
         key = f"{prefix}{field.name}"
@@ -291,8 +305,9 @@ def keys(section: Any, prefix: str = "") -> Iterator[str]:
         if key == "model.mixers":
             for name, spec in sorted(MIXERS.items()):
                 yield from keys(spec, f"{key}.{name}.")
-        if key == "parallel.link":
-            yield from keys(Link, f"{key}.")
+        for section_key, section_type in (("parallel.link", Link), ("model.moe", MoEConfig)):
+            if key == section_key:
+                yield from keys(section_type, f"{key}.")
 
 
 def by_name(text: str) -> dict[str, str]:
