@@ -46,22 +46,28 @@ class Balance:
         local_LE = torch.stack([one.counts_E for one in routing])
         message = torch.cat([local_LE.flatten(), valid.reshape(1).to(local_LE.dtype)])
         message = collectives.all_reduce(message, self.group, tag="routing")
-        counts_LE, m = message[:-1].view_as(local_LE), message[-1]
+        counts_LE, m = message[:-1].view_as(local_LE), message[-1].double()
         self.counts_LE = counts_LE if self.counts_LE is None else self.counts_LE + counts_LE
         config = self.experts[0].config
         p_LE = torch.stack([one.probabilities_E for one in routing])
         pairs = counts_LE.sum(-1, keepdim=True).to(p_LE.dtype)  # K N
         shares_LE = counts_LE / pairs * (config.active / pairs)
-        return m * config.auxiliary * config.experts * (shares_LE * p_LE).sum()
+        return config.auxiliary * config.experts * m * (shares_LE * p_LE).sum()
+
+    def busiest(self) -> Tensor:
+        """Return the load of the busiest expert of all blocks in this step, over the mean load of its block."""
+        counts_LE = self._counts()
+        return (counts_LE * counts_LE.shape[-1] / counts_LE.sum(-1, keepdim=True).double()).max()
 
     @torch.no_grad()
-    def step(self) -> Tensor:
-        """Move the biases by the counts of the step, and return the load of the busiest expert over the mean load."""
-        assert self.counts_LE is not None, "no loss was computed since the last step"
-        counts_LE, self.counts_LE = self.counts_LE, None
-        total_L = counts_LE.sum(-1, keepdim=True)
-        above_LE = torch.sign(counts_LE * counts_LE.shape[-1] - total_L)
+    def step(self) -> None:
+        """Move the biases by the counts of the step, and begin to count anew."""
+        counts_LE, self.counts_LE = self._counts(), None
+        above_LE = torch.sign(counts_LE * counts_LE.shape[-1] - counts_LE.sum(-1, keepdim=True))
         for one, above_E in zip(self.experts, above_LE, strict=True):
             if one.config.bias_rate:
-                one.bias -= one.config.bias_rate * above_E
-        return (counts_LE * counts_LE.shape[-1] / total_L).max()
+                one.bias -= one.config.bias_rate * above_E.to(one.bias.dtype)
+
+    def _counts(self) -> Tensor:
+        assert self.counts_LE is not None, "no loss was computed since the last step"
+        return self.counts_LE

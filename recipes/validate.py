@@ -13,6 +13,7 @@ from layers.config import mixer_specs, model_facts
 from layers.registry import mixer_cost
 from recipes.config import NAME_BYTES, Recipe, RecipeError, layout, sequence_parallel
 
+BYTES = 256  # the words of the data
 SEEDS = 10**13  # the largest seed: every rank derives its own from it, within torch's 64 bits
 
 
@@ -48,10 +49,23 @@ def mesh_shape(recipe: Recipe, world: int) -> tuple[int, int]:
 
 
 def validate(recipe: Recipe, world: int) -> None:
-    """Raise RecipeError for values that cannot work together; this needs no process group.
+    """Raise RecipeError for a recipe that cannot be trained; this needs no process group.
 
     ``world`` is the number of processes. The message names the key, the value and what to change.
     """
+    if said := untrainable(recipe):
+        raise RecipeError(said)
+    validate_shape(recipe, world)
+
+
+def untrainable(recipe: Recipe) -> str:
+    """Say why a sound model cannot be trained by this program on any machine; empty if it can."""
+    vocab = recipe.model.vocab
+    return f"model.vocab={vocab} must be 256: the data are bytes" if vocab != BYTES else ""
+
+
+def validate_shape(recipe: Recipe, world: int) -> None:
+    """Raise RecipeError for values that cannot work together, as `validate` does, but let any vocabulary pass."""
     _require(
         re.fullmatch(r"[\w.=-]+(/[\w.=-]+)*", recipe.name) is not None and ".." not in recipe.name,
         f"name={recipe.name!r}",
@@ -178,7 +192,6 @@ def _validate_strategies(recipe: Recipe, sp: int) -> None:
 
 def _validate_model(recipe: Recipe) -> None:
     model = recipe.model
-    _require(model.vocab == 256, f"model.vocab={model.vocab}", "must be 256: the data are bytes")
     try:
         model_facts(model)
     except ValueError as error:
