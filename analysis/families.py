@@ -25,7 +25,8 @@ from layers.recurrence import RecurrentMixer
 from layers.registry import BlockContext, MixerSpec, mixer_cost
 
 FAMILIES = (
-    "no decay", "polynomial features", "fixed decay", "scalar gate", "vector gate", "delta rule", "softmax",
+    "convolution", "no decay", "polynomial features", "fixed decay", "scalar gate", "vector gate", "delta rule",
+    "softmax",
 )  # fmt: skip
 DECAYS = {"none": "no decay", "fixed": "fixed decay", "scalar": "scalar gate", "vector": "vector gate"}
 LEGEND = (
@@ -37,12 +38,14 @@ Block = tuple[MixerSpec, BlockContext]
 
 
 def family(spec: MixerSpec, context: BlockContext) -> str:
-    """Name the mixer's family: the kind of its decay, or softmax, the delta rule or polynomial features instead."""
+    """Name the mixer's family: the kind of its decay, or what it is instead."""
     with torch.device("meta"):
         mixer = spec.build(context)
     facts = mixer.cost()
     if facts.attention:
         return "softmax"
+    if not facts.summaries:
+        return "convolution"
     (summary,) = facts.summaries
     if summary.transition == "matrix":
         return "delta rule"
@@ -56,7 +59,7 @@ def state(facts: Cost) -> str:
     if not facts.attention:
         return f"{facts.state:,}"
     return ", ".join(
-        f"{one.cache:,} a token" if one.window is None else f"{one.cache * one.window:,}" for one in facts.attention
+        f"{one.row:,} a token" if one.window is None else f"{one.row * one.window:,}" for one in facts.attention
     )
 
 

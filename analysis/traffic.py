@@ -138,7 +138,7 @@ def volume(facts: Cost, cut: Setting, rank: int = 0, again: bool = False) -> Vol
     halos = [(one.tokens, one.channels, False) for one in facts.halos]
     for keys in facts.attention:
         if keys.window is not None and _as_halo(keys, cut):
-            halos.append((keys.window - 1, 2 * keys.kv_heads * keys.width, not cut.keep_kv))
+            halos.append((keys.window - 1, keys.row, not cut.keep_kv))
             continue
         there, back = _softmax(keys, cut)
         forward, backward = forward + there, backward + back
@@ -158,7 +158,9 @@ def _linear(summary: Summary, cut: Setting, rank: int) -> tuple[int, int]:
     keys, values = groups * summary.key, heads * summary.value
     numbers = (keys, keys, values, values)
     gates, decays = heads * summary.gates, heads * transition_elements(summary.transition, summary.key)
-    sizes = TokenSizes(cut.P, cut.layout, cut.B, cut.L, *numbers, cut.kv_bytes, gates, decays, heads, groups)
+    sizes = TokenSizes(
+        cut.P, cut.layout, cut.B, summary.steps * cut.L, *numbers, cut.kv_bytes, gates, decays, heads, groups
+    )
     return BASELINES["linear"][chosen].received(sizes)
 
 
@@ -170,8 +172,10 @@ def _sizes(summary: Summary, cut: Setting, wide: int = 1) -> Sizes:
 
 def _softmax(keys: Attention, cut: Setting) -> tuple[int, int]:
     """Compute the bytes of a softmax layer, unless its window travels as a halo."""
-    queries, kv_width = keys.heads * keys.width, keys.kv_heads * keys.width
-    numbers = (queries, kv_width, kv_width, queries)
+    queries, outputs = keys.heads * keys.width, keys.heads * keys.values
+    numbers = (queries, keys.kv_heads * keys.width, keys.kv_heads * keys.values, outputs)
+    if keys.latent and cut.softmax == "all_gather":
+        numbers = (queries, keys.latent, 0, outputs)
     sizes = TokenSizes(
         cut.P, cut.layout, cut.B, cut.L, *numbers, cut.kv_bytes,
         keep_kv=cut.keep_kv, heads=keys.heads, groups=keys.kv_heads,

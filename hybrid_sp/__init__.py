@@ -15,6 +15,7 @@ from .comm.ledger import ledger
 from .gradients import sum_gradients
 from .mesh import init_mesh
 from .ops.delta_rule import delta_rule
+from .ops.latent_attention import latent_attention
 from .ops.linear_attention import linear_attention
 from .ops.short_conv import short_conv, token_shift
 from .ops.softmax_attention import softmax_attention
@@ -29,6 +30,7 @@ __all__ = [
     "checkpoint_contexts",
     "delta_rule",
     "init_mesh",
+    "latent_attention",
     "ledger",
     "linear_attention",
     "short_conv",

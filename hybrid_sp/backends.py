@@ -3,6 +3,7 @@
     linear_attention    torch, everywhere; triton, our kernels
     delta_rule          torch, everywhere; fla, the passes of fla-core
     softmax_attention   torch, everywhere (on CUDA its flash kernels); flash_attn, the package of that name
+    latent_attention    the same
 
 The choice never changes the mathematics, and never depends on the packages that happen to be installed. If the chosen
 backend's package is missing, the error names it, and names backend="torch" as the way without.
@@ -25,6 +26,7 @@ BACKENDS = {
     "linear_attention": ("torch", "triton"),
     "delta_rule": ("torch", "fla"),
     "softmax_attention": ("torch", "flash_attn"),
+    "latent_attention": ("torch", "flash_attn"),
 }
 INSTALL = {"triton": "triton", "fla": "fla-core", "flash_attn": "flash-attn"}  # the package that each backend needs
 OLDEST = (8, 0)  # least compute capability of the kernels
@@ -56,7 +58,7 @@ def select_backend(operator: str, requested: str, x: Tensor, *widths: int, only_
     other = names[1]
     why_not = only_torch or _unfit(other, x.device, x.dtype, max(widths))
     if requested == "auto":
-        choice = "torch" if why_not or operator == "softmax_attention" else other
+        choice = "torch" if why_not or other == "flash_attn" else other
         _say(operator, choice, f"{other} {why_not}" if why_not else "")
         return choice
     if why_not:

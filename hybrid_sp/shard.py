@@ -188,6 +188,7 @@ class Shard:
                 sequence is one document, and may be a batch
     calls       numbers the operator calls on this shard
     agreement   the comparison of the shard's arguments between ranks; None: they are not compared
+    unit        consecutive tokens that no cut parts, a divisor of the length
     """
 
     sp: SequenceParallel
@@ -195,6 +196,7 @@ class Shard:
     cu_seqlens: tuple[int, ...] | None = None
     calls: Iterator[int] = field(default_factory=itertools.count, repr=False)
     agreement: Agreement | None = field(default=None, repr=False)
+    unit: int = 1
     _plans: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -217,7 +219,15 @@ class Shard:
     def bounds(self) -> tuple[int, ...]:
         """Return the first token of every span of the sequence, and L."""
         count = self.sp.size * len(spans_of(0, self.sp.size, self.sp.layout))
-        return tuple(i * self.length // count for i in range(count + 1))
+        return tuple(i * (self.length // self.unit) // count * self.unit for i in range(count + 1))
+
+    def stretched(self, steps: int) -> Shard:
+        """Return the shard of a sequence with `steps` tokens in the place of each, on its rank and in its document.
+
+        Its operator calls are numbered with those of this shard.
+        """
+        bounds = None if self.cu_seqlens is None else tuple(steps * bound for bound in self.cu_seqlens)
+        return Shard(self.sp, steps * self.length, bounds, self.calls, self.agreement, steps * self.unit)
 
     @property
     def span_count(self) -> int:

@@ -15,7 +15,8 @@ class LayerCache:
 
     A linear mixer keeps tensors of constant size. First come the last inputs of its short convolution or token shift,
     [B, W-1, channels] in the model's dtype. Then comes its state S_BHKV, with z_BHK if it has a normaliser.
-    Softmax attention keeps the keys and values [B, tokens, G, K] of every token, or of the last `window` tokens.
+    Softmax attention keeps the keys and values [B, tokens, G, K] of every token, or of the last `window` tokens, after
+    the inputs of its convolution if it has one.
     """
 
     position: int

@@ -18,6 +18,7 @@ from layers.moe import MoEConfig
 from layers.pattern import Layer, expand
 from layers.pattern import pattern_letters as pattern_letters
 from layers.registry import MIXERS, BlockContext, MixerSpec, mixer_spec, unknown
+from layers.rotary import RopeScaling
 from layers.side_by_side import SideBySideSpec
 
 
@@ -40,6 +41,7 @@ class ModelConfig:
     tie_embeddings: bool = False
     norm_eps: float = 1e-6
     rope_base: float = 10000.0
+    rope_scaling: RopeScaling | None = None  # of softmax attention, to read longer sequences than in earlier training
     mixers: dict[str, dict[str, Any]] = field(  # options of mixers by name: {gla: {expand_k: 1.0}}
         default_factory=dict, metadata={"kind": lambda name: MIXERS.get(name, Any)}
     )
@@ -76,6 +78,8 @@ def block_specs(config: ModelConfig) -> list[BlockSpec]:
     for name in ("norm_eps", "rope_base"):
         if getattr(config, name) <= 0:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be greater than 0")
+    if config.rope_scaling is not None:
+        config.rope_scaling.check()
     backends = {"auto", *itertools.chain(*BACKENDS.values())}
     if config.backend not in backends:
         raise unknown("backend", config.backend, backends)
@@ -92,6 +96,7 @@ def block_specs(config: ModelConfig) -> list[BlockSpec]:
         depth=config.depth,
         norm_eps=config.norm_eps,
         rope_base=config.rope_base,
+        rope_scaling=config.rope_scaling,
         backend=config.backend,
     )
     return [

@@ -15,13 +15,14 @@ from layers.cost import Halo
 
 
 class ShortConv(nn.Module):
-    """Compute y_t = silu(sum over i < W of weight[:, i] * x_(t-W+1+i) + bias).
+    """Compute y_t = f(sum over i < W of weight[:, i] * x_(t-W+1+i) + bias), where f is silu, or with None the identity.
 
     Before the first token of a document, x is 0.
     """
 
-    def __init__(self, channels: int, width: int, *, bias: bool = False) -> None:
+    def __init__(self, channels: int, width: int, *, bias: bool = False, activation: str | None = "silu") -> None:
         super().__init__()
+        self.activation = activation
         self.weight = nn.Parameter(torch.empty(channels, width))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
         self.reset_parameters()
@@ -43,7 +44,9 @@ class ShortConv(nn.Module):
         self, x_BTC: Tensor, shard: Shard | None = None, state: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Return y_BTC, and the state after these tokens if a state is given."""
-        convolve: Callable[..., Any] = partial(hsp.short_conv, x_BTC, self.weight, self.bias, activation="silu")
+        convolve: Callable[..., Any] = partial(
+            hsp.short_conv, x_BTC, self.weight, self.bias, activation=self.activation
+        )
         if state is None:
             return convolve(shard=shard), None
         return convolve(initial_state=state, return_final_state=True)

@@ -20,13 +20,20 @@ class Attention:
 
     heads: int  # of queries
     kv_heads: int  # of keys and values
-    width: int  # of a head
+    width: int  # of a key
+    value: int | None = None  # of a value; None: as wide as a key
+    latent: int = 0  # numbers of a token from which all keys and values are made; 0: they are not
     window: int | None = None
 
     @property
-    def cache(self) -> int:
-        """The numbers that decoding keeps per token, a key and a value per head, in the model's dtype."""
-        return 2 * self.kv_heads * self.width
+    def values(self) -> int:
+        """The width of a value."""
+        return self.width if self.value is None else self.value
+
+    @property
+    def row(self) -> int:
+        """The numbers of a token that others read: a key and a value per head, or the latent."""
+        return self.latent or self.kv_heads * (self.width + self.values)
 
     def keys(self, length: int) -> int:
         """Count the keys that the last of `length` tokens sees."""
@@ -36,7 +43,7 @@ class Attention:
         """Count the FLOPs over `length` tokens: q k^T and p v of every visible pair of a query and a key."""
         keys = self.keys(length)
         pairs = keys * (keys + 1) // 2 + (length - keys) * keys
-        return 4 * self.heads * self.width * pairs
+        return 2 * self.heads * (self.width + self.values) * pairs
 
 
 STATE_BYTES = 4  # fp32, in which states and gradients travel
@@ -59,8 +66,8 @@ class Summary:
     """Describe the message about one span of a recurrence: per head a state [key, value] and a transition.
 
     The transition is none, fixed (neither is sent), scalar, vector or matrix. `normalize` adds a state [key].
-    Baselines send tokens instead. Their queries and keys have `groups` heads, or with None as many as the values.
-    Their log decays and beta are `gates` numbers per token and value head.
+    Baselines send tokens instead, `steps` for each of the model's. Their queries and keys have `groups` heads, or with
+    None as many as the values. Their log decays and beta are `gates` numbers per token and value head.
     """
 
     heads: int
@@ -70,6 +77,7 @@ class Summary:
     normalize: bool = False
     groups: int | None = None
     gates: int = 0
+    steps: int = 1
 
     @property
     def numbers(self) -> tuple[int, int]:
@@ -128,7 +136,7 @@ class Cost:
     def state_bytes(self, batch: int, length: int, dtype: torch.dtype = torch.float32) -> int:
         """Count the bytes of the decoding cache of `batch` sequences of `length` tokens, for a model of this dtype."""
         wide = torch.promote_types(dtype, torch.float32)
-        narrow = self.conv_state + sum(part.cache * part.keys(length) for part in self.attention)
+        narrow = self.conv_state + sum(part.row * part.keys(length) for part in self.attention)
         return batch * (self.state * wide.itemsize + narrow * dtype.itemsize)
 
 

@@ -6,7 +6,7 @@ A mixer supplies its shape, and a rule that turns queries, keys and values into 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from layers.conv import ShortConv
 from layers.cost import Cost, Summary, count_parameters
 from layers.norm import HeadNorm
 from layers.projection import HeadProjection, Sizes, channels, cut_heads
-from layers.registry import BlockContext
+from layers.registry import BlockContext, MixerSpec
 from layers.rotary import token_positions
 
 
@@ -30,8 +30,8 @@ class MixerShape:
     """Describe a linear mixer: its sizes, its recurrence, and the norm and gate of its output.
 
     The state is S_BHKV, with z_BHK if `normalize` divides the output by a sum of features. Other outputs grow with the
-    number of tokens and therefore pass through an RMSNorm: per head with one weight [V]; with `joint_norm` over all
-    heads with a weight [H*V]; with `group_norm` over the heads that share a key, with a weight [H*V].
+    number of tokens and therefore pass through an RMSNorm. `norm` names the heads that it takes together: head (one
+    weight [V] for all heads), group (the heads that share a key) or all. The last two have a weight [H*V].
     """
 
     heads: int  # of values, decays and states
@@ -42,14 +42,14 @@ class MixerShape:
     conv: int = 0  # tokens that the short convolution of queries, keys and values reads; 0: none
     conv_bias: bool = False
     decay: str = "none"  # none, fixed (per head), scalar (per head and token) or vector (over K as well)
+    steps: int = 1  # updates of the state per token, each with a key and a value; the last one reads
     delta: bool = False  # whether a write replaces the value under its key, by the delta rule, or adds to it
     scale: float | None = None  # of queries; None: K**-0.5
     gate: Callable[[Tensor], Tensor] | None = None  # the activation of the output gate
     gate_rank: int = 0  # inner channels of a gate of two matrices; 0: one matrix
     gate_first: bool = False  # norm(o * gate) instead of norm(o) * gate
     normalize: bool = False
-    joint_norm: bool = False
-    group_norm: bool = False
+    norm: str = "head"  # head, group or all
 
     @property
     def key_heads(self) -> int:
@@ -60,22 +60,21 @@ class MixerShape:
     def qkv(self) -> Sizes:
         """The (heads, width) of the projected query, key and value."""
         width = self.key if self.features is None else self.features
-        return [(self.key_heads, width), (self.key_heads, width), (self.heads, self.value)]
+        return [(self.key_heads, width), (self.steps * self.key_heads, width), (self.steps * self.heads, self.value)]
 
     @property
     def norm_heads(self) -> int:
         """The number of heads in one output norm; 0 with a normaliser, which replaces the norm."""
         if self.normalize:
             return 0
-        if self.group_norm:
-            return self.heads // self.key_heads
-        return self.heads if self.joint_norm else 1
+        return {"head": 1, "group": self.heads // self.key_heads, "all": self.heads}[self.norm]
 
 
 class RecurrenceInputs(NamedTuple):
     """Hold the output of a rule: the arguments of hsp.delta_rule if beta is given, else of hsp.linear_attention.
 
-    `skip` is added to the operator's output.
+    A shape with `steps` has so many tokens here for each of the input's, one after the other. `skip` is added to the
+    output.
     """
 
     q: Tensor  # [B,T,G,K]
@@ -84,7 +83,32 @@ class RecurrenceInputs(NamedTuple):
     log_decay: Tensor | None = None  # [H], [B,T,H] or [B,T,H,K]
     beta: Tensor | None = None  # [B,T,H]
     bonus: Tensor | None = None  # [H,K]
-    skip: Tensor | None = None  # [B,T,H,V]
+    skip: Tensor | None = None  # [B,T,H,V], of the input's tokens
+
+
+Rule = Callable[..., RecurrenceInputs]  # of x_BTD, q, k, v and positions_T
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecurrentSpec(MixerSpec):
+    """Hold the options of every mixer that is a recurrence. A mixer's own spec adds its shape and its rule."""
+
+    heads: int = 0  # of values, decays and states; 0: the model's
+    head_dim: int = 0  # width of a head, before it is expanded; 0: dim / heads
+    conv: int = 0  # tokens that the short convolution of queries, keys and values reads; 0: none, and no SiLU
+
+    def shape(self, context: BlockContext) -> MixerShape:
+        """Return the sizes of the mixer. The option `conv` is added to them."""
+        raise NotImplementedError
+
+    def rule(self, context: BlockContext, shape: MixerShape) -> Rule:
+        """Return what makes the inputs of the recurrence."""
+        raise NotImplementedError
+
+    def build(self, context: BlockContext) -> RecurrentMixer:
+        context = context.resized(self.heads, self.head_dim)
+        shape = replace(self.shape(context), conv=self.conv)
+        return RecurrentMixer(shape, context, self.rule(context, shape))
 
 
 class RecurrentMixer(nn.Module):
@@ -97,7 +121,7 @@ class RecurrentMixer(nn.Module):
     starts from a state and returns the next one.
     """
 
-    def __init__(self, shape: MixerShape, context: BlockContext, rule: Callable[..., RecurrenceInputs]) -> None:
+    def __init__(self, shape: MixerShape, context: BlockContext, rule: Rule) -> None:
         super().__init__()
         values = shape.heads * shape.value
         self.shape = shape
@@ -109,7 +133,7 @@ class RecurrentMixer(nn.Module):
         self.rule = rule
         self.norm: nn.Module = nn.Identity()
         if shape.norm_heads:
-            weights = shape.heads if shape.group_norm else shape.norm_heads
+            weights = 1 if shape.norm == "head" else shape.heads
             self.norm = HeadNorm(shape.norm_heads, weights, shape.value, context.norm_eps)
         if shape.gate_rank:
             self.gate = nn.Sequential(
@@ -138,10 +162,12 @@ class RecurrentMixer(nn.Module):
             transition="matrix" if shape.delta else shape.decay,
             normalize=shape.normalize,
             groups=shape.groups,
+            steps=shape.steps,
             gates=shape.delta + {"scalar": 1, "vector": shape.key}.get(shape.decay, 0),
         )
         return count_parameters(self) + Cost(
-            recurrence_flops=(6 if shape.delta else 4) * matrix + 2 * normaliser,  # S + k^T v, q S, with delta k S; q z
+            # S + k^T v, q S, with delta k S; q z. Every step reads, though the output is that of the last alone.
+            recurrence_flops=shape.steps * ((6 if shape.delta else 4) * matrix + 2 * normaliser),
             state=matrix + normaliser,
             summaries=(summary,),
             halos=(self.conv.halo,) if shape.conv else (),
@@ -163,6 +189,7 @@ class RecurrentMixer(nn.Module):
         # 2. Let the rule make the inputs of the recurrence, and recur over the sequence or from the cached state.
         inputs = self.rule(x_BTD, *cut_heads(mixed_BTC, shape.qkv), positions_T)
         o_BTHV, state = self._recur(inputs, shard, state)
+        o_BTHV = o_BTHV.to(x_BTD.dtype)  # of a rule that widens its inputs
         if cache is not None:
             cache = cache.extended(x_BTD.shape[1], *([] if recent is None else [recent]), *state)
 
@@ -180,9 +207,10 @@ class RecurrentMixer(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return o_BTHV, and the state after these tokens if a state is given."""
         q, k, v, log_decay, beta, bonus, skip = inputs
+        steps = self.shape.steps
         recur: Any
         if beta is not None:
-            recur = partial(hsp.delta_rule, beta=beta)
+            recur = partial(hsp.delta_rule, beta=beta, steps=steps)
         else:
             recur = partial(hsp.linear_attention, bonus=bonus, normalize=self.shape.normalize)
         recur = partial(recur, q, k, v, log_decay=log_decay, scale=self.shape.scale, backend=self.backend)
@@ -193,4 +221,6 @@ class RecurrentMixer(nn.Module):
         else:
             o_BTHV, final = recur(initial_state=state[0], return_final_state=True)
             state = (final,)
+        if steps > 1:
+            o_BTHV = o_BTHV[:, steps - 1 :: steps]  # the last step of each token reads
         return o_BTHV if skip is None else o_BTHV + skip, state

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
@@ -14,6 +14,7 @@ from hybrid_sp.backends import BACKENDS
 from hybrid_sp.shard import Shard
 from layers.cache import LayerCache
 from layers.cost import Cost
+from layers.rotary import RopeScaling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,17 +28,27 @@ class BlockContext:
     depth: int  # number of blocks
     norm_eps: float
     rope_base: float
+    rope_scaling: RopeScaling | None = None
     backend: str = "auto"
+    head_dim: int | None = None  # None: dim / heads
+
+    def resized(self, heads: int, head_dim: int) -> BlockContext:
+        """Return this context with a mixer's own heads, and their width at `expand` 1.
+
+        0 heads are the model's. A head_dim of 0 is dim / heads.
+        """
+        return replace(self, heads=heads or self.heads, head_dim=head_dim or None)
 
     def width(self, expand: float = 1.0, *, option: str = "expand", even: bool = False) -> int:
-        """Divide `expand * dim` channels by the heads.
+        """Return `expand` times the width of a head: `expand * dim` channels, divided by the heads.
 
         `option` names the mixer's option in the ValueError for sizes that do not fit. `even` requires pairs to rotate.
         """
-        channels = self.dim * expand
+        channels = (self.dim if self.head_dim is None else self.head_dim * self.heads) * expand
         if channels < self.heads or channels % self.heads:
+            given = f"dim {self.dim}" if self.head_dim is None else f"head_dim {self.head_dim}"
             raise ValueError(
-                f"dim {self.dim} with {option} {expand:g} is {channels:g} channels, which {self.heads} heads cannot "
+                f"{given} with {option} {expand:g} is {channels:g} channels, which {self.heads} heads cannot "
                 f"share evenly; change dim or heads (or {option}) so that the channels are a multiple of the heads"
             )
         width = int(channels) // self.heads
@@ -143,4 +154,6 @@ def mixer_spec(name: str, **options: Any) -> MixerSpec:
                 f"option {option!r} of mixer {name!r} is {value!r}, a {type(value).__name__}; "
                 f"it must be a {type(default).__name__}, such as the default {default!r}"
             )
-    return MIXERS[name](**options)
+    spec = MIXERS[name](**options)
+    at_least(0, name, **{option: value for option, value in options.items() if type(value) is int})
+    return spec

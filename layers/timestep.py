@@ -18,14 +18,16 @@ class TimeStep(nn.Module):
     """Compute dt = softplus(project(x) + dt_bias) and log_decay = -exp(A_log) dt in fp32 (fp64 for fp64).
 
     Both are [B, T, heads], or [B, T, heads, width] with a `width`. `project` and dt_bias have one channel per number of
-    a token; A_log has one number per head.
+    a token; A_log has one number per head. A `lower_bound` below 0 bounds the decay instead, as in Kimi K3:
+
+        log_decay = lower_bound * sigmoid(exp(A_log) (project(x) + dt_bias))
     """
 
     _apply = keep_wide("A_log", "dt_bias")
 
-    def __init__(self, project: nn.Module, heads: int, width: int | None = None) -> None:
+    def __init__(self, project: nn.Module, heads: int, width: int | None = None, lower_bound: float = 0.0) -> None:
         super().__init__()
-        self.project, self.width = project, width
+        self.project, self.width, self.lower_bound = project, width, lower_bound
         self.A_log = nn.Parameter(torch.empty(heads))
         self.dt_bias = nn.Parameter(torch.empty(heads * (width or 1)))
         self.reset_parameters()
@@ -42,8 +44,9 @@ class TimeStep(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(x_BTD.dtype, torch.float32)
-        dt = F.softplus(self.project(x_BTD).to(wide) + self.dt_bias.to(wide))
+        step = self.project(x_BTD).to(wide) + self.dt_bias.to(wide)
         rate = self.A_log.to(wide).exp()
         if self.width is not None:
-            dt, rate = dt.unflatten(-1, (-1, self.width)), rate[:, None]
-        return dt, -rate * dt
+            step, rate = step.unflatten(-1, (-1, self.width)), rate[:, None]
+        dt = F.softplus(step)
+        return dt, self.lower_bound * torch.sigmoid(rate * step) if self.lower_bound < 0 else -rate * dt

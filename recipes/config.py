@@ -87,7 +87,7 @@ class ParallelConfig:
 
     dp: int = 1
     sp: int | None = None  # null: the number of processes divided by dp
-    layout: Literal["auto", "contiguous", "zigzag"] = "auto"  # auto: zigzag if any block is softmax
+    layout: Literal["auto", "contiguous", "zigzag"] = "auto"  # auto: zigzag if any block is softmax or mla
     linear: str = "all_gather"  # exchange of states in linear blocks; auto: the fastest on the link
     softmax: str = "all_gather"  # exchange of keys and values in softmax blocks
     kv_heads_per_gather: int | None = None  # key heads that a softmax block gathers at a time; null: all

@@ -17,6 +17,7 @@ import hybrid_sp
 from hybrid_sp.comm.link import Link
 from layers.moe import MoEConfig
 from layers.registry import MIXERS
+from layers.rotary import RopeScaling
 from recipes.config import Recipe
 
 NAMES = """
@@ -41,6 +42,7 @@ Shard(
     cu_seqlens: tuple[int, ...] | None = None,
     calls: Iterator[int] = <factory>,
     agreement: Agreement | None = None,
+    unit: int = 1,
 ) -> None
 Shard.boundaries -> tuple[int, ...]
 Shard.bounds -> tuple[int, ...]
@@ -66,6 +68,7 @@ Shard.span_lengths -> tuple[int, ...]
 Shard.spans -> list[tuple[int, int]]
 Shard.spans_at(self, rank: int) -> list[tuple[int, int]]
 Shard.split(self, x: Tensor, dim: int) -> Tensor
+Shard.stretched(self, steps: int) -> Shard
 Shard.take(self, x: Tensor, dim: int = 1) -> Tensor
 Shard.tokens -> int
 checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]
@@ -78,6 +81,7 @@ delta_rule(
     log_decay: Tensor | None = None,
     shard: Shard | None = None,
     scale: float | None = None,
+    steps: int = 1,
     initial_state: Tensor | None = None,
     return_final_state: bool = False,
     backend: str = 'auto',
@@ -91,6 +95,18 @@ init_mesh(
     eager: bool = False,
     gather_ctas: int | None = None,
 ) -> DeviceMesh
+latent_attention(
+    q: Tensor,
+    latent: Tensor,
+    rope_k: Tensor | None,
+    w_k: Tensor,
+    w_v: Tensor,
+    *,
+    shard: Shard | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    backend: str = 'auto',
+) -> Tensor
 ledger() -> Iterator[Ledger]
 linear_attention(
     q: Tensor,
@@ -122,6 +138,7 @@ softmax_attention(
     k: Tensor,
     v: Tensor,
     *,
+    sinks: Tensor | None = None,
     shard: Shard | None = None,
     causal: bool = True,
     window: int | None = None,
@@ -166,39 +183,109 @@ model.moe.auxiliary: float = 0.0
 model.tie_embeddings: bool = False
 model.norm_eps: float = 1e-06
 model.rope_base: float = 10000.0
+model.rope_scaling: RopeScaling | None = None
+model.rope_scaling.factor: float
+model.rope_scaling.original_length: int
+model.rope_scaling.beta_fast: float = 32.0
+model.rope_scaling.beta_slow: float = 1.0
 model.mixers: dict[str, dict[str, Any]] = {}
+model.mixers.based.heads: int = 0
+model.mixers.based.head_dim: int = 0
+model.mixers.based.conv: int = 0
 model.mixers.based.feature_dim: int = 16
+model.mixers.comba.heads: int = 0
+model.mixers.comba.head_dim: int = 0
+model.mixers.comba.conv: int = 4
+model.mixers.comba.expand_k: float = 0.75
+model.mixers.comba.expand_v: float = 1.5
+model.mixers.delta_net.heads: int = 0
+model.mixers.delta_net.head_dim: int = 0
+model.mixers.delta_net.conv: int = 4
 model.mixers.delta_net.expand_k: float = 1.0
 model.mixers.delta_net.expand_v: float = 1.0
-model.mixers.delta_net.conv: int = 4
 model.mixers.delta_net.output_gate: bool = False
 model.mixers.delta_net.negative_eigenvalues: bool = False
+model.mixers.gated_delta_net.heads: int = 0
+model.mixers.gated_delta_net.head_dim: int = 0
+model.mixers.gated_delta_net.conv: int = 4
 model.mixers.gated_delta_net.expand_k: float = 0.75
 model.mixers.gated_delta_net.expand_v: float = 1.5
 model.mixers.gated_delta_net.key_heads: int = 0
-model.mixers.gated_delta_net.conv: int = 4
 model.mixers.gated_delta_net.negative_eigenvalues: bool = False
+model.mixers.gated_delta_product.heads: int = 0
+model.mixers.gated_delta_product.head_dim: int = 0
+model.mixers.gated_delta_product.conv: int = 4
+model.mixers.gated_delta_product.steps: int = 2
+model.mixers.gated_delta_product.expand_k: float = 0.75
+model.mixers.gated_delta_product.expand_v: float = 1.5
+model.mixers.gated_delta_product.key_heads: int = 0
+model.mixers.gated_delta_product.negative_eigenvalues: bool = True
+model.mixers.gla.heads: int = 0
+model.mixers.gla.head_dim: int = 0
+model.mixers.gla.conv: int = 0
 model.mixers.gla.expand_k: float = 0.5
 model.mixers.gla.expand_v: float = 1.0
 model.mixers.gla.gate_rank: int = 16
 model.mixers.gla.temperature: float = 16.0
+model.mixers.hgrn2.heads: int = 0
+model.mixers.hgrn2.head_dim: int = 0
+model.mixers.hgrn2.conv: int = 0
 model.mixers.hgrn2.lower_bound: str = 'learned'
+model.mixers.kda.heads: int = 0
+model.mixers.kda.head_dim: int = 0
+model.mixers.kda.conv: int = 4
 model.mixers.kda.expand_k: float = 1.0
 model.mixers.kda.expand_v: float = 1.0
+model.mixers.kda.key_heads: int = 0
 model.mixers.kda.gate_rank: int = 0
-model.mixers.kda.conv: int = 4
+model.mixers.kda.full_rank: str = 'none'
+model.mixers.kda.gate_lower_bound: float = 0.0
 model.mixers.kda.negative_eigenvalues: bool = False
+model.mixers.lightning.heads: int = 0
+model.mixers.lightning.head_dim: int = 0
+model.mixers.lightning.conv: int = 0
+model.mixers.linear.heads: int = 0
+model.mixers.linear.head_dim: int = 0
+model.mixers.linear.conv: int = 0
 model.mixers.linear.feature_map: str = 'identity'
 model.mixers.linear.normalize: bool = False
+model.mixers.mamba2.heads: int = 0
+model.mixers.mamba2.head_dim: int = 0
+model.mixers.mamba2.conv: int = 4
 model.mixers.mamba2.expand: float = 2.0
 model.mixers.mamba2.state: int = 128
 model.mixers.mamba2.groups: int = 1
-model.mixers.mamba2.conv: int = 4
+model.mixers.mla.head_dim: int = 0
+model.mixers.mla.value_dim: int = 0
+model.mixers.mla.rope_dim: int = 0
+model.mixers.mla.rank: int = 0
+model.mixers.mla.q_rank: int = 0
+model.mixers.mla.rotate: bool = True
+model.mixers.mla.gate: str = 'none'
+model.mixers.rebased.heads: int = 0
+model.mixers.rebased.head_dim: int = 0
+model.mixers.rebased.conv: int = 0
 model.mixers.rebased.feature_dim: int = 16
+model.mixers.retention.heads: int = 0
+model.mixers.retention.head_dim: int = 0
+model.mixers.retention.conv: int = 0
 model.mixers.retention.expand_v: float = 2.0
 model.mixers.rwkv6.shift_rank: int = 32
 model.mixers.rwkv6.decay_rank: int = 64
+model.mixers.short_conv.conv: int = 3
+model.mixers.sliding_window.head_dim: int = 0
+model.mixers.sliding_window.conv: int = 0
+model.mixers.sliding_window.qk_norm: bool = False
+model.mixers.sliding_window.rope_fraction: float = 1.0
+model.mixers.sliding_window.gate: str = 'none'
+model.mixers.sliding_window.sinks: bool = False
 model.mixers.sliding_window.window: int = 128
+model.mixers.softmax.head_dim: int = 0
+model.mixers.softmax.conv: int = 0
+model.mixers.softmax.qk_norm: bool = False
+model.mixers.softmax.rope_fraction: float = 1.0
+model.mixers.softmax.gate: str = 'none'
+model.mixers.softmax.sinks: bool = False
 model.backend: str = 'auto'
 data.files: str | None = None
 data.validation: str | None = None
@@ -250,6 +337,12 @@ wandb.project: str = 'hybrid_sp'
 wandb.group: str | None = None
 """
 
+OPTIONAL = {  # sections that are none by default
+    "parallel.link": Link,
+    "model.rope_scaling": RopeScaling,
+    "model.moe": MoEConfig,
+}
+
 
 class _Text(str):
     """An annotation as it stands in the source."""
@@ -294,7 +387,7 @@ def names() -> Iterator[str]:
 
 
 def keys(section: Any, prefix: str = "") -> Iterator[str]:
-    """The keys of a section, of the sections in it, of a link, of experts, and of every mixer's options."""
+    """The keys of a section, of the sections in it, of optional ones, and of every mixer's options."""
     for field in dataclasses.fields(section):
         made = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
         key = f"{prefix}{field.name}"
@@ -305,9 +398,8 @@ def keys(section: Any, prefix: str = "") -> Iterator[str]:
         if key == "model.mixers":
             for name, spec in sorted(MIXERS.items()):
                 yield from keys(spec, f"{key}.{name}.")
-        for section_key, section_type in (("parallel.link", Link), ("model.moe", MoEConfig)):
-            if key == section_key:
-                yield from keys(section_type, f"{key}.")
+        if key in OPTIONAL:
+            yield from keys(OPTIONAL[key], f"{key}.")
 
 
 def by_name(text: str) -> dict[str, str]:

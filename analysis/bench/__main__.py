@@ -71,7 +71,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder = options.out / name
         folder.mkdir(parents=True, exist_ok=True)
         print(f"measuring {name}: minutes, on a machine that does nothing else ...", flush=True)
-        print(write(BENCHES[name](sizes, folder), facts, folder) + "\n", flush=True)
+        result = BENCHES[name](sizes, folder)
+        print(write(result, facts, folder) + "\n", flush=True)
+        if result.cut:
+            sys.exit(143)
 
 
 if __name__ == "__main__":

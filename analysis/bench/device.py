@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from analysis.bench.stopwatch import Stopwatch
+from hybrid_sp import backends
 from hybrid_sp.backends import interpreted
 
 
@@ -32,6 +33,21 @@ def device_facts() -> dict[str, Any] | None:
         "memory_bytes": device.total_memory,
         "cuda": torch.version.cuda,
     }
+
+
+def allow_any_triton() -> str:
+    """Let this process run kernels by a Triton that the engine refuses on a Hopper, and return a note on that, or "".
+
+    Checks and measurements of the kernels themselves find out what such a Triton does.
+    """
+    if not torch.cuda.is_available():
+        return ""
+    try:
+        backends.check_triton(torch.device("cuda"))
+    except ImportError as error:
+        backends.TRITON_ON_HOPPER = (0, 0, 0)
+        return f"this Triton is one that hybrid_sp refuses, and runs here all the same: {error}"
+    return ""
 
 
 class Ceilings(NamedTuple):

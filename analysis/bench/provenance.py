@@ -7,7 +7,7 @@ import sys
 import time
 from typing import Any
 
-from analysis.bench.device import device_facts
+from analysis.bench.device import allow_any_triton, device_facts
 from recipes import provenance as origin
 
 PACKAGES = ("triton", "fla-core", "flash-attn", "transformers")  # our kernels' compiler, and peers
@@ -22,5 +22,6 @@ def provenance(commit: str | None = None) -> dict[str, Any]:
         "versions": {name: found for name, found in origin.versions(PACKAGES).items() if found is not None},
         "machine": {**origin.machine(), "load_before": os.getloadavg()[0]},
         "device": device_facts(),
+        "note": allow_any_triton(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

@@ -54,6 +54,7 @@ class Result:
     body     the report's tables and paragraphs, in order
     facts    further entries of results.json
     figures  a function that draws the PNG, for each file name; it may import matplotlib
+    cut      whether a signal ended the measurements
     """
 
     title: str
@@ -63,6 +64,7 @@ class Result:
     claims: list[Claim]
     facts: Mapping[str, Any] = field(default_factory=dict)
     figures: Mapping[str, Callable[[], bytes]] = field(default_factory=dict)
+    cut: bool = False
 
 
 def growth(rows: Mapping[tuple[str, int], Row], name: str, lengths: Sequence[int]) -> Claim:
@@ -84,7 +86,8 @@ def write(result: Result, facts: Mapping[str, Any], folder: Path) -> str:
         numbers=frozenset({"measured"}),
     )
     closing = f"`{facts['command']}` at commit {facts['commit']}, torch {torch.__version__}{device}."
-    sections = [f"## {result.title}", *result.body, *([claims] if result.claims else []), closing]
+    notes = [facts["note"]] if facts.get("note") else []
+    sections = [f"## {result.title}", *notes, *result.body, *([claims] if result.claims else []), closing]
     report = "\n\n".join(as_markdown(one) if isinstance(one, Table) else one for one in sections)
     values = {**facts, **result.facts, "unit": result.unit, "rows": result.rows, "claims": result.claims}
     (folder / "report.md").write_text(report + "\n")

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=580.0, help="the time for everything (%(default)s)")
     parser.add_argument("--commit", help="the commit of this tree, if it is a copy without git")
     options = parser.parse_args(argv)
-    plan = one_device(options.out) if options.ranks == 1 else several_ranks(options.out, options.ranks, options.device)
+    plan = one_device(options.commit) if options.ranks == 1 else several_ranks(options.ranks, options.device)
     try:
         stages = chosen(plan, options.names)
     except ValueError as error:

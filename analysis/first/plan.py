@@ -5,16 +5,14 @@ Checks live in `tests/gpu`; each is a program with an exit code. `share` is set 
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from analysis.first.stages import Stage
+from analysis.first.stages import ROOT, Stage
 
-PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu/test_device.py", "--durations", "10")
-SPREAD = "--numprocesses=8"  # most of the time goes into compiling kernels
-CHECKS = {  # the ten of `tests/gpu/pair.py`
+CACHE = ROOT / "runs" / "gpu-cache"
+SHARES = {"syncs": 3.0, "loss": 1.5}  # kernels of all mixers are compiled; timeouts must pass
+CHECKS = {  # the ten of `tests.gpu.ranks.py`
     "start": "devices, collectives, rows of nothing",
     "parity": "every exchange, layout and form against the token loop in fp64",
     "auto": 'linear="auto" measures a link and ends',
@@ -28,33 +26,38 @@ CHECKS = {  # the ten of `tests/gpu/pair.py`
 }
 
 
-def one_device(out: Path) -> list[Stage]:
-    """Return the stages of one device."""
-    spread = [SPREAD] if importlib.util.find_spec("xdist") else []
-    on_device = _on_device(out)
+def one_device(commit: str | None) -> list[Stage]:
+    """Return the stages of one device. The commit is that of a copy without git."""
+    on_device = _on_device()
 
     def stage(name: str, about: str, share: float, *words: str, until: str = "") -> Stage:
         command = [sys.executable, *words]
         return Stage(name=name, about=about, command=command, share=share, environment=on_device, until=until)
 
     return [
-        stage("machine", "versions, drivers, devices", 10, "-m", "torch.utils.collect_env"),
+        stage("machine", "versions, drivers, devices", 10, "-m", "analysis.first.machine"),
         stage("compile", "kernels of all contenders", 0, "-m", "analysis.bench.gpu.compilation", until="tune"),
-        stage("correct", "every backend against fp64", 160, *PYTEST, *spread, "-k", "not memcheck"),
+        stage("correct", "every backend against fp64", 160, *_ptxas("--once", "--tests", "-k", "not memcheck")),
         stage("syncs", "no mixer stops the host, zigzag and packed", 40, "-m", "tests.gpu.syncs"),
         stage("memcheck", "small odd shapes under compute-sanitizer", 60, "-m", "tests.gpu.memcheck", "--watched"),
-        stage("ptxas", "the same kernels by two ptxas", 70, "-m", "tests.gpu.ptxas", "{folder}"),
-        stage("tune", "five launch parameters of each kernel", 110, *_bench("tune")),
-        stage("kernels", "speed beside fla-core and flash attention", 130, *_bench("kernels")),
+        stage("ptxas", "the same kernels by two ptxas", 70, *_ptxas()),
+        stage("tune", "five launch parameters of each kernel", 110, *_bench("tune", commit)),
+        stage("kernels", "speed beside fla-core and flash attention", 130, *_bench("kernels", commit)),
     ]
 
 
-def several_ranks(out: Path, ranks: int, device: str) -> list[Stage]:
+def several_ranks(ranks: int, device: str) -> list[Stage]:
     """Return the ten checks on several ranks, with a device each."""
-    environment = _on_device(out) if device == "cuda" else {}
-    command = [sys.executable, "-m", "tests.gpu.pair", "--ranks", str(ranks), "--device", device]
+    environment = _on_device() if device == "cuda" else {}
+    command = [sys.executable, "-m", "tests.gpu.ranks", "--ranks", str(ranks), "--device", device]
     return [
-        Stage(name=f"ranks-{name}", about=about, command=[*command, name], share=1, environment=environment)
+        Stage(
+            name=f"ranks-{name}",
+            about=about,
+            command=[*command, name],
+            share=SHARES.get(name, 1.0),
+            environment=environment,
+        )
         for name, about in CHECKS.items()
     ]
 
@@ -70,11 +73,18 @@ def chosen(stages: Sequence[Stage], names: Sequence[str]) -> list[Stage]:
     return [stage for stage in stages if not names or stage.name in names]
 
 
-def _bench(name: str) -> tuple[str, ...]:
-    return ("-m", "analysis.bench", name, "--out", "{folder}", "--seconds", "{seconds}")
+def _bench(name: str, commit: str | None) -> list[str]:
+    words = ["-m", "analysis.bench", name, "--out", "{folder}", "--seconds", "{seconds}"]
+    return [*words, "--commit", commit] if commit else words
 
 
-def _on_device(out: Path) -> dict[str, str]:
-    """Let Triton compile for the device, and all stages share what is compiled; make cuBLAS deterministic."""
-    cache = str((out / "cache").absolute())
-    return {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+def _ptxas(*words: str) -> tuple[str, ...]:
+    return "-m", "tests.gpu.ptxas", "{folder}", *words
+
+
+def _on_device() -> dict[str, str]:
+    """Let Triton compile for the device, and all stages share what is compiled; make cuBLAS deterministic.
+
+    The cache is no part of the results, which it would outweigh.
+    """
+    return {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(CACHE), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}

@@ -31,7 +31,7 @@ from analysis.tables import Table, as_markdown
 ROOT = Path(__file__).parents[2]
 LACKING = 77  # the exit code of a program that says what it needs and does not find here
 GRACE = 5.0  # seconds between asking a stage to end and killing it
-SHOWN = 20  # last lines of the log of a stage that did not pass
+SHOWN = 60  # last lines of the log of a stage that did not pass
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..checks import compute_dtype
 from ..comm import messages
 from ..comm.pending import Header, Pending
+from ..exchange.kv import columns
 from ..exchange.strategy import GRADIENT, TokenSizes, TokenStrategy
 from ..exchange.visible import tiles_by_rank
+from ..kernels.softmax.attend import add_sinks, empty_output, sinks_backward
 from ..kernels.softmax.tiled import attend_tiles, attend_tiles_backward
 from ..kernels.softmax.tiles import Tile
 from ..overlap import Call
@@ -81,10 +82,19 @@ class Ring:
 
 
 def ring_softmax(
-    q: Tensor, k: Tensor, v: Tensor, shard: Shard, causal: bool, window: int | None, scale: float, backend: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    shard: Shard,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    backend: str,
 ) -> Tensor:
-    """Compute softmax attention as in `softmax_attention`; q [B,T,H,D], k and v [B,T,G,D]."""
-    return _Softmax.apply(Call(shard, "softmax"), shard.once(tiles_by_rank, causal, window), q, k, v, scale, backend)
+    """Compute softmax attention as in `softmax_attention`; q [B,T,H,D], k [B,T,G,D], v [B,T,G,V], sinks [H]."""
+    tiles = shard.once(tiles_by_rank, causal, window)
+    return _Softmax.apply(Call(shard, "softmax"), tiles, q, k, v, sinks, scale, backend)
 
 
 class _Softmax(torch.autograd.Function):
@@ -92,42 +102,53 @@ class _Softmax(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, call: Call, tiles: list[list[Tile]], q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str
+        ctx: Any,
+        call: Call,
+        tiles: list[list[Tile]],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
+        scale: float,
+        backend: str,
     ) -> Tensor:
         ctx.call, ctx.tiles, ctx.scale, ctx.backend = call, tiles, scale, backend
-        o, lse = (q.new_empty(shape, dtype=compute_dtype(q)) for shape in (q.shape, q.shape[:3]))
+        o, lse = empty_output(q, v.shape[-1])
 
         # 1. Attend to a block, and merge by log-sum-exp.
         def visit(source: int, block: Block) -> None:
-            attend_tiles(tiles[source], o, lse, q, block[0][0], block[0][1], scale, backend)
+            k_, v_ = columns(block[0], (k, v))
+            attend_tiles(tiles[source], o, lse, q, k_, v_, scale, backend)
 
         # 2. Do so with every block that comes around.
-        block = (call.shard.pad(torch.stack([k, v]), 2),)
+        block = (call.shard.pad(torch.cat([k, v], -1), 1),)
         header = call.header("forward", "grad" if any(ctx.needs_input_grad) else "no grad")
         Ring(call, header, block).around(block, visit)
+        if sinks is not None:
+            add_sinks(o, lse, sinks)
         out = o.to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.save_for_backward(q, k, v, out, lse, sinks)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor) -> tuple[Any, ...]:
-        q, k, v, o, lse = ctx.saved_tensors
+        q, k, v, o, lse, sinks = ctx.saved_tensors
         call, tiles, scale = ctx.call, ctx.tiles, ctx.scale
         dq = torch.zeros_like(q, dtype=lse.dtype)
 
         # 1. Compute a block's gradients. dq stays here; dK and dV travel on with the block.
         def visit(source: int, block: Block) -> Tensor:
             d_kv = torch.zeros_like(block[0], dtype=lse.dtype)
-            grads = dq, d_kv[0], d_kv[1]
-            k_, v_ = block[0]
-            attend_tiles_backward(tiles[source], grads, do, q, k_, v_, o, lse, scale, ctx.backend)
+            (k_, v_), (dk, dv) = columns(block[0], (k, v)), columns(d_kv, (k, v))
+            attend_tiles_backward(tiles[source], (dq, dk, dv), do, q, k_, v_, o, lse, scale, ctx.backend)
             return d_kv
 
         # 2. Do so with every block that comes around; the gradients of the own block come home.
-        block = (call.shard.pad(torch.stack([k, v]), 2),)
-        dk, dv = Ring(call, call.header("backward"), block).collect(block, visit)[:, :, : k.shape[1]]
-        return None, None, dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
+        block = (call.shard.pad(torch.cat([k, v], -1), 1),)
+        dk, dv = columns(Ring(call, call.header("backward"), block).collect(block, visit)[:, : k.shape[1]], (k, v))
+        d_sinks = sinks_backward(do, o, lse, sinks).to(sinks.dtype) if ctx.needs_input_grad[5] else None
+        return None, None, dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), d_sinks, None, None
 
 
 def received(sizes: TokenSizes) -> tuple[int, int]:

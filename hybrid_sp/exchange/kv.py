@@ -7,9 +7,9 @@ the length.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from ..comm import collectives
@@ -20,63 +20,72 @@ from .strategy import GRADIENT, TokenSizes, TokenStrategy
 
 
 class KVExchange(Protocol):
-    """The exchange of one call of softmax attention: k, v [B,T,G,D] of this rank go out, [2,B,S,G,D] come in."""
+    """The exchange of one call of attention: rows x [B,T,G,...] of this rank go out, [B,S,G,...] come in.
 
-    def launch(self, header: Header, k: Tensor, v: Tensor) -> Pending:
-        """Launch; the result holds the K and V that this rank reads."""
+    A row is what a query needs of a token: its key and its value, or the latent from which both are made.
+    """
+
+    def launch(self, header: Header, x: Tensor) -> Pending:
+        """Launch; the result holds the rows that this rank reads."""
 
     def places(self, ranges: list[Range]) -> list[int]:
         """Return the place in the result at which each of this rank's ranges begins."""
 
-    def launch_backward(self, header: Header, d_kv: Tensor) -> Pending:
+    def launch_backward(self, header: Header, dx: Tensor) -> Pending:
         """Launch the way back of the result's gradient; its own result is for `add`."""
 
-    def add(self, dk: Tensor, dv: Tensor, received: Tensor) -> None:
-        """Add the gradients from other ranks' queries to dk and dv [B,T,G,D] of this rank, in place."""
+    def add(self, grads: Sequence[Tensor], received: Tensor) -> None:
+        """Add the gradients from other ranks' queries to those of this rank's rows, in place.
+
+        The columns of rows are divided among the tensors of `grads`.
+        """
 
 
 class AllGatherKV:
-    """The exchange of K and V of the whole sequence (arXiv 2407.21783, section 3.3.2; 2502.07563, algorithm 7)."""
+    """The exchange of the rows of the whole sequence (arXiv 2407.21783, section 3.3.2; 2502.07563, algorithm 7)."""
 
     def __init__(self, shard: Shard) -> None:
         self.shard = shard
 
-    def launch(self, header: Header, k: Tensor, v: Tensor) -> Pending:
-        sent = self.shard.pad(torch.stack([k, v]), 2)
-        gather = collectives.start_all_gather(sent, self.shard.sp.group, header)
-        return gather.then(lambda kv_P: self.shard.join(kv_P, 2))
+    def launch(self, header: Header, x: Tensor) -> Pending:
+        gather = collectives.start_all_gather(self.shard.pad(x, 1), self.shard.sp.group, header)
+        return gather.then(lambda x_P: self.shard.join(x_P, 1))
 
     def places(self, ranges: list[Range]) -> list[int]:
         return [first for first, _ in ranges]
 
-    def launch_backward(self, header: Header, d_kv: Tensor) -> Pending:
-        return collectives.start_reduce_scatter(self.shard.split(d_kv, 2), self.shard.sp.group, header)
+    def launch_backward(self, header: Header, dx: Tensor) -> Pending:
+        return collectives.start_reduce_scatter(self.shard.split(dx, 1), self.shard.sp.group, header)
 
-    def add(self, dk: Tensor, dv: Tensor, received: Tensor) -> None:
-        for grad, others in zip((dk, dv), received, strict=True):
+    def add(self, grads: Sequence[Tensor], received: Tensor) -> None:
+        for grad, others in zip(grads, columns(received, grads), strict=True):
             grad += others[:, : grad.shape[1]]
 
 
 class FetchKV:
-    """The exchange of K and V of the ranges that a plan asks for, one after the other."""
+    """The exchange of the rows of the ranges that a plan asks for, one after the other."""
 
     def __init__(self, plan: FetchPlan) -> None:
         self.plan = plan
 
-    def launch(self, header: Header, k: Tensor, v: Tensor) -> Pending:
-        picked = torch.stack([self.plan.pick(k), self.plan.pick(v)], 1)
-        return self.plan.fetch(header, picked).then(lambda rows: rows.permute(1, 2, 0, 3, 4))
+    def launch(self, header: Header, x: Tensor) -> Pending:
+        return self.plan.fetch(header, self.plan.pick(x)).then(lambda rows: rows.transpose(0, 1))
 
     def places(self, ranges: list[Range]) -> list[int]:
         lengths = [end - first for first, end in ranges]
         return [sum(lengths[:i]) for i in range(len(lengths))]
 
-    def launch_backward(self, header: Header, d_kv: Tensor) -> Pending:
-        return self.plan.give_back(header, d_kv.permute(2, 0, 1, 3, 4))
+    def launch_backward(self, header: Header, dx: Tensor) -> Pending:
+        return self.plan.give_back(header, dx.transpose(0, 1))
 
-    def add(self, dk: Tensor, dv: Tensor, received: Tensor) -> None:
-        self.plan.add(dk, received[:, 0])
-        self.plan.add(dv, received[:, 1])
+    def add(self, grads: Sequence[Tensor], received: Tensor) -> None:
+        for grad, others in zip(grads, columns(received, grads), strict=True):
+            self.plan.add(grad, others)
+
+
+def columns(x: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Cut the last dim of x into parts as wide as those tensors."""
+    return x.split([part.shape[-1] for part in like], -1)
 
 
 def received(sizes: TokenSizes) -> tuple[int, int]:

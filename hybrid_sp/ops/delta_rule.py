@@ -41,6 +41,7 @@ def delta_rule(
     log_decay: Tensor | None = None,
     shard: Shard | None = None,
     scale: float | None = None,
+    steps: int = 1,
     initial_state: Tensor | None = None,
     return_final_state: bool = False,
     backend: str = "auto",
@@ -63,6 +64,8 @@ def delta_rule(
                 (on fla's passes up to 1e-4)
     scale       a number, no tensor (its gradient would be lost); None is K**-0.5
     shard       this rank's part of the sequence (`SequenceParallel.shard`), None for one device
+    steps       tokens of q, k, v, beta and log_decay in the place of each token of the shard, one after the other:
+                several writes per token, as in DeltaProduct. T, also of o, counts them all
     initial_state       state before the first token of the sequence [B,H,K,V], equal on all ranks. Each rank's gradient
                         is its contribution: their sum is the gradient
     return_final_state  also return the state after the last token, equal on all ranks; backward sums the gradients that
@@ -76,8 +79,12 @@ def delta_rule(
     where the host does not look at values, -inf counts as the smallest float.
 
     Sources: the rule, arXiv 2102.11174, section 4.2; its chunkwise form, arXiv 2406.06484, section 3; decays, arXiv
-    2412.06464 ([B,T,H]) and 2510.26692 ([B,T,H,K]); the exchange, LASP-2, arXiv 2502.07563, algorithms 2 and 4.
+    2412.06464 ([B,T,H]) and 2510.26692 ([B,T,H,K]); steps, 2502.10297; the exchange,
+    LASP-2, arXiv 2502.07563, algorithms 2 and 4.
     """
+    require(steps >= 1, "delta_rule", f"steps must be at least 1, got {steps}")
+    if shard is not None and steps > 1:
+        shard = shard.once(Shard.stretched, steps)
     shard = default_shard(shard, q)
     _check(q, k, v, beta, log_decay, shard, initial_state)
     log_decay = floor_decays("delta_rule", log_decay, compute_dtype(q))

@@ -26,9 +26,10 @@ from torch.autograd.function import once_differentiable
 from ..backends import select_backend
 from ..baselines.head_parallel import HEAD_PARALLEL, run_head_parallel
 from ..baselines.ring_attention import ring_softmax
-from ..checks import compute_dtype, default_shard, public_operator, require
+from ..checks import default_shard, public_operator, require
+from ..exchange.kv import columns
 from ..exchange.visible import Mask, plan_mask
-from ..kernels.softmax.attend import select_kernel
+from ..kernels.softmax.attend import add_sinks, empty_output, select_kernel, sinks_backward
 from ..kernels.softmax.tiled import attend_tiles, attend_tiles_backward
 from ..overlap import Call
 from ..recompute import recorded
@@ -41,6 +42,7 @@ def softmax_attention(
     k: Tensor,
     v: Tensor,
     *,
+    sinks: Tensor | None = None,
     shard: Shard | None = None,
     causal: bool = True,
     window: int | None = None,
@@ -49,13 +51,15 @@ def softmax_attention(
 ) -> Tensor:
     """Compute softmax attention over the sequence of which `shard` holds this rank's tokens.
 
-        o_t = sum over s of softmax_s(scale * q_t . k_s) v_s
+        o_t = (sum over s of exp(scale * q_t . k_s) v_s) / (exp(sink) + sum over s of exp(scale * q_t . k_s))
 
-    The sum runs over the tokens s of t's document; where causal, s <= t; with a window also s > t - window.
+    The sums run over the tokens s of t's document; where causal, s <= t; with a window also s > t - window. Without
+    sinks exp(sink) is 0.
 
     q       [B,T,Hq,D]
-    k, v    [B,T,Hkv,D], Hq a multiple of Hkv; query head h reads key head h // (Hq // Hkv). K and V travel before heads
-            are repeated
+    k, v    [B,T,Hkv,D] and [B,T,Hkv,V], Hq a multiple of Hkv; query head h reads key head h // (Hq // Hkv). K and V
+            travel before heads are repeated
+    sinks   a logit per query head [Hq], a floating point tensor that every rank has; its gradient is this rank's part
     window  number of tokens that a token sees, itself included; needs causal. None sees all
     scale   a number, no tensor (its gradient would be lost); None is D**-0.5
     shard   this rank's part of the sequence, None for one device; there k and v may have their own length if
@@ -63,11 +67,11 @@ def softmax_attention(
     backend "torch" on CUDA is torch's flash kernel for bf16 and fp16, its memory-efficient one for fp32; "flash_attn"
             is the package flash-attn (2.7 and newer) or flash-attn-4, for bf16 and fp16 on CUDA. "auto" is "torch"
 
-    Returns o [B,T,Hq,D] in the dtype of q. The work of a window is T * window.
+    Returns o [B,T,Hq,V] in the dtype of q. The work of a window is T * window.
 
-    By the all-gather (`SequenceParallel.softmax`) each rank receives 2 (P-1) B T Hkv D numbers forward (dtype of k) and
-    as many backward (fp32, or fp64). keep_kv=False receives those of the forward twice. With a window or packed
-    documents a rank receives only the tokens that its spans see before them: forward at most 2 B (window-1) Hkv D
+    By the all-gather (`SequenceParallel.softmax`) each rank receives (P-1) B T Hkv (D+V) numbers forward (dtype of k)
+    and as many backward (fp32, or fp64). keep_kv=False receives those of the forward twice. With a window or packed
+    documents a rank receives only the tokens that its spans see before them: forward at most B (window-1) Hkv (D+V)
     numbers for each span. Backward it receives gradients for the tokens that others see of its own. If some rank sees
     all others' tokens, all ranks use the all-gather.
 
@@ -75,23 +79,24 @@ def softmax_attention(
     ImportError for a backend that is not installed. Both come before any communication.
 
     Sources: AllGather-KV, arXiv 2407.21783, section 3.3.2; arXiv 2502.07563, algorithm 7. The window is that of Mistral
-    (2310.06825, section 2).
+    (2310.06825, section 2), the sink that of gpt-oss (2508.10925) as a learned logit.
     """
     alone, shard = shard is None, default_shard(shard, q)
-    _check(q, k, v, shard, causal, window, alone)
-    backend = select_backend("softmax_attention", backend, q, q.shape[-1], q.shape[-1])
+    _check(q, k, v, sinks, shard, causal, window, alone)
+    backend = select_backend("softmax_attention", backend, q, q.shape[-1], v.shape[-1])
     select_kernel(q, backend)  # raises ImportError here, before any communication
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if shard.sp.softmax in HEAD_PARALLEL:
         one = functools.partial(softmax_attention, causal=causal, window=window, scale=scale, backend=backend)
-        return run_head_parallel("softmax_attention", one, shard, "softmax", {"q": q, "k": k, "v": v})
+        tokens: dict[str, Tensor | None] = {"q": q, "k": k, "v": v}
+        return run_head_parallel("softmax_attention", one, shard, "softmax", tokens, None, {"sinks": sinks})
     if shard.sp.softmax == "ring":
-        return ring_softmax(q, k, v, shard, causal, window, scale, backend)
+        return ring_softmax(q, k, v, sinks, shard, causal, window, scale, backend)
     mask = shard.once(plan_mask, causal, window, k.shape[1])
     keep = shard.sp.keep_kv and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     with Call(shard, "softmax") as call:
         groups = _groups(q, k, shard.sp.kv_heads_per_gather)
-        return _Attention.apply(_Schedule(call, mask, groups, scale, keep, backend), q, k, v)
+        return _Attention.apply(_Schedule(call, mask, groups, scale, keep, backend), q, k, v, sinks)
 
 
 _Grads = tuple[Tensor, Tensor, Tensor]  # gradients of q, k and v, in the precision of sums
@@ -132,9 +137,9 @@ class _Schedule:
     keep: bool
     backend: str
 
-    def forward(self, note: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, note: str, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, ...]:
         """Return o, its lse, and if `keep` the keys and values received for each group."""
-        o, lse = (q.new_empty(shape, dtype=compute_dtype(q)) for shape in (q.shape, q.shape[:3]))
+        o, lse = empty_output(q, v.shape[-1])
         kept: list[Tensor] = []
         # 1. Send the first group of key heads.
         self._send(0, note, k, v)
@@ -144,6 +149,9 @@ class _Schedule:
         for i in range(len(self.groups)):
             # 3. Wait for a group, send the next, attend to it, and merge by log-sum-exp.
             kept += self._rest(i, note, o, lse, q, k, v)
+        # 4. Let the sinks take their share of the denominator.
+        if sinks is not None:
+            add_sinks(o, lse, sinks)
         return o.to(q.dtype), lse, *kept
 
     def _send(self, i: int, note: str, k: Tensor, v: Tensor, again: bool = False) -> None:
@@ -151,7 +159,8 @@ class _Schedule:
         if i < len(self.groups):
             heads = self.groups[i]
             header = self.call.header("backward" if again else "forward", f"{note} {heads.note}".strip())
-            launch = functools.partial(self.mask.keys.launch, header, k[:, :, heads.keys], v[:, :, heads.keys])
+            rows = torch.cat([k[:, :, heads.keys].detach(), v[:, :, heads.keys].detach()], -1)
+            launch = functools.partial(self.mask.keys.launch, header, rows)
             self.call.launch("again" if again else "forward", launch)
 
     def _rest(self, i: int, note: str, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
@@ -161,7 +170,8 @@ class _Schedule:
         heads = self.groups[i].queries
         o, lse, q = (x[:, :, heads] for x in (o, lse, q))
         with self.call.phase("rest", "forward", q):
-            attend_tiles(self.mask.rest, o, lse, q, kv[0], kv[1], self.scale, self.backend)
+            k_, v_ = columns(kv, (k, v))
+            attend_tiles(self.mask.rest, o, lse, q, k_, v_, self.scale, self.backend)
         return [kv] if self.keep else []
 
     def _received(self) -> tuple[Tensor]:
@@ -206,10 +216,11 @@ class _Schedule:
         d_kv = torch.zeros_like(kv, dtype=lse.dtype)
         heads = self.groups[i]
         dq_, do_, q_, o_, lse_ = (x[:, :, heads.queries] for x in (grads[0], do, q, o, lse))
-        of_group = dq_, d_kv[0], d_kv[1]
+        (k_, v_), (dk, dv) = columns(kv, (k, v)), columns(d_kv, (k, v))
+        of_group = dq_, dk, dv
         with self.call.phase("rest", "backward", q):
-            attend_tiles_backward(self.mask.rest, of_group, do_, q_, kv[0], kv[1], o_, lse_, self.scale, self.backend)
-        del kv
+            attend_tiles_backward(self.mask.rest, of_group, do_, q_, k_, v_, o_, lse_, self.scale, self.backend)
+        del kv, k_, v_
         self._add(i - 1, grads, shared)
         if shared:
             header = self.call.header("backward", heads.note)
@@ -219,37 +230,57 @@ class _Schedule:
         """Wait for the gradients that other ranks' queries give to group i of the own keys, and add them."""
         if shared and i >= 0:
             heads = self.groups[i].keys
-            self.mask.keys.add(grads[1][:, :, heads], grads[2][:, :, heads], self.call.result("backward"))
+            self.mask.keys.add((grads[1][:, :, heads], grads[2][:, :, heads]), self.call.result("backward"))
 
 
 class _Attention(torch.autograd.Function):
     """The one node of the operator: backward is not the mirror image of forward, so `_Schedule` has both."""
 
     @staticmethod
-    def forward(ctx: Any, job: _Schedule, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(ctx: Any, job: _Schedule, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
         ctx.job = job
-        wanted = "".join(name for name, needed in zip("qkv", ctx.needs_input_grad[1:], strict=True) if needed)
-        run = functools.partial(job.forward, f"grad of {wanted}" if wanted else "no grad", q, k, v)
+        wanted = "".join(name for name, needed in zip("qkvs", ctx.needs_input_grad[1:], strict=True) if needed)
+        run = functools.partial(job.forward, f"grad of {wanted}" if wanted else "no grad", q, k, v, sinks)
         if job.keep:
             o, lse, *kept = run()
         else:  # keys are not kept to attend to again, so a checkpoint records the result
             o, lse, *kept = recorded(run)
             o = o.clone()
-        ctx.save_for_backward(q, k, v, o, lse, *kept)
+        ctx.save_for_backward(q, k, v, o, lse, sinks, *kept)
         return o
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor) -> tuple[Any, ...]:
-        q, k, v, o, lse, *kept = ctx.saved_tensors
-        grads = ctx.job.backward(do, (q, k, v, o, lse), kept, any(ctx.needs_input_grad[2:]))
-        return None, *(grad.to(do.dtype) for grad in grads)
+        q, k, v, o, lse, sinks, *kept = ctx.saved_tensors
+        grads = ctx.job.backward(do, (q, k, v, o, lse), kept, any(ctx.needs_input_grad[2:4]))
+        d_sinks = sinks_backward(do, o, lse, sinks).to(sinks.dtype) if ctx.needs_input_grad[4] else None
+        return None, *(grad.to(do.dtype) for grad in grads), d_sinks
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, shard: Shard, causal: bool, window: int | None, alone: bool) -> None:
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    shard: Shard,
+    causal: bool,
+    window: int | None,
+    alone: bool,
+) -> None:
     name = "softmax_attention"
     require(q.ndim == k.ndim == v.ndim == 4, name, "q, k and v must be [batch, tokens, heads, dim]")
-    require(k.shape == v.shape, name, f"k and v must have one shape, got {tuple(k.shape)} and {tuple(v.shape)}")
+    require(
+        k.shape[:3] == v.shape[:3],
+        name,
+        f"k {tuple(k.shape)} and v {tuple(v.shape)} must share all dims but the last",
+    )
+    require(
+        sinks is None or (sinks.shape == q.shape[2:3] and sinks.is_floating_point()),
+        name,
+        f"sinks must be a floating point number for each of the {q.shape[2]} query heads, got "
+        f"{None if sinks is None else tuple(sinks.shape)}",
+    )
     require(
         q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3],
         name,

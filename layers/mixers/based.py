@@ -17,20 +17,20 @@ import torch
 from torch import Tensor
 
 from layers.mixers.linear import linear_rule
-from layers.recurrence import MixerShape, RecurrentMixer
-from layers.registry import BlockContext, MixerSpec, at_least, register
+from layers.recurrence import MixerShape, RecurrentSpec, Rule
+from layers.registry import BlockContext, at_least, register
 
 
 @register("based")
 @dataclass(frozen=True, kw_only=True)
-class BasedSpec(MixerSpec):
+class BasedSpec(RecurrentSpec):
     feature_dim: int = 16
 
     def __post_init__(self) -> None:
         at_least(1, "based", feature_dim=self.feature_dim)
 
-    def build(self, context: BlockContext) -> RecurrentMixer:
-        shape = MixerShape(
+    def shape(self, context: BlockContext) -> MixerShape:
+        return MixerShape(
             heads=context.heads,
             key=1 + self.feature_dim + pairs(self.feature_dim),
             value=context.width(),
@@ -38,7 +38,9 @@ class BasedSpec(MixerSpec):
             normalize=True,
             scale=1.0,
         )
-        return RecurrentMixer(shape, context, partial(linear_rule, taylor_features))
+
+    def rule(self, context: BlockContext, shape: MixerShape) -> Rule:
+        return partial(linear_rule, taylor_features)
 
 
 def taylor_features(x_BTHK: Tensor) -> Tensor:

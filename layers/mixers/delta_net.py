@@ -14,30 +14,27 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 
 from layers.delta import DeltaRule
-from layers.recurrence import MixerShape, RecurrentMixer
-from layers.registry import BlockContext, MixerSpec, at_least, register
+from layers.recurrence import MixerShape, RecurrentSpec, Rule
+from layers.registry import BlockContext, register
 
 
 @register("delta_net")
 @dataclass(frozen=True, kw_only=True)
-class DeltaNetSpec(MixerSpec):
+class DeltaNetSpec(RecurrentSpec):
+    conv: int = 4
     expand_k: float = 1.0
     expand_v: float = 1.0
-    conv: int = 4  # tokens that the short convolution reads
     output_gate: bool = False
     negative_eigenvalues: bool = False
 
-    def __post_init__(self) -> None:
-        at_least(2, "delta_net", conv=self.conv)
-
-    def build(self, context: BlockContext) -> RecurrentMixer:
-        shape = MixerShape(
+    def shape(self, context: BlockContext) -> MixerShape:
+        return MixerShape(
             heads=context.heads,
             key=context.width(self.expand_k, option="expand_k"),
             value=context.width(self.expand_v, option="expand_v"),
-            conv=self.conv,
             delta=True,
             gate=F.silu if self.output_gate else None,
         )
-        rule = DeltaRule(context.dim, context.heads, steps=None, negative=self.negative_eigenvalues)
-        return RecurrentMixer(shape, context, rule)
+
+    def rule(self, context: BlockContext, shape: MixerShape) -> Rule:
+        return DeltaRule(context.dim, shape.heads, steps=None, negative=self.negative_eigenvalues)

@@ -15,35 +15,31 @@ import torch.nn.functional as F
 from torch import nn
 
 from layers.delta import DeltaRule
-from layers.recurrence import MixerShape, RecurrentMixer
-from layers.registry import BlockContext, MixerSpec, at_least, register
+from layers.recurrence import MixerShape, RecurrentSpec, Rule
+from layers.registry import BlockContext, register
 from layers.timestep import TimeStep
 
 
 @register("gated_delta_net")
 @dataclass(frozen=True, kw_only=True)
-class GatedDeltaNetSpec(MixerSpec):
+class GatedDeltaNetSpec(RecurrentSpec):
+    conv: int = 4
     expand_k: float = 0.75  # of one key head for each value head
     expand_v: float = 1.5
     key_heads: int = 0  # value head h reads key head h // (heads // key_heads); 0: as many as heads
-    conv: int = 4  # tokens that the short convolution reads
     negative_eigenvalues: bool = False
 
-    def __post_init__(self) -> None:
-        at_least(0, "gated_delta_net", key_heads=self.key_heads)
-        at_least(2, "gated_delta_net", conv=self.conv)
-
-    def build(self, context: BlockContext) -> RecurrentMixer:
-        shape = MixerShape(
+    def shape(self, context: BlockContext) -> MixerShape:
+        return MixerShape(
             heads=context.heads,
             key=context.width(self.expand_k, option="expand_k"),
             value=context.width(self.expand_v, option="expand_v"),
             groups=context.groups(self.key_heads, option="key_heads"),
-            conv=self.conv,
             decay="scalar",
             delta=True,
             gate=F.silu,
         )
-        steps = TimeStep(nn.Linear(context.dim, context.heads, bias=False), context.heads)
-        rule = DeltaRule(context.dim, context.heads, steps, negative=self.negative_eigenvalues)
-        return RecurrentMixer(shape, context, rule)
+
+    def rule(self, context: BlockContext, shape: MixerShape) -> Rule:
+        steps = TimeStep(nn.Linear(context.dim, shape.heads, bias=False), shape.heads)
+        return DeltaRule(context.dim, shape.heads, steps, negative=self.negative_eigenvalues)

@@ -17,13 +17,13 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from layers.precision import keep_wide
-from layers.recurrence import MixerShape, RecurrenceInputs, RecurrentMixer
-from layers.registry import BlockContext, MixerSpec, at_least, register
+from layers.recurrence import MixerShape, RecurrenceInputs, RecurrentSpec, Rule
+from layers.registry import BlockContext, at_least, register
 
 
 @register("gla")
 @dataclass(frozen=True, kw_only=True)
-class GLASpec(MixerSpec):
+class GLASpec(RecurrentSpec):
     expand_k: float = 0.5
     expand_v: float = 1.0
     gate_rank: int = 16  # of W_1 W_2
@@ -34,10 +34,12 @@ class GLASpec(MixerSpec):
         if self.temperature <= 0:
             raise ValueError(f"temperature of gla is {self.temperature}; it must be greater than 0")
 
-    def build(self, context: BlockContext) -> RecurrentMixer:
+    def shape(self, context: BlockContext) -> MixerShape:
         key, value = context.width(self.expand_k, option="expand_k"), context.width(self.expand_v, option="expand_v")
-        shape = MixerShape(heads=context.heads, key=key, value=value, decay="vector", gate=F.silu)
-        return RecurrentMixer(shape, context, GLARule(self, context.dim, shape.heads * shape.key))
+        return MixerShape(heads=context.heads, key=key, value=value, decay="vector", gate=F.silu)
+
+    def rule(self, context: BlockContext, shape: MixerShape) -> Rule:
+        return GLARule(self, context.dim, shape.heads * shape.key)
 
 
 class GLARule(nn.Module):

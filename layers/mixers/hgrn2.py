@@ -23,25 +23,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers.precision import keep_wide
-from layers.recurrence import MixerShape, RecurrenceInputs, RecurrentMixer
-from layers.registry import BlockContext, MixerSpec, register, unknown
+from layers.recurrence import MixerShape, RecurrenceInputs, RecurrentSpec, Rule
+from layers.registry import BlockContext, register, unknown
 
 LOWER_BOUNDS = ("learned", "fixed", "none")
 
 
 @register("hgrn2")
 @dataclass(frozen=True, kw_only=True)
-class HGRN2Spec(MixerSpec):
+class HGRN2Spec(RecurrentSpec):
     lower_bound: str = "learned"
 
     def __post_init__(self) -> None:
         if self.lower_bound not in LOWER_BOUNDS:
             raise unknown("lower bound", self.lower_bound, LOWER_BOUNDS)
 
-    def build(self, context: BlockContext) -> RecurrentMixer:
+    def shape(self, context: BlockContext) -> MixerShape:
         width = context.width()
-        shape = MixerShape(heads=context.heads, key=width, value=width, decay="vector", joint_norm=True)
-        return RecurrentMixer(shape, context, HGRN2Rule(self, context))
+        return MixerShape(heads=context.heads, key=width, value=width, decay="vector", norm="all")
+
+    def rule(self, context: BlockContext, shape: MixerShape) -> Rule:
+        return HGRN2Rule(self, context)
 
 
 class HGRN2Rule(nn.Module):

@@ -15,20 +15,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layers.recurrence import MixerShape, RecurrenceInputs, RecurrentMixer
-from layers.registry import BlockContext, MixerSpec, register
+from layers.recurrence import MixerShape, RecurrenceInputs, RecurrentSpec, Rule
+from layers.registry import BlockContext, register
 
 
 @register("lightning")
 @dataclass(frozen=True, kw_only=True)
-class LightningSpec(MixerSpec):
-    def build(self, context: BlockContext) -> RecurrentMixer:
+class LightningSpec(RecurrentSpec):
+    def shape(self, context: BlockContext) -> MixerShape:
         width = context.width()
-        shape = MixerShape(
-            heads=context.heads, key=width, value=width, decay="fixed", gate=torch.sigmoid, joint_norm=True
-        )
-        slope = 8 / context.heads * (1 - context.layer / context.depth)
-        return RecurrentMixer(shape, context, partial(lightning_rule, slope))
+        return MixerShape(heads=context.heads, key=width, value=width, decay="fixed", gate=torch.sigmoid, norm="all")
+
+    def rule(self, context: BlockContext, shape: MixerShape) -> Rule:
+        slope = 8 / shape.heads * (1 - context.layer / context.depth)
+        return partial(lightning_rule, slope)
 
 
 def lightning_rule(

@@ -16,8 +16,8 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor
 
-from layers.recurrence import MixerShape, RecurrenceInputs, RecurrentMixer
-from layers.registry import BlockContext, MixerSpec, register, unknown
+from layers.recurrence import MixerShape, RecurrenceInputs, RecurrentSpec, Rule
+from layers.registry import BlockContext, register, unknown
 
 FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
@@ -29,7 +29,7 @@ FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @register("linear")
 @dataclass(frozen=True, kw_only=True)
-class LinearSpec(MixerSpec):
+class LinearSpec(RecurrentSpec):
     feature_map: str = "identity"
     normalize: bool = False
 
@@ -42,9 +42,11 @@ class LinearSpec(MixerSpec):
                 "'identity' can be; set normalize to false, or feature_map to elu+1, relu or softmax"
             )
 
-    def build(self, context: BlockContext) -> RecurrentMixer:
-        shape = MixerShape(heads=context.heads, key=context.width(), value=context.width(), normalize=self.normalize)
-        return RecurrentMixer(shape, context, partial(linear_rule, FEATURE_MAPS[self.feature_map]))
+    def shape(self, context: BlockContext) -> MixerShape:
+        return MixerShape(heads=context.heads, key=context.width(), value=context.width(), normalize=self.normalize)
+
+    def rule(self, context: BlockContext, shape: MixerShape) -> Rule:
+        return partial(linear_rule, FEATURE_MAPS[self.feature_map])
 
 
 def linear_rule(

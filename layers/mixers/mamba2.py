@@ -16,38 +16,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layers.recurrence import MixerShape, RecurrenceInputs, RecurrentMixer
-from layers.registry import BlockContext, MixerSpec, at_least, register
+from layers.recurrence import MixerShape, RecurrenceInputs, RecurrentSpec, Rule
+from layers.registry import BlockContext, at_least, register
 from layers.timestep import TimeStep
 
 
 @register("mamba2")
 @dataclass(frozen=True, kw_only=True)
-class Mamba2Spec(MixerSpec):
+class Mamba2Spec(RecurrentSpec):
+    conv: int = 4
     expand: float = 2.0
     state: int = 128  # channels of B and C in a head
     groups: int = 1
-    conv: int = 4  # tokens that the short convolution reads
 
     def __post_init__(self) -> None:
         at_least(1, "mamba2", state=self.state, groups=self.groups)
-        at_least(2, "mamba2", conv=self.conv)
 
-    def build(self, context: BlockContext) -> RecurrentMixer:
-        shape = MixerShape(
+    def shape(self, context: BlockContext) -> MixerShape:
+        return MixerShape(
             heads=context.heads,
             key=self.state,
             value=context.width(self.expand),
             groups=context.groups(self.groups, option="groups"),
-            conv=self.conv,
             conv_bias=True,
             decay="scalar",
             scale=1.0,
             gate=F.silu,
             gate_first=True,
-            group_norm=True,
+            norm="group",
         )
-        return RecurrentMixer(shape, context, Mamba2Rule(context))
+
+    def rule(self, context: BlockContext, shape: MixerShape) -> Rule:
+        return Mamba2Rule(context)
 
 
 class Mamba2Rule(nn.Module):

@@ -18,20 +18,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers.mixers.based import pairs, squares
-from layers.recurrence import MixerShape, RecurrenceInputs, RecurrentMixer
-from layers.registry import BlockContext, MixerSpec, at_least, register
+from layers.recurrence import MixerShape, RecurrenceInputs, RecurrentSpec, Rule
+from layers.registry import BlockContext, at_least, register
 
 
 @register("rebased")
 @dataclass(frozen=True, kw_only=True)
-class ReBasedSpec(MixerSpec):
+class ReBasedSpec(RecurrentSpec):
     feature_dim: int = 16
 
     def __post_init__(self) -> None:
         at_least(2, "rebased", feature_dim=self.feature_dim)  # the norm of one channel is 0
 
-    def build(self, context: BlockContext) -> RecurrentMixer:
-        shape = MixerShape(
+    def shape(self, context: BlockContext) -> MixerShape:
+        return MixerShape(
             heads=context.heads,
             key=pairs(self.feature_dim),
             value=context.width(),
@@ -39,7 +39,9 @@ class ReBasedSpec(MixerSpec):
             normalize=True,
             scale=1 / self.feature_dim,
         )
-        return RecurrentMixer(shape, context, ReBasedRule(context, self.feature_dim))
+
+    def rule(self, context: BlockContext, shape: MixerShape) -> Rule:
+        return ReBasedRule(context, self.feature_dim)
 
 
 class ReBasedRule(nn.Module):

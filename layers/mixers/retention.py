@@ -15,20 +15,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layers.recurrence import MixerShape, RecurrenceInputs, RecurrentMixer
-from layers.registry import BlockContext, MixerSpec, register
+from layers.recurrence import MixerShape, RecurrenceInputs, RecurrentSpec, Rule
+from layers.registry import BlockContext, register
 from layers.rotary import rotate
 
 
 @register("retention")
 @dataclass(frozen=True, kw_only=True)
-class RetentionSpec(MixerSpec):
+class RetentionSpec(RecurrentSpec):
     expand_v: float = 2.0
 
-    def build(self, context: BlockContext) -> RecurrentMixer:
+    def shape(self, context: BlockContext) -> MixerShape:
         value = context.width(self.expand_v, option="expand_v")
-        shape = MixerShape(heads=context.heads, key=context.width(even=True), value=value, decay="fixed", gate=F.silu)
-        return RecurrentMixer(shape, context, partial(retention_rule, context.rope_base))
+        return MixerShape(heads=context.heads, key=context.width(even=True), value=value, decay="fixed", gate=F.silu)
+
+    def rule(self, context: BlockContext, shape: MixerShape) -> Rule:
+        return partial(retention_rule, context.rope_base)
 
 
 def retention_rule(

@@ -16,14 +16,27 @@ from hybrid_sp.comm.groups import Group
 from hybrid_sp.comm.link import Link
 from hybrid_sp.exchange import EXCHANGES
 from hybrid_sp.shard import LAYOUTS
-from layers.registry import MIXERS, BlockContext, mixer_cost, mixer_spec
+from layers.registry import MIXERS, BlockContext, MixerSpec, mixer_cost, mixer_spec
 from tests.support.ranks import run_ranks
 from tests.support.tiers import tiered
 
 CONTEXT = BlockContext(dim=16, heads=4, kv_heads=2, layer=1, depth=4, norm_eps=1e-6, rope_base=100.0)
-OPTIONS = {"sliding_window": {"window": 5}}  # fits into a span
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sliding_window": ("sliding_window", {"window": 5}),  # fits into a span
+    "softmax of 2026": ("softmax", {"conv": 3, "gate": "channel", "sinks": True, "qk_norm": True, "head_dim": 6}),
+    "linear with a convolution": ("linear", {"conv": 4}),
+    "kda of 2026": ("kda", {"gate_lower_bound": -5.0, "full_rank": "both", "key_heads": 2, "conv": 0}),
+    "heads of its own": ("gated_delta_net", {"heads": 2, "head_dim": 8}),
+    "three writes": ("gated_delta_product", {"steps": 3, "key_heads": 2}),
+}
+EVERY = [*dict.fromkeys([*MIXERS, *VARIANTS])]
 LENGTH = 48
 LINK = Link(latency=1e-6, bandwidth=1e9)  # on which "auto" finds different exchanges for different mixers
+
+
+def spec_of(name: str) -> MixerSpec:
+    mixer, options = VARIANTS.get(name, (name, {}))
+    return mixer_spec(mixer, **options)
 
 
 def count(
@@ -40,7 +53,7 @@ def count(
     shard = hsp.SequenceParallel(group, layout=layout, link=link, check="calls", **strategies).shard(LENGTH)
     counted = {}
     for name in names:
-        mixer = mixer_spec(name, **OPTIONS.get(name, {})).build(CONTEXT).to(dtype)
+        mixer = spec_of(name).build(CONTEXT).to(dtype)
         x = torch.randn(2, shard.tokens, CONTEXT.dim, dtype=dtype, requires_grad=True)
         with hsp.ledger() as book:
             if again:
@@ -62,9 +75,9 @@ MANY = [one for one in itertools.product((1, 2, 3), LAYOUTS, LINEAR) if one not 
 def test_every_mixer_sends_what_its_cost_says(P: int, layout: str, linear: str) -> None:
     spans = LAYOUTS.index(layout) + 1
     cut = Setting(P=P, world=P, spans=spans, B=2, passes=1, L=LENGTH, kv_bytes=4, linear=linear, link=LINK)
-    for rank, counted in enumerate(run_ranks(count, P, layout, LINK, list(MIXERS), linear=linear)):
+    for rank, counted in enumerate(run_ranks(count, P, layout, LINK, EVERY, linear=linear)):
         for name, bytes_ in counted.items():
-            said = volume(mixer_cost(mixer_spec(name, **OPTIONS.get(name, {})), CONTEXT), cut, rank)
+            said = volume(mixer_cost(spec_of(name), CONTEXT), cut, rank)
             assert bytes_ == (said.forward, said.backward), f"{name} on rank {rank} of {P}, {layout}, {linear}"
 
 
@@ -74,7 +87,7 @@ def test_keys_that_are_not_kept_are_sent_again(layout: str) -> None:
     cut = Setting(P=3, world=3, spans=LAYOUTS.index(layout) + 1, B=2, passes=1, L=LENGTH, kv_bytes=4, keep_kv=False)
     for rank, counted in enumerate(run_ranks(count, 3, layout, LINK, names, keep_kv=False, kv_heads_per_gather=1)):
         for name, bytes_ in counted.items():
-            said = volume(mixer_cost(mixer_spec(name, **OPTIONS.get(name, {})), CONTEXT), cut, rank)
+            said = volume(mixer_cost(spec_of(name), CONTEXT), cut, rank)
             assert bytes_ == (said.forward, said.backward), f"{name} on rank {rank}, {layout}"
 
 
@@ -87,7 +100,7 @@ def test_baselines_send_what_their_cost_says(layout: str, linear: str, softmax: 
     ring = softmax == "ring"
     P, spans = 3 if ring else 2, LAYOUTS.index(layout) + 1
     cut = Setting(P=P, world=P, spans=spans, B=2, passes=1, L=LENGTH, kv_bytes=4, linear=linear, softmax=softmax)
-    facts = {name: mixer_cost(mixer_spec(name, **OPTIONS.get(name, {})), CONTEXT) for name in MIXERS}
+    facts = {name: mixer_cost(spec_of(name), CONTEXT) for name in EVERY}
     names = []
     for name, one in facts.items():
         try:
@@ -124,7 +137,7 @@ def test_auto_needs_the_link_by_which_it_has_chosen() -> None:
         volume(mixer_cost(mixer_spec("gla"), CONTEXT), cut)
     chosen = {
         exchange(summary, replace(cut, P=3, spans=2, link=LINK))
-        for name in MIXERS
-        for summary in mixer_cost(mixer_spec(name, **OPTIONS.get(name, {})), CONTEXT).summaries
+        for name in EVERY
+        for summary in mixer_cost(spec_of(name), CONTEXT).summaries
     }
     assert len(chosen) > 1

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from fla.ops.attn.naive import naive_parallel_attn
 from fla.ops.based.naive import naive_parallel_based
+from fla.ops.comba.naive import naive_chunk_comba
 from fla.ops.delta_rule.naive import delta_rule_recurrence
+from fla.ops.gated_delta_product.naive import naive_recurrent_gated_delta_product
 from fla.ops.gated_delta_rule.naive import naive_recurrent_gated_delta_rule
 from fla.ops.gla.naive import naive_recurrent_gla
 from fla.ops.hgrn.naive import naive_recurrent_hgrn
@@ -27,10 +29,14 @@ from torch import Tensor
 
 import hybrid_sp as hsp
 from layers.mixers.based import squares, taylor_features
+from layers.mixers.comba import with_feedback
+from layers.mixers.gated_delta_product import DeltaProductRule
+from layers.recurrence import MixerShape, RecurrenceInputs
 from tests.external.program import Errors, report
 from tests.support.oracle import relative
 
 TOKENS, G, H, K, V = 139, 2, 4, 6, 10  # more tokens than two chunks
+STEPS = 3  # writes per token
 DOCUMENTS = (0, 1, 24, 120, TOKENS)
 BY_TOKEN = {"q", "k", "v", "log_decay", "beta"}  # tokens are dim 1; other inputs belong to a whole sequence
 
@@ -106,6 +112,14 @@ def comparisons(batch: int) -> dict[str, Comparison]:
             {"q": q, "k": unit, "v": v, "beta": beta, "log_decay": scalar, "S": S},
             gated_delta_rule,
             recurrence(hsp.delta_rule, scale=0.7),
+        ),
+        "gated_delta_product": Comparison(
+            {"q": q, "k": written(unit), "v": written(v), "beta": written(beta), "log_decay": scalar, "S": S},
+            gated_delta_product,
+            ours_gated_delta_product,
+        ),
+        "comba": Comparison(
+            {"q": q, "k": unit, "v": v, "beta": beta, "log_decay": scalar, "feedback": torch.rand(H)}, comba, ours_comba
         ),
         "kda": Comparison(
             {"q": q, "k": unit, "v": v, "beta": beta, "log_decay": vector, "S": S}, kda, recurrence(hsp.delta_rule)
@@ -186,8 +200,29 @@ def gated_delta_rule(
     )
 
 
+def gated_delta_product(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor, S: Tensor | None = None
+) -> Outputs:
+    steps = [x.flatten(1, 2) for x in (k, v, beta)]
+    q, k = repeated(q, steps[0])
+    return naive_recurrent_gated_delta_product(
+        q, k, steps[1], log_decay, steps[2], K**-0.5, None, S, output_final_state=True, num_householder=STEPS
+    )
+
+
+def comba(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor, feedback: Tensor) -> Outputs:
+    """In chunks: their token loop reads the state after its decay, unlike this and their kernels."""
+    q, k = repeated(q, k)
+    return naive_chunk_comba(q, k, v, feedback[:, None] * k, log_decay, beta)[:1]
+
+
 def kda(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor, S: Tensor | None = None) -> Outputs:
     return naive_recurrent_kda(q, k, v, log_decay, beta, initial_state=S, output_final_state=True)
+
+
+def written(x: Tensor) -> Tensor:
+    """STEPS different writes per token, [B,T,STEPS,...]."""
+    return torch.stack([x.roll(step, 1) for step in range(STEPS)], 2)
 
 
 def repeated(*tensors_BTGK: Tensor) -> list[Tensor]:
@@ -212,6 +247,23 @@ def flat(outputs: tuple[Tensor, tuple[Tensor, Tensor]]) -> Outputs:
 
 def retention_decay() -> Tensor:
     return torch.log1p(-(2.0 ** -(5.0 + torch.arange(H, dtype=torch.float64))))
+
+
+def ours_gated_delta_product(shard: hsp.Shard, S: Tensor | None = None, **x: Tensor) -> Outputs:
+    """By the mixer's own rule of laying writes one after the other."""
+    shape = MixerShape(heads=H, key=K, value=V, groups=G, steps=STEPS, delta=True, decay="scalar")
+    rule = DeltaProductRule(1, shape, negative=False)
+    told = RecurrenceInputs(x["q"], x["k"].flatten(2, 3), x["v"].flatten(2, 3), x["log_decay"], x["beta"].flatten(2, 3))
+    q, k, v, log_decay, beta, *_ = rule.interleaved(told)
+    o, S = hsp.delta_rule(
+        q, k, v, beta=beta, log_decay=log_decay, steps=STEPS, initial_state=S, return_final_state=True, shard=shard
+    )
+    return o[:, STEPS - 1 :: STEPS], S
+
+
+def ours_comba(shard: hsp.Shard, feedback: Tensor, **x: Tensor) -> Outputs:
+    inputs = with_feedback(RecurrenceInputs(**x), feedback)
+    return [hsp.delta_rule(*inputs[:3], log_decay=inputs.log_decay, beta=inputs.beta, shard=shard)]
 
 
 def ours_hgrn(v: Tensor, log_decay: Tensor, shard: hsp.Shard, S: Tensor | None = None) -> Outputs:

@@ -25,6 +25,8 @@ OPERATORS = {  # what is compared, of a batch and of packed documents
     "rebased": LINEAR,
     "delta_rule": LINEAR | STATE | {"d beta"},
     "gated_delta_rule": LINEAR | STATE | {"d beta", "d log_decay"},
+    "gated_delta_product": LINEAR | STATE | {"d beta", "d log_decay"},
+    "comba": LINEAR | {"d beta", "d log_decay", "d feedback"},
     "kda": LINEAR | STATE | {"d beta", "d log_decay"},
     "attention": LINEAR,
     "attention in a window": LINEAR,

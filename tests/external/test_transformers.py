@@ -13,11 +13,16 @@ BOUND = 1e-5  # they compute in float32 inside
 GATED = {"d rule.steps.A_log", "d rule.steps.dt_bias"}
 LOW_RANK = {"d rule.steps.project.0.weight", "d rule.steps.project.1.weight", "d gate.0.weight", "d gate.1.weight"}
 EVERY = {"y", "dx", "d project.linear.weight", "d norm.weight", "d output.weight"}
+ATTENTION = {"y", "dx", "d project.linear.weight", "d q_norm.weight", "d k_norm.weight", "d output.weight"}
 MODELS = {  # what is compared, of a batch and of packed documents
     "Qwen3-Next": EVERY | GATED | {"d conv.weight", "d rule.beta.weight", "d rule.steps.project.weight"},
+    "Qwen3-Next attention": ATTENTION,
+    "Qwen3-Next attention by YaRN": ATTENTION,
     "Kimi Linear": EVERY | GATED | LOW_RANK | {"d conv.weight", "d rule.beta.weight"},
+    "Ling 3": EVERY | GATED | {"d conv.weight", "d rule.beta.weight", "d rule.steps.project.weight"},
     "Mamba-2": EVERY | GATED | {"d conv.weight", "d conv.bias", "d rule.steps.project.weight", "d rule.D"},
     "MiniMax": EVERY,
+    "LFM2": {"y", "dx", "d project.weight", "d conv.weight", "d output.weight"},
 }
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,18 +18,27 @@ from torch import Tensor, nn
 import hybrid_sp as hsp
 from layers.recurrence import MixerShape, RecurrenceInputs, RecurrentMixer
 from layers.registry import BlockContext, mixer_spec
+from layers.rotary import RopeScaling
 from tests.external.program import Errors, report
 from tests.support.oracle import relative
 
 sys.modules["fla"] = None  # type: ignore[assignment]  # else transformers takes the kernels of fla
+from transformers.models.bailing_hybrid.configuration_bailing_hybrid import BailingHybridConfig  # noqa: E402
+from transformers.models.bailing_hybrid.modeling_bailing_hybrid import BailingHybridDeltaAttention  # noqa: E402
 from transformers.models.kimi_linear.configuration_kimi_linear import KimiLinearConfig  # noqa: E402
 from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearDeltaAttention  # noqa: E402
+from transformers.models.lfm2.configuration_lfm2 import Lfm2Config  # noqa: E402
+from transformers.models.lfm2.modeling_lfm2 import Lfm2ShortConv  # noqa: E402
 from transformers.models.mamba2.configuration_mamba2 import Mamba2Config  # noqa: E402
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer  # noqa: E402
 from transformers.models.minimax.configuration_minimax import MiniMaxConfig  # noqa: E402
 from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention  # noqa: E402
 from transformers.models.qwen3_next.configuration_qwen3_next import Qwen3NextConfig  # noqa: E402
-from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet  # noqa: E402
+from transformers.models.qwen3_next.modeling_qwen3_next import (  # noqa: E402
+    Qwen3NextAttention,
+    Qwen3NextGatedDeltaNet,
+    Qwen3NextRotaryEmbedding,
+)
 
 DIM, HEADS, TOKENS = 24, 4, 139
 DOCUMENTS = (0, 1, 3, 70, 71, TOKENS)  # some shorter than a convolution, one longer than a chunk of theirs
@@ -39,11 +49,13 @@ Weights = dict[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """`rename` gives what belongs to our parameters, in our order of channels, from what belongs to theirs."""
+    """`rename` gives what belongs to our parameters, in our order of channels, from what belongs to theirs; `load` the
+    weights themselves, if they differ."""
 
     theirs: nn.Module
     ours: nn.Module
     rename: Callable[[Weights], Weights]
+    load: Callable[[Weights], Weights] | None = None
     call: Callable[[nn.Module, Tensor], Tensor] = lambda layer, x: layer(x)
 
 
@@ -80,6 +92,51 @@ def qwen3_next() -> Comparison:
     return Comparison(theirs=Qwen3NextGatedDeltaNet(config, layer_idx=0), ours=ours, rename=rename)
 
 
+def qwen3_next_attention(scaling: RopeScaling | None = None) -> Comparison:
+    K, G = 32, 2
+    rope: dict[str, object] = {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.25}
+    if scaling is not None:
+        yarn = {"rope_type": "yarn", "factor": scaling.factor}
+        rope |= yarn | {"original_max_position_embeddings": scaling.original_length}
+    config = Qwen3NextConfig(
+        hidden_size=DIM,
+        num_hidden_layers=1,
+        layer_types=["full_attention"],
+        num_attention_heads=HEADS,
+        num_key_value_heads=G,
+        head_dim=K,
+        rms_norm_eps=CONTEXT.norm_eps,
+        rope_parameters=rope,
+        max_position_embeddings=4 * TOKENS,
+    )
+    config._attn_implementation = "eager"
+    rotary = Qwen3NextRotaryEmbedding(config)
+
+    def rename(w: Weights) -> Weights:
+        q, gate = w["q_proj.weight"].unflatten(0, (HEADS, 2, K)).unbind(1)
+        rows = [q.flatten(0, 1), w["k_proj.weight"], w["v_proj.weight"], gate.flatten(0, 1)]
+        return {
+            "project.linear.weight": torch.cat(rows),
+            "q_norm.weight": w["q_norm.weight"],
+            "k_norm.weight": w["k_norm.weight"],
+            "output.weight": w["o_proj.weight"],
+        }
+
+    def shifted(w: Weights) -> Weights:  # their norms multiply by 1 + weight
+        return {name: rows + 1 if "norm" in name else rows for name, rows in rename(w).items()}
+
+    def call(layer: nn.Module, x: Tensor) -> Tensor:
+        count = x.shape[1]
+        places = rotary(x, torch.arange(count)[None])
+        mask = torch.full((count, count), float("-inf"), dtype=x.dtype).triu(1)[None, None]
+        return layer(x, places, mask)[0]
+
+    context = replace(CONTEXT, kv_heads=G, rope_base=100.0, rope_scaling=scaling)
+    ours = mixer_spec("softmax", head_dim=K, qk_norm=True, rope_fraction=0.25, gate="channel").build(context)
+    theirs = Qwen3NextAttention(config, layer_idx=0)
+    return Comparison(theirs=theirs, ours=ours, rename=rename, load=shifted, call=call)
+
+
 def kimi_linear() -> Comparison:
     config = KimiLinearConfig(
         hidden_size=DIM,
@@ -107,6 +164,34 @@ def kimi_linear() -> Comparison:
 
     ours = mixer_spec("kda").build(CONTEXT)
     return Comparison(theirs=KimiLinearDeltaAttention(config, layer_idx=0), ours=ours, rename=rename)
+
+
+def ling3() -> Comparison:
+    config = BailingHybridConfig(
+        hidden_size=DIM,
+        num_hidden_layers=1,
+        layer_types=["linear_attention"],
+        linear_num_heads=HEADS,
+        linear_head_dim=8,
+        rms_norm_eps=CONTEXT.norm_eps,
+        kda_safe_gate=True,
+        kda_lower_bound=-5.0,
+    )
+
+    def rename(w: Weights) -> Weights:
+        return {
+            "project.linear.weight": torch.cat([w[f"{name}_proj.weight"] for name in "qkvg"]),
+            "conv.weight": w["conv1d.weight"].squeeze(1),
+            "rule.beta.weight": w["b_proj.weight"],
+            "rule.steps.project.weight": w["forget_gate.f_proj.weight"],
+            "rule.steps.A_log": w["forget_gate.A_log"],
+            "rule.steps.dt_bias": w["forget_gate.dt_bias"],
+            "norm.weight": w["o_norm.weight"],
+            "output.weight": w["o_proj.weight"],
+        }
+
+    ours = mixer_spec("kda", head_dim=8, gate_lower_bound=-5.0, full_rank="both").build(CONTEXT)
+    return Comparison(theirs=BailingHybridDeltaAttention(config, layer_idx=0), ours=ours, rename=rename)
 
 
 def mamba2() -> Comparison:
@@ -174,12 +259,24 @@ def minimax() -> Comparison:
             "output.weight": w["out_proj.weight"],
         }
 
-    shape = MixerShape(
-        heads=HEADS, key=width, value=width, decay="fixed", scale=1.0, gate=torch.sigmoid, joint_norm=True
-    )
+    shape = MixerShape(heads=HEADS, key=width, value=width, decay="fixed", scale=1.0, gate=torch.sigmoid, norm="all")
     context = BlockContext(**{**vars(CONTEXT), "norm_eps": theirs.norm.variance_epsilon})
     ours = RecurrentMixer(shape, context, MiniMaxRule(theirs.slope_rate.flatten().double()))
     return Comparison(theirs=theirs, ours=ours, rename=rename, call=lambda layer, x: layer(x, None, None)[0])
+
+
+def lfm2() -> Comparison:
+    config = Lfm2Config(hidden_size=DIM, num_hidden_layers=1, conv_L_cache=3, layer_types=["conv"])
+
+    def rename(w: Weights) -> Weights:
+        return {
+            "project.weight": w["in_proj.weight"],
+            "conv.weight": w["conv.weight"].squeeze(1),
+            "output.weight": w["out_proj.weight"],
+        }
+
+    ours = mixer_spec("short_conv").build(CONTEXT)
+    return Comparison(theirs=Lfm2ShortConv(config, layer_idx=0), ours=ours, rename=rename)
 
 
 def errors_of(comparison: Comparison) -> dict[str, float]:
@@ -190,7 +287,7 @@ def errors_of(comparison: Comparison) -> dict[str, float]:
             noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
             # Slow decays, so that what a state carries from one chunk to the next counts.
             weight.copy_(0.5 * noise - 4 if name.endswith("dt_bias") else 0.5 * noise + ("norm" in name))
-    ours.load_state_dict(comparison.rename(dict(theirs.named_parameters())))
+    ours.load_state_dict((comparison.load or comparison.rename)(dict(theirs.named_parameters())))
     assert sum(w.numel() for w in ours.parameters()) == sum(w.numel() for w in theirs.parameters())
 
     errors = {}
@@ -216,7 +313,16 @@ def errors_of(comparison: Comparison) -> dict[str, float]:
 
 
 def main() -> None:
-    models = {"Qwen3-Next": qwen3_next, "Kimi Linear": kimi_linear, "Mamba-2": mamba2, "MiniMax": minimax}
+    models = {
+        "Qwen3-Next": qwen3_next,
+        "Qwen3-Next attention": qwen3_next_attention,
+        "Qwen3-Next attention by YaRN": partial(qwen3_next_attention, RopeScaling(factor=4.0, original_length=TOKENS)),
+        "Kimi Linear": kimi_linear,
+        "Ling 3": ling3,
+        "Mamba-2": mamba2,
+        "MiniMax": minimax,
+        "LFM2": lfm2,
+    }
     errors: Errors = {name: errors_of(build()) for name, build in models.items()}
     report(errors)
 

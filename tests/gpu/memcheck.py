@@ -9,10 +9,12 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import torch
 
+from analysis.bench.device import allow_any_triton
 from tests.gpu.linear import Problem
 
 ROOT = Path(__file__).parents[2]
@@ -30,21 +32,34 @@ def problems() -> list[Problem]:
 
 
 def main(device: torch.device) -> None:
+    print(allow_any_triton())
     for problem in problems():
         for name, value in problem.results(problem.inputs(0, device), "triton").items():
             assert torch.isfinite(value).all(), f"{problem}: {name}"
         print(problem, flush=True)
 
 
-def watched(seconds: float | None = None) -> tuple[int, str]:
-    """This program by compute-sanitizer: its exit code, LACKING where it cannot watch the device, and what it says."""
+def watched(seconds: float = 3600.0, show: bool = False) -> tuple[int, str]:
+    """This program by compute-sanitizer: its exit code, LACKING where it cannot watch the device, and what it says, to
+    `show` as it comes."""
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         return LACKING, "compute-sanitizer is not on the PATH"
     command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-m", "tests.gpu.memcheck"]
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds)
-    told = run.stdout + run.stderr
+    run = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    end = threading.Timer(seconds, run.kill)
+    end.start()
+    told = ""
+    with run:
+        assert run.stdout is not None
+        for line in run.stdout:
+            told += line
+            if show:
+                print(line, end="", flush=True)
+    end.cancel()
     if "Device not supported" in told:
         return LACKING, f"{told}\ncompute-sanitizer does not support this device"
     return run.returncode, told
@@ -52,7 +67,7 @@ def watched(seconds: float | None = None) -> tuple[int, str]:
 
 if __name__ == "__main__":
     if "--watched" in sys.argv:
-        code, told = watched()
-        print(told)
+        code, told = watched(show=True)
+        print(told.splitlines()[-1] if code == LACKING else f"exit code {code}")
         sys.exit(code)
     main(torch.device("cuda"))

@@ -26,8 +26,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from analysis.bench.device import allow_any_triton, default_device
 from analysis.bench.gpu.interception import in_place_of_launch
-from hybrid_sp.kernels.gpu.launch import launch
 from tests.gpu import memcheck
 from tests.gpu.linear import BOUND, Problem
 from tests.gpu.memcheck import LACKING
@@ -36,6 +36,7 @@ from tests.support.oracle import relative
 ROOT = Path(__file__).parents[2]
 HOPPER = 9
 BUNDLED, NEWER = NAMES = ("ptxas", "ptxas-blackwell")
+CACHE = ROOT / "runs" / "gpu-cache"
 
 
 class Step(NamedTuple):
@@ -76,7 +77,7 @@ def run_problem(problem: Problem, device: torch.device) -> Dump:
         launch(kernel, grid, *args, **options)
         steps.append(Step(f"{kernel.fn.__name__} {words}", before, [digest(x) for x in tensors]))
 
-    with in_place_of_launch(watch):
+    with in_place_of_launch(watch) as launch:
         results = problem.results(problem.inputs(0, device), "triton")
     return Dump(steps, {name: value.cpu() for name, value in results.items()})
 
@@ -109,25 +110,31 @@ def assemblers() -> dict[str, Path]:
     return found if hopper and all(path.exists() for path in found.values()) else {}
 
 
-def settings(folder: Path, name: str, path: Path) -> dict[str, str]:
-    """The environment in which Triton uses this ptxas. The bundled one shares a cache with what else has run."""
-    shared = {"TRITON_INTERPRET": "0", "TRITON_PTXAS_PATH": str(path), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    if name == BUNDLED and "TRITON_CACHE_DIR" in os.environ:
-        return {**os.environ, **shared}
-    return {**os.environ, **shared, "TRITON_CACHE_DIR": str((folder / f"cache-{name}").absolute())}
+def settings(name: str, path: Path) -> dict[str, str]:
+    """The environment in which Triton uses this ptxas. The bundled one has the cache of whatever else has run."""
+    cache = os.environ.get("TRITON_CACHE_DIR", str(CACHE)) + ("" if name == BUNDLED else f"-{name}")
+    return {**plain(), "TRITON_PTXAS_PATH": str(path), "TRITON_CACHE_DIR": cache}
+
+
+def plain() -> dict[str, str]:
+    """The environment in which Triton uses what it will."""
+    return {**os.environ, "TRITON_INTERPRET": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 
 
 def dump_all(folder: Path, name: str, path: Path) -> list[Dump]:
     """Every problem, each in a process of its own, for most of the time goes into compiling."""
     files = [folder / f"{name}-{i}.pt" for i in range(len(problems()))]
     command = [sys.executable, "-m", "tests.gpu.ptxas", str(folder), "--dump"]
-    environment = settings(folder, name, path)
+    environment = settings(name, path)
     running = [
         subprocess.Popen([*command, str(file), str(i)], cwd=ROOT, env=environment) for i, file in enumerate(files)
     ]
     codes = [process.wait() for process in running]
     assert not any(codes), f"{name}: problems {[i for i, code in enumerate(codes) if code]} could not be run"
-    return [Dump(*torch.load(file, weights_only=False)) for file in files]
+    dumps = [Dump(*torch.load(file, weights_only=False)) for file in files]
+    for file in files:
+        file.unlink()  # megabytes
+    return dumps
 
 
 def compare_kernels(folder: Path, found: dict[str, Path]) -> bool:
@@ -169,7 +176,7 @@ def compare_tests(outcomes: dict[str, dict[str, str]]) -> bool:
     """Say which tests fail, and which do so with one ptxas only; returns True if none fails."""
     failed = {name: {test for test, how in tests.items() if how == "failed"} for name, tests in outcomes.items()}
     for name, tests in failed.items():
-        print(f"{name}: {len(outcomes[name])} tests, {len(tests)} failed", *sorted(tests), sep="\n  ")
+        print(*sorted(tests), f"{name}: {len(outcomes[name])} tests, {len(tests)} failed", sep="\n")
     if len(failed) == 2:
         alone = set.symmetric_difference(*failed.values())
         print(
@@ -182,19 +189,27 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu.ptxas", description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--dump", nargs=2, metavar=("FILE", "PROBLEM"), help="run one problem, and write it down")
+    parser.add_argument("--once", action="store_true", help="by the ptxas that Triton takes, and no other")
     parser.add_argument("--tests", nargs=argparse.REMAINDER, help="run test_device.py too, with these arguments")
     chosen = parser.parse_args(arguments)
     if chosen.dump is not None:
         torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory is filled, so that digests are equal
+        print(allow_any_triton())
         file, number = chosen.dump
-        torch.save(tuple(run_problem(problems()[int(number)], torch.device("cuda"))), file)
+        torch.save(tuple(run_problem(problems()[int(number)], default_device())), file)
         return 0
     chosen.folder.mkdir(parents=True, exist_ok=True)
     found, right = assemblers(), True
     if chosen.tests is not None:
-        each = {name: settings(chosen.folder, name, path) for name, path in found.items()}
-        each = each or {"ptxas": os.environ | {"TRITON_INTERPRET": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}}
-        right = compare_tests({name: run_tests(chosen.folder, env, name, chosen.tests) for name, env in each.items()})
+        each = {name: settings(name, path) for name, path in found.items()}
+        each = {BUNDLED: plain()} if chosen.once or not each else each
+        outcomes = {name: run_tests(chosen.folder, env, name, chosen.tests) for name, env in each.items()}
+        right = compare_tests(outcomes)
+        if all(how == "skipped" for tests in outcomes.values() for how in tests.values()):
+            print("needs CUDA")
+            return LACKING
+        if chosen.once:
+            return int(not right)
     if not found:
         print("needs a Hopper, and a Triton with ptxas-blackwell, to compare two ptxas")
         return LACKING if chosen.tests is None else int(not right)

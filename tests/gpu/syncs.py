@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import hybrid_sp as hsp
+from analysis.bench.device import allow_any_triton
 from layers.block import Block, FeedForward
 from layers.registry import MIXERS, BlockContext, mixer_spec
 from tests.gpu.attention import two_configurations
@@ -55,13 +56,13 @@ def stops(group: Any, device: torch.device, mixers: Sequence[str], length: int, 
             whole = length * sp.size
             shard = sp.shard(whole, [0, *(int(share * whole) for share in shares), whole] if shares else None)
             x = torch.randn(1, shard.tokens, dim).to(device, torch.bfloat16).requires_grad_()
-            for _ in range(2):
-                step(block, x, shard)
             try:
+                for _ in range(2):
+                    step(block, x, shard)
                 with no_syncs():
                     step(block, x, shard)
-            except RuntimeError as error:
-                found[f"{name}, {form}"] = f"{error} at {_ours(error)}"
+            except Exception as error:  # whatever it is, the other mixers go on
+                found[f"{name}, {form}"] = f"{type(error).__name__}: {error} at {_ours(error)}"
             print(f"{name}, {form}: {found.get(f'{name}, {form}', 'the host waits for nothing')}", flush=True)
     return found
 
@@ -77,6 +78,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("needs CUDA")
         return LACKING
+    print(allow_any_triton())
     with two_configurations():
         found = stops(None, CUDA, sorted(MIXERS), LENGTH, CONTEXT.dim)
     count = len(MIXERS) * len(FORMS)

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from analysis.bench.device import allow_any_triton
 from layers.registry import MIXERS
 from tests.gpu import attention, linear, memcheck
 from tests.gpu.linear import Problem
@@ -30,6 +31,7 @@ pytestmark = pytest.mark.skipif(
 def device_settings() -> Iterator[None]:
     """Fresh memory stays filled with NaN; what torch itself cannot do deterministically on CUDA only warns."""
     torch.use_deterministic_algorithms(True, warn_only=True)
+    print(allow_any_triton())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,9 +22,11 @@ LONG_DOCUMENTS = (0, 5, 100, 107)
 
 @dataclass(frozen=True)
 class Case:
-    """One call of an operator: linear, delta, softmax, conv (of `width` taps) or shift. `decay` is None, "fixed",
-    "scalar" or "vector"; `strong` is "" or says which decays leave nothing of a state: "some" (from -1e4 down to the
-    smallest float, beside others that keep nearly all) or "all"; `documents` are packed."""
+    """One call of an operator: linear, delta, softmax, latent, conv (of `width` taps) or shift.
+
+    `decay` is None, "fixed", "scalar" or "vector". `strong` is "" or says which decays leave nothing of a state: "some"
+    (from -1e4 down to the smallest float, beside others that keep nearly all) or "all". `documents` are packed. Values
+    of softmax attention have `value` columns, and of the columns of a latent key `shared` are those of all heads."""
 
     operator: str = "linear"
     decay: str | None = None
@@ -36,6 +38,9 @@ class Case:
     causal: bool = True
     states: bool = False
     window: int | None = None
+    value: int = 6
+    shared: int = 2
+    sinks: bool = False
     width: int = 4
     bias: bool = False
     documents: tuple[int, ...] | None = None
@@ -57,7 +62,7 @@ class Case:
             return torch.randn(*shape, generator=make, dtype=torch.float64)
 
         B, L, H, G, K = 2 if self.documents is None else 1, self.length, self.heads, self.groups, 6
-        V = K if self.operator == "softmax" else 5
+        V = self.value if self.operator == "softmax" else 5
         if self.operator in ("conv", "shift"):
             x = {"x": normal(B, L, 7)}
             if self.operator == "conv":
@@ -69,8 +74,16 @@ class Case:
             wide = torch.promote_types(dtype, torch.float32)  # of parameters, whose gradients are summed over ranks
             return {name: value.to(dtype if name in ("x", "initial") else wide) for name, value in x.items()}
 
+        if self.operator == "latent":
+            R, C = self.shared, 5
+            x = {"q": normal(B, L, H, K), "latent": normal(B, L, C), "rope_k": normal(B, L, R)}
+            x |= {"w_k": normal(H, K - R, C), "w_v": normal(H, self.value, C)}
+            return {name: value.to(dtype) for name, value in x.items() if name != "rope_k" or R}
+
         x = {"q": normal(B, L, H if self.operator == "softmax" else G, K), "k": normal(B, L, G, K)}
         x["v"] = normal(B, L, G if self.operator == "softmax" else H, V)
+        if self.sinks:
+            x["sinks"] = normal(H)
         if self.operator == "delta":
             x["k"] = x["k"] / x["k"].norm(dim=-1, keepdim=True)
             x["beta"] = 2 * normal(B, L, H).sigmoid()
@@ -97,7 +110,7 @@ class Case:
 
     def whole(self, name: str) -> bool:
         """Whether every rank has all of this input, and its gradient is the sum over ranks."""
-        return name in ("bonus", "initial", "initial_z", "weight", "bias") or (
+        return name in ("bonus", "initial", "initial_z", "weight", "bias", "sinks", "w_k", "w_v") or (
             name == "log_decay" and self.decay == "fixed"
         )
 
@@ -109,7 +122,10 @@ class Case:
         match self.operator:
             case "softmax":
                 given: dict[str, Any] = {"causal": self.causal, "window": self.window, "backend": self.backend}
-                out = hsp.softmax_attention(x["q"], x["k"], x["v"], shard=shard, **given)
+                out = hsp.softmax_attention(x["q"], x["k"], x["v"], sinks=x.get("sinks"), shard=shard, **given)
+            case "latent":
+                w, parts = (x["w_k"], x["w_v"]), (x["q"], x["latent"], x.get("rope_k"))
+                out = hsp.latent_attention(*parts, *w, shard=shard, causal=self.causal, backend=self.backend)
             case "conv":
                 activation = "silu" if self.bias else None
                 out = hsp.short_conv(x["x"], x["weight"], x.get("bias"), activation=activation, shard=shard, **states)
@@ -154,6 +170,11 @@ class Case:
         match self.operator:
             case "softmax":
                 return softmax_attention_loop(**x, causal=self.causal, window=self.window, **options), []
+            case "latent":
+                k, v = (torch.einsum("blc,hnc->blhn", x["latent"], x[name]) for name in ("w_k", "w_v"))
+                if "rope_k" in x:
+                    k = torch.cat([k, x["rope_k"].unsqueeze(2).expand(*k.shape[:3], -1)], -1)
+                return softmax_attention_loop(x["q"], k, v, causal=self.causal, **options), []
             case "conv" | "shift":
                 weight = x["weight"] if self.operator == "conv" else x["x"].new_tensor([[1.0, 0.0]]).expand(7, 2)
                 o, final = short_conv_loop(x["x"], weight, x.get("bias"), silu=self.bias, initial_state=initial)
@@ -176,7 +197,7 @@ class Case:
 
 def weights(like: Tensor, seed: int) -> Tensor:
     """Gradient that the loss gives an output."""
-    return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(like.dtype)
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(like)
 
 
 def truth(case: Case, dtype: torch.dtype = torch.float64, **options: bool) -> dict[str, Tensor]:
@@ -192,12 +213,14 @@ def truth(case: Case, dtype: torch.dtype = torch.float64, **options: bool) -> di
 
 def terms(case: Case, name: str) -> Tensor:
     """The terms that may cancel in a gradient of the whole sequence: see the oracle. Zero where there are none."""
-    if name.startswith("d") and (case.operator == "softmax" or case.normalize):
+    if name.startswith("d") and (case.operator in ("softmax", "latent") or case.normalize):
         return truth(case, fixed_denominator=True)[name]
     return torch.zeros(())
 
 
-def measured(case: Case, group: Any, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+def measured(
+    case: Case, group: Any, dtype: torch.dtype = torch.float64, device: torch.device | None = None
+) -> dict[str, Tensor]:
     """What this rank computes, with gradients of replicated inputs summed over ranks."""
     sp = hsp.SequenceParallel(
         group,
@@ -211,12 +234,12 @@ def measured(case: Case, group: Any, dtype: torch.dtype = torch.float64) -> dict
     )
     shard = sp.shard(case.length, case.documents)
     x = {name: v if case.whole(name) else shard.take(v) for name, v in case.inputs(dtype).items()}
-    x = {name: value.detach().requires_grad_() for name, value in x.items()}
+    x = {name: value.detach().to(device).requires_grad_() for name, value in x.items()}
     o, finals = case.call(x, shard)
     whole = o.new_empty(o.shape[0], case.length, *o.shape[2:])
     loss = (o * shard.take(weights(whole, 0))).sum(dtype=torch.promote_types(dtype, torch.float32))
     for i, final in enumerate(finals):  # every rank gives the final state a different part of its gradient
-        parts = torch.arange(1, sp.size + 1, dtype=final.dtype)
+        parts = torch.arange(1, sp.size + 1, dtype=final.dtype, device=device)
         loss = loss + (final * weights(final, i + 1)).sum() * parts[sp.rank] / parts.sum()
     grads = torch.autograd.grad(loss, list(x.values()))
     got = {"o": o.detach(), **{f"final{i}": final.detach() for i, final in enumerate(finals)}}
@@ -260,6 +283,18 @@ def softmax_cases() -> list[Case]:
         cases += [Case(operator="softmax", window=w, documents=documents, groups=2) for w in (1, 2, 16, 50, 200)]
     for documents in (SHORT_DOCUMENTS, LONG_DOCUMENTS):
         cases += [Case(operator="softmax", causal=c, documents=documents, groups=2) for c in (True, False)]
+    wide = Case(operator="softmax", groups=2, sinks=True, value=10)
+    cases += [wide, replace(wide, causal=False), replace(wide, window=16, value=3), replace(wide, groups=4, value=6)]
+    cases += [replace(wide, documents=d, value=v) for d, v in ((SHORT_DOCUMENTS, 2), (LONG_DOCUMENTS, 9))]
+    return cases
+
+
+def latent_cases() -> list[Case]:
+    base = Case(operator="latent", value=7, kv_heads_per_gather=3)
+    cases = [base, replace(base, causal=False), replace(base, keep_kv=False), replace(base, shared=0, value=3)]
+    cases += [replace(base, kv_heads_per_gather=None, keep_kv=False, causal=False, shared=5)]
+    for documents in (SHORT_DOCUMENTS, LONG_DOCUMENTS):
+        cases += [replace(base, documents=documents, causal=c, keep_kv=not c) for c in (True, False)]
     return cases
 
 

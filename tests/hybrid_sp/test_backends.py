@@ -21,7 +21,12 @@ from hybrid_sp.ops.linear_attention import select_recurrence
 
 ROOT = Path(__file__).parents[2]
 OTHER = {operator: names[1] for operator, names in BACKENDS.items()}
-ON_CUDA = {"linear_attention": "triton", "delta_rule": "fla", "softmax_attention": "torch"}  # by "auto"
+ON_CUDA = {  # by "auto"
+    "linear_attention": "triton",
+    "delta_rule": "fla",
+    "softmax_attention": "torch",
+    "latent_attention": "torch",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -120,6 +125,7 @@ def test_fp32_runs_on_our_kernels_alone() -> None:
         "linear_attention": "triton",
         "delta_rule": "torch",
         "softmax_attention": "torch",
+        "latent_attention": "torch",
     }
 
 
@@ -155,6 +161,7 @@ def test_every_choice_is_said_once(capfd: pytest.CaptureFixture[str]) -> None:
         "hybrid_sp: linear_attention runs on triton",
         "hybrid_sp: delta_rule runs on fla",
         "hybrid_sp: softmax_attention runs on torch",
+        "hybrid_sp: latent_attention runs on torch",
         "hybrid_sp: linear_attention runs on torch (triton takes torch.bfloat16, torch.float16, torch.float32, got "
         "torch.float64)",
     ]

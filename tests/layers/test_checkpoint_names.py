@@ -15,11 +15,18 @@ CONTEXT = BlockContext(dim=32, heads=4, kv_heads=2, layer=1, depth=4, norm_eps=1
 NAMES = """
 based
     project.linear.weight[160,32] output.weight[32,32]
+comba
+    project.linear.weight[144,32] conv.weight[96,4] rule.feedback[4] rule.correction[4]
+    rule.delta.beta.weight[4,32] rule.delta.steps.A_log[4] rule.delta.steps.dt_bias[4]
+    rule.delta.steps.project.weight[4,32] norm.weight[12] output.weight[32,48]
 delta_net
     project.linear.weight[96,32] conv.weight[96,4] rule.beta.weight[4,32] norm.weight[8] output.weight[32,32]
 gated_delta_net
     project.linear.weight[144,32] conv.weight[96,4] rule.beta.weight[4,32] rule.steps.A_log[4]
     rule.steps.dt_bias[4] rule.steps.project.weight[4,32] norm.weight[12] output.weight[32,48]
+gated_delta_product
+    project.linear.weight[216,32] conv.weight[168,4] rule.write.beta.weight[8,32] rule.write.steps.A_log[4]
+    rule.write.steps.dt_bias[4] rule.write.steps.project.weight[4,32] norm.weight[12] output.weight[32,48]
 gla
     project.linear.weight[96,32] rule.low_rank.0.weight[16,32] rule.low_rank.1.weight[16,16]
     rule.low_rank.1.bias[16] norm.weight[8] output.weight[32,32]
@@ -44,6 +51,8 @@ rwkv6
     mix_first[32] mix[160] mix_down[32,5,32] mix_up[5,32,32] decay[32] decay_down[32,64] decay_up[64,32]
     bonus[32] norm_weight[32] norm_bias[32] receptance.weight[32,32] key.weight[32,32] value.weight[32,32]
     gate.weight[32,32] output.weight[32,32]
+short_conv
+    project.weight[96,32] conv.weight[32,3] output.weight[32,32]
 sliding_window
     project.linear.weight[64,32] output.weight[32,32]
 softmax

@@ -22,7 +22,8 @@ from tests.support.oracle import assert_close
 from tests.support.ranks import run_ranks
 from tests.support.tiers import tiered
 
-OPERATORS = {"delta_net": 2, "gated_delta_net": 2, "kda": 2, "mamba2": 2, "rwkv6": 2}  # that a mixer calls; others one
+TWO = ("comba", "delta_net", "gated_delta_net", "gated_delta_product", "kda", "mamba2", "rwkv6")
+OPERATORS = dict.fromkeys(TWO, 2)  # that a mixer calls; others one
 WIDE = replace(CONTEXT, dim=32)
 KEPT_OUT = "Attempted to call function marked as skipped"
 # A break within a function that a block calls then leaves the block's own graph whole; torch 2.11 loses names over it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,6 +22,11 @@ from layers.config import (
 )
 from layers.model import HybridLM
 from layers.registry import MIXERS, mixer_cost
+from layers.rotary import RopeScaling
+
+
+def scaling(**options: Any) -> RopeScaling:
+    return RopeScaling(**{"factor": 4.0, "original_length": 8, **options})
 
 
 @pytest.mark.parametrize(
@@ -99,6 +105,9 @@ def test_mixers_of_the_pattern() -> None:
         ({"vocab": -1}, "vocab is -1"),
         ({"norm_eps": 0.0}, "norm_eps is 0.0; it must be greater than 0"),
         ({"rope_base": -1.0}, "rope_base is -1.0; it must be greater than 0"),
+        ({"rope_scaling": scaling(factor=0.5)}, "rope_scaling.factor is 0.5; it must be at least 1"),
+        ({"rope_scaling": scaling(original_length=0)}, "rope_scaling.original_length is 0; it must be at least 1"),
+        ({"rope_scaling": scaling(beta_slow=40.0)}, "rope_scaling.beta_slow 40.0 and beta_fast 32.0 must rise from 0"),
         ({"kv_heads": 3}, "heads 4 is not a multiple of kv_heads 3; change one of them"),
         ({"dim": 130}, "dim 130 with expand 1 is 130 channels, which 4 heads cannot share evenly"),
         ({"dim": 36}, "gives each of 4 heads 9 channels, which rotary embedding cannot pair"),
@@ -147,6 +156,25 @@ def test_options_reach_the_blocks() -> None:
         (layer, 4, 2) for layer in range(4)
     ]
     assert ModelConfig().kv_heads is None and block_specs(ModelConfig())[0][1].kv_heads == 4
+
+
+@pytest.mark.parametrize("mixer", ["softmax", "sliding_window", "mla"])
+def test_scaled_positions_reach_softmax_attention_and_decoding(mixer: str) -> None:
+    config = ModelConfig(dim=16, depth=1, heads=2, pattern=[mixer], rope_scaling=scaling())
+    text = torch.randint(256, (1, 12), generator=torch.Generator().manual_seed(0))
+    model = HybridLM(config).double()
+    logits = model(text)
+    assert not torch.allclose(logits, HybridLM(replace(config, rope_scaling=None)).double()(text))
+    _, cache = model.prefill(text[:, :-1])
+    got, _ = model.step(text[:, -1], cache)
+    assert torch.allclose(got, logits[:, -1], atol=1e-12)
+
+
+def test_scaled_positions_of_a_recipe() -> None:
+    schema = OmegaConf.structured(ModelConfig)
+    recipe = OmegaConf.create("{rope_scaling: {factor: 4, original_length: 512}}")
+    config = OmegaConf.to_object(OmegaConf.merge(schema, recipe))
+    assert config.rope_scaling == RopeScaling(factor=4.0, original_length=512)
 
 
 def test_mlp_width() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import hybrid_sp as hsp
-from layers.recurrence import RecurrentMixer
+from layers.recurrence import RecurrentMixer, RecurrentSpec
 from layers.registry import MIXERS, mixer_cost, mixer_spec
 from tests.layers.cases import CASES, CONTEXT, Case, tokens
 from tests.support.oracle import assert_close, relative
@@ -31,7 +31,7 @@ def test_output_and_gradients_are_those_of_the_formula(case: Case) -> None:
     y, cache = mixer(x)
     assert cache is None
     weights = {name: weight.detach().clone().requires_grad_() for name, weight in mixer.named_parameters()}
-    y_formula = case.formula(weights, x_formula, **case.options)
+    y_formula = case.formula(weights, x_formula, **case.told)
     assert_close("y", y, y_formula, 1e-10)
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(3), dtype=y.dtype)
     (y * dy).sum().backward()
@@ -39,6 +39,27 @@ def test_output_and_gradients_are_those_of_the_formula(case: Case) -> None:
     assert_close("dx", x.grad, x_formula.grad, 1e-10)
     for name, weight in mixer.named_parameters():
         assert_close(f"d {name}", weight.grad, weights[name].grad, 1e-10)
+
+
+@every_case
+def test_a_convolution_reads_as_many_tokens_as_its_option_says(case: Case) -> None:
+    taps = dict(case.build().named_parameters()).get("conv.weight")
+    assert (0 if taps is None else taps.shape[1]) == getattr(case.spec, "conv", 0)
+
+
+OF_ITS_OWN = [name for name, spec in MIXERS.items() if issubclass(spec, RecurrentSpec)]
+
+
+@pytest.mark.parametrize("name", OF_ITS_OWN)
+def test_heads_of_its_own_are_those_of_a_model_that_has_as_many(name: str) -> None:
+    there = dataclasses.replace(CONTEXT, heads=2, kv_heads=2)
+    own = mixer_spec(name, heads=2, head_dim=12).build(CONTEXT).double()
+    by_model = mixer_spec(name).build(there).double()
+    by_model.load_state_dict(own.state_dict())
+    assert torch.equal(own(tokens(9))[0], by_model(tokens(9))[0])
+    wide = mixer_spec(name, head_dim=8).build(CONTEXT)
+    assert wide.shape.value == mixer_spec(name).build(dataclasses.replace(CONTEXT, dim=32)).shape.value
+    assert wide.output.weight.shape == (CONTEXT.dim, 4 * wide.shape.value)
 
 
 def test_shapes_say_how_the_state_decays() -> None:
@@ -116,7 +137,7 @@ def test_dtypes(case: Case, dtype: torch.dtype, bound: float) -> None:
 def test_cost_is_what_is_counted(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     batch, length = 3, 7
     mixer = case.build(dtype)
-    cost = mixer_cost(mixer_spec(case.mixer, **case.options), CONTEXT)
+    cost = mixer_cost(case.spec, CONTEXT)
     assert cost.matmul_params == sum(weight.numel() for weight in mixer.parameters() if weight.ndim > 1)
     assert cost.other_params == sum(weight.numel() for weight in mixer.parameters() if weight.ndim == 1)
 
@@ -130,6 +151,7 @@ def test_cost_is_what_is_counted(case: Case, dtype: torch.dtype, monkeypatch: py
     monkeypatch.setattr(hsp, "delta_rule", countable_delta_rule)
     monkeypatch.setattr(hsp, "short_conv", countable_short_conv)
     monkeypatch.setattr(hsp, "softmax_attention", countable_softmax_attention)
+    monkeypatch.setattr(hsp, "latent_attention", countable_latent_attention)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         mixer(x)
     assert cost.flops(length) * batch == counter.get_total_flops()
@@ -148,7 +170,7 @@ def countable_linear_attention(
     return torch.stack(outputs, dim=1).view_as(v)
 
 
-def countable_delta_rule(q: Tensor, k: Tensor, v: Tensor, *, beta, log_decay, scale, shard, backend) -> Tensor:  # type: ignore[no-untyped-def]
+def countable_delta_rule(q: Tensor, k: Tensor, v: Tensor, *, beta, log_decay, scale, steps, shard, backend) -> Tensor:  # type: ignore[no-untyped-def]
     """The same for the delta rule: what the state has under a key, its replacement, and the read."""
     outputs = []
     for q_BH1K, k_BHK1, v_BH1V, S in countable_states(q, k, v):
@@ -174,7 +196,7 @@ def countable_short_conv(x: Tensor, weight: Tensor, bias: Tensor | None, *, acti
     return torch.bmm(windows_DXW, weight[:, :, None])[..., 0].T.reshape(x.shape)
 
 
-def countable_softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, shard, window, backend) -> Tensor:  # type: ignore[no-untyped-def]
+def countable_softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, shard, window, backend, sinks=None) -> Tensor:  # type: ignore[no-untyped-def]
     """Each query against the keys that it sees, each product a batched matrix product, which the counter knows."""
     repeats = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(repeats, dim=2) for x in (k, v))
@@ -184,6 +206,13 @@ def countable_softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, shard, windo
         seen = slice(max(0, t + 1 - (window or t + 1)), t + 1)
         outputs.append(torch.bmm(torch.bmm(q[:, t : t + 1], k[:, seen].mT).softmax(-1), v[:, seen]))
     return torch.cat(outputs, dim=1).unflatten(0, (-1, CONTEXT.heads)).transpose(1, 2)
+
+
+def countable_latent_attention(q, latent, rope_k, w_k, w_v, *, shard, causal, backend):  # type: ignore[no-untyped-def]
+    """Keys and values from two matrix products, then as softmax attention."""
+    k, v = ((latent @ w.flatten(0, 1).T).unflatten(-1, w.shape[:2]) for w in (w_k, w_v))
+    k = torch.cat([k, rope_k.unsqueeze(2).expand(*k.shape[:3], -1)], -1)
+    return countable_softmax_attention(q, k, v, shard=shard, window=None, backend=backend)
 
 
 @pytest.mark.parametrize("lower_bound", ["learned", "fixed", "none"])
@@ -218,3 +247,28 @@ def test_decays_of_rwkv6_at_their_end_are_zero_and_finite(logit: float) -> None:
     y.sum().backward()
     assert y.isfinite().all() and x.grad.isfinite().all()
     assert mixer.decay.grad is not None and not mixer.decay.grad.any()
+
+
+def test_one_write_per_token_is_gated_delta_net() -> None:
+    product = mixer_spec("gated_delta_product", steps=1, expand_k=0.5).build(CONTEXT).double()
+    net = mixer_spec("gated_delta_net", expand_k=0.5, negative_eigenvalues=True).build(CONTEXT).double()
+    net.load_state_dict({name.replace("write.", ""): weight for name, weight in product.state_dict().items()})
+    assert_close("y", product(tokens(30))[0], net(tokens(30))[0], 1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_feedback_of_comba_before_decays_that_erase_the_state(dtype: torch.dtype) -> None:
+    """The share of the state that a write replaces is divided by the decay, which may be as small as one likes."""
+    case = next(case for case in CASES if case.mixer == "comba")
+    outputs = []
+    for of in (dtype, torch.float64):
+        mixer = case.build(torch.float32)
+        mixer.rule.delta.steps.dt_bias.data.copy_(torch.tensor([-5.0, 8.0, 30.0, 1e4]))
+        mixer.rule.delta.steps.A_log.data.fill_(1.0)
+        mixer = mixer.to(dtype).to(of)
+        x = tokens(40, dtype).to(of).requires_grad_()
+        y, _ = mixer(x)
+        y.sum().backward()
+        assert x.grad.isfinite().all() and all(weight.grad.isfinite().all() for weight in mixer.parameters())
+        outputs.append(y)
+    assert relative(*outputs) < {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from layers.cache import LayerCache
-from layers.rotary import rotate, token_positions
+from layers.rotary import RopeScaling, rotate, token_positions
 from tests.support.oracle import assert_close, relative
 
 
@@ -29,6 +29,45 @@ def test_positions_keep_the_angles_of_every_base_width_and_dtype_apart() -> None
                 x = torch.randn(1, 2, 1, width, dtype=dtype)
                 kept, new = (rotate(where, base, x)[0] for where in (positions, positions.clone()))
                 assert torch.equal(kept, new), (dtype, base, width)
+
+
+def test_channels_after_the_first_stay() -> None:
+    x = torch.randn(1, 3, 2, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    (y,) = rotate(torch.tensor([0, 4, 9]), 100.0, x, channels=4)
+    assert torch.equal(y[..., 4:], x[..., 4:])
+    (alone,) = rotate(torch.tensor([0, 4, 9]), 100.0, x[..., :4])
+    assert torch.equal(y[..., :4], alone)
+
+
+SCALING = RopeScaling(factor=8.0, original_length=1000, beta_fast=20.0, beta_slow=2.0)
+
+
+def test_yarn_by_hand() -> None:
+    """Pairs 0 to 7 of base 1e4 turn 1000 / 2 pi times and fewer; 20 turns are between pairs 1 and 2, 2 turns between 3
+    and 4."""
+    turns = [1000 / (2 * math.pi) * 1e4 ** (-pair / 8) for pair in range(8)]
+    assert turns[1] > 20 > turns[2] and turns[3] > 2 > turns[4]
+    shares = [0, 0, 1 / 3, 2 / 3, 1, 1, 1, 1]  # a straight line from pair 1 to pair 4
+    x = torch.zeros(1, 1, 1, 16, dtype=torch.float64)
+    x[..., :8] = 1.0
+    (y,) = rotate(torch.tensor([5]), 1e4, x, scaling=SCALING)
+    for pair, share in enumerate(shares):
+        angle = 5 * 1e4 ** (-pair / 8) * (share / 8 + 1 - share)
+        size = 1 + 0.1 * math.log(8)
+        assert y[0, 0, 0, pair].item() == pytest.approx(size * math.cos(angle), abs=1e-14)
+        assert y[0, 0, 0, pair + 8].item() == pytest.approx(size * math.sin(angle), abs=1e-14)
+
+
+def test_positions_keep_scaled_angles_apart() -> None:
+    x, positions = torch.randn(1, 2, 1, 8, dtype=torch.float64), torch.tensor([30, 500])
+    plain, scaled, again = (rotate(positions, 1e4, x, scaling=one)[0] for one in (None, SCALING, None))
+    assert torch.equal(plain, again) and relative(scaled, plain) > 0.1
+
+
+def test_a_factor_of_one_scales_nothing() -> None:
+    x = torch.randn(1, 1, 1, 8, dtype=torch.float64)
+    none = RopeScaling(factor=1.0, original_length=10)
+    assert_close("y", rotate(torch.tensor([7]), 1e4, x, scaling=none)[0], rotate(torch.tensor([7]), 1e4, x)[0], 1e-14)
 
 
 def test_products_depend_on_the_distance_alone() -> None:

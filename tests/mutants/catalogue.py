@@ -57,8 +57,8 @@ MUTANTS = [
     Mutant(
         name="dropped dS_final",
         file="hybrid_sp/exchange/affine.py",
-        old="d_leaving = [torch.zeros_like(d_entering[0]) if d_final is None else d_final]",
-        new="d_leaving = [torch.zeros_like(d_entering[0])]",
+        old="last = torch.zeros_like(d_entering[0]) if d_final is None else d_final",
+        new="last = torch.zeros_like(d_entering[0])",
         test=f"{PARITY}[2-contiguous-linear]",
     ),
     Mutant(

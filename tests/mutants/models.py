@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tests.mutants.mixers import MIXER_MUTANTS
 from tests.mutants.mutant import Mutant
 
 PRECISION = "tests/layers/test_precision.py"
@@ -156,8 +157,8 @@ MODEL_MUTANTS = [
     Mutant(
         name="angles of another base",
         file="layers/rotary.py",
-        old="made, key = _made.setdefault(positions_T, {}), (base, half, dtype)",
-        new="made, key = _made.setdefault(positions_T, {}), (1.0, half, dtype)",
+        old="made, key = _made.setdefault(positions_T, {}), (base,",
+        new="made, key = _made.setdefault(positions_T, {}), (1.0,",
         test="tests/layers/test_rotary.py::test_positions_keep_the_angles_of_every_base_width_and_dtype_apart",
     ),
     Mutant(
@@ -202,4 +203,5 @@ MODEL_MUTANTS = [
         new="tokens.to(torch.int64)",
         test="tests/hybrid_sp/test_gradients.py::test_the_sum_over_ranks_is_divided_by_all_tokens",
     ),
+    *MIXER_MUTANTS,
 ]

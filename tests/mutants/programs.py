@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tests.mutants.devices import DEVICE_MUTANTS
 from tests.mutants.mutant import Mutant
 
 TIMELINE = "tests/hybrid_sp/comm/test_ledger.py"
@@ -289,4 +290,5 @@ PROGRAM_MUTANTS = [
         new="return time.monotonic(), exit_words(worker)",
         test=f"{RANKS}::test_a_death_comes_first_although_it_is_noticed_last",
     ),
+    *DEVICE_MUTANTS,
 ]

@@ -116,11 +116,12 @@ def softmax_attention_loop(
     causal: bool = True,
     scale: float | None = None,
     window: int | None = None,
+    sinks: Tensor | None = None,
     fixed_denominator: bool = False,
 ) -> Tensor:
     """softmax(scale * q k^T) v as dense math. q [B,T,Hq,D]; k, v [B,T,Hkv,D]; query head h reads h // (Hq // Hkv).
-    With a window a token sees itself and the window - 1 tokens before it. With a fixed denominator gradients do not
-    pass through it: they are the terms that may cancel."""
+    With a window a token sees itself and the window - 1 tokens before it. Sinks [Hq] are scores of keys without a
+    value. With a fixed denominator gradients do not pass through it: they are the terms that may cancel."""
     T, heads, D = q.shape[1:]
     k = k.repeat_interleave(heads // k.shape[2], dim=2)
     v = v.repeat_interleave(heads // v.shape[2], dim=2)
@@ -132,6 +133,8 @@ def softmax_attention_loop(
         gone = torch.ones(T, T, dtype=torch.bool).tril(-window)
         scores = scores.masked_fill(gone, float("-inf"))
     log_denominator = scores.logsumexp(dim=-1, keepdim=True)
+    if sinks is not None:
+        log_denominator = torch.logaddexp(log_denominator, sinks[:, None, None])
     weights = (scores - (log_denominator.detach() if fixed_denominator else log_denominator)).exp()
     return torch.einsum("bhij,bjhd->bihd", weights, v)
 

@@ -12,8 +12,8 @@ from hybrid_sp.kernels import gpu
 
 
 @contextmanager
-def in_place_of_launch(replacement: Callable[..., Any]) -> Iterator[None]:
-    """Let every file of kernels call this function with the arguments of `launch`. It may call `launch` itself."""
+def in_place_of_launch(replacement: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """Let every file of kernels call this function with the arguments of `launch`, and yield `launch` itself."""
     modules: list[Any] = [
         importlib.import_module(f"{gpu.__name__}.{one.name}") for one in pkgutil.iter_modules(gpu.__path__)
     ]
@@ -22,7 +22,7 @@ def in_place_of_launch(replacement: Callable[..., Any]) -> Iterator[None]:
     for module in holders:
         module.launch = replacement
     try:
-        yield
+        yield real
     finally:
         for module in holders:
             module.launch = real

@@ -80,11 +80,20 @@ def kernels(sizes: Sizes, out: Path) -> Result:
     limits = ceilings(watch, dtype, shape.copied, shape.side, shape.repetitions)
     contenders, notes = find_contenders(device, shape.softmax_until)
     _report_progress(f"copy {limits.copy / 1e9:,.0f} GB/s, matmul {limits.matmul / 1e12:,.1f} TFLOP/s; {notes}")
-    cells, differences = measure_operators(contenders, shape, watch, dtype, notes)
-    _report_progress("steps of the model")
-    steps = train_step.measure_steps(shape, watch, dtype, Budget(shape.seconds[2]), notes)
-    _report_progress("phases of a layer")
-    phases = overlap_model.measure_phases(shape, watch, dtype, Budget(shape.seconds[3]), notes)
+    cells: list[Cell] = []
+    differences: list[Claim] = []
+    steps: list[train_step.Step] = []
+    phases: list[overlap_model.Phase] = []
+    cut = False
+    try:
+        measure_operators(contenders, shape, watch, dtype, cells, differences, notes)
+        _report_progress("steps of the model")
+        steps = train_step.measure_steps(shape, watch, dtype, Budget(shape.seconds[2]), notes)
+        _report_progress("phases of a layer")
+        phases = overlap_model.measure_phases(shape, watch, dtype, Budget(shape.seconds[3]), notes)
+    except SystemExit:  # by a signal: report what there is
+        cut = True
+        notes.append("cut: the rest was not measured")
     measured: list[Cell | train_step.Step | overlap_model.Phase] = [*cells, *steps, *phases]
     where = "" if device.type == "cuda" else ", without a CUDA device: it shows that the program works, and no more"
     return Result(
@@ -112,6 +121,7 @@ def kernels(sizes: Sizes, out: Path) -> Result:
             "steps": [step.facts() for step in steps],
             "notes": notes,
         },
+        cut=cut,
     )
 
 
@@ -121,12 +131,18 @@ def _report_progress(what: str) -> None:
 
 
 def measure_operators(
-    contenders: Sequence[Contender], shape: KernelSizes, watch: Stopwatch, dtype: torch.dtype, notes: list[str]
-) -> tuple[list[Cell], list[Claim]]:
+    contenders: Sequence[Contender],
+    shape: KernelSizes,
+    watch: Stopwatch,
+    dtype: torch.dtype,
+    cells: list[Cell],
+    differences: list[Claim],
+    notes: list[str],
+) -> None:
     """Measure every contender on every shape, in turns, and claim that peers compute the same as ours.
 
-    It drops a contender that fails, or whose turn comes after the budget for compiling, and adds a note. One whose
-    backward pass alone fails is measured forward.
+    It adds to the last three arguments as it goes. It drops a contender that fails, or whose turn comes after the
+    budget for compiling, and adds a note. One whose backward pass alone fails is measured forward.
     """
     tuning = Budget(shape.seconds[0])
     drawn = {heads: draw_inputs(heads, shape.tuned_at, shape.width, dtype, watch.device) for heads in shape.heads}
@@ -135,15 +151,11 @@ def measure_operators(
         for one in contenders
         if (passes := _warm_up(one, [(forms[one.decay], do) for forms, do in drawn.values()], notes, tuning))
     ]
-    differences = [
-        claim
-        for heads, (forms, _) in drawn.items()
-        for claim in _differences(contenders, forms, f"H={heads}, T={shape.tuned_at}")
-    ]
+    for heads, (forms, _) in drawn.items():
+        differences += _differences(contenders, forms, f"H={heads}, T={shape.tuned_at}")
     del drawn
     budget = Budget(shape.seconds[1])
     grid = [(heads, length) for length in shape.lengths for heads in shape.heads]
-    cells: list[Cell] = []
     for number, (heads, length) in enumerate(grid):
         if budget.over:
             notes.append(f"not measured, out of time: H={heads}, T={length}")
@@ -160,7 +172,6 @@ def measure_operators(
         _report_progress(f"H={heads}, T={length}: {'; '.join(times)}")
         cells += done
         del forms, do, todo
-    return cells, differences
 
 
 def call_of(one: Contender, leaves: list[Tensor], do: Tensor, passes: str) -> Timed:

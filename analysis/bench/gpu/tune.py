@@ -6,7 +6,8 @@
 3. This process times the call, forward and backward, with every candidate left, in turns, entry after entry. One
    replaces the default if it is faster by more than times vary.
 
-On a device the choice goes into the table, by architecture. What is chosen so far is in tuned.json all the time.
+On a device the choice goes into the table, by architecture. What is chosen so far is all the time in tuned.json of the
+results, which has the form of the table.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from analysis.bench.device import default_device
+from analysis.bench.device import allow_any_triton, default_device
 from analysis.bench.gpu.contenders import Forms, draw_inputs, find_contenders
 from analysis.bench.gpu.interception import in_place_of_launch
 from analysis.bench.result import Result, Row
@@ -211,7 +212,8 @@ def tune_width(
             notes.append(f"not measured, out of time: {key}")
             continue
         best[key] = choose(group, runs[group[0].decay], best, watch, shape.repetitions).entry
-        (out / "tuned.json").write_text(json.dumps(_as_json(best), indent=1) + "\n")
+        chosen = {tuning.architecture_of(device): _as_json(best)}
+        (out / "tuned.json").write_text(json.dumps(chosen, indent=1) + "\n")
 
 
 def _as_json(entries: Mapping[str, Entry]) -> dict[str, dict[str, int]]:
@@ -259,6 +261,7 @@ def _finished(group: list[Trial], process: subprocess.Popen[bytes], output: IO[s
 
 def _answer(question: str) -> None:
     """Run the candidates of one entry in this process, and print a line for each."""
+    allow_any_triton()
     decay, key, heads, length, width, entries = json.loads(question)
     forms, do = draw_inputs(heads, length, width, torch.bfloat16, torch.device("cuda"))
     run, want = call_of(decay, forms, do), Entry(*entries[0])

@@ -32,7 +32,7 @@ def launch(command: Sequence[str], network: Network, threads: int = 1, tree: Pat
 
     The first failure ends all ranks and raises RuntimeError with the last output of each rank.
     """
-    shared = {"WORLD_SIZE": str(len(network.ranks)), "MASTER_PORT": str(_free_port()), "OMP_NUM_THREADS": str(threads)}
+    shared = {"WORLD_SIZE": str(len(network.ranks)), "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": str(threads)}
     with contextlib.ExitStack() as stack:
         processes = []
         for rank, (prefix, environment) in enumerate(network.ranks):
@@ -54,7 +54,8 @@ def launch(command: Sequence[str], network: Network, threads: int = 1, tree: Pat
             raise RuntimeError("\n".join(said))
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port that no one listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

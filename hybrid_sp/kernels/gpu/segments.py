@@ -64,7 +64,7 @@ def chain_of(count: int, device: torch.device) -> Segments:
 
 def _tables(pieces: Pieces, chunk: int, device: torch.device) -> Segments:
     rows: list[tuple[int, ...]] = []
-    chunks: list[tuple[int, int]] = []
+    chunks: list[tuple[int, ...]] = []
     for p in pieces.all:
         flags = FIRST * p.begins_span | LAST * p.ends_span | NEW * p.begins_document
         rows.append((p.start, p.stop, len(chunks), p.span, flags))

@@ -127,19 +127,28 @@ def watching() -> Iterator[dict[str, Entry]]:
 
 
 def candidates(key: str, default: Entry) -> list[Entry]:
-    """Return at most five entries to time for a key, the default first."""
-    role = key.split()[0]
-    changes: list[dict[str, int]] = [{"warps": n} for n in (2, 4, 8)]
+    """Return at most five entries to time for a key, the default first. Those of 16-bit tokens fit on sm_90."""
+    role, *kind, shape, dtype = key.split()
+    tall = power(int(shape.partition("x")[0]))
+    changes: list[dict[str, int]] = [{"columns": n, "warps": m} for n in (16, default.columns) for m in (4, 8)]
     if role == "segments":
         changes = [{"programs": n} for n in (128, 256, 512, 1024)]
     elif role == "fold":
-        changes = [{"columns": columns, "stages": n} for columns, n in ((512, 4), (1024, 2), (1024, 4), (2048, 4))]
-    elif role == "scan" and "float32" not in key:
-        tiles = ((64, 4, 2), (64, 8, 3), (32, 4, 2), (32, 4, 3))
-        changes = [{"columns": min(BW, default.columns), "warps": n, "stages": m} for BW, n, m in tiles]
-    elif role == "summary" and "float32" not in key:
+        changes = [{"columns": n, "stages": m} for n, m in ((512, 4), (1024, 2), (1024, 4), (2048, 4))]
+    elif role == "within" or dtype == "float32":
+        changes = [{"warps": n} for n in (1, 2, 4, 8)]
+    elif role == "scan":
+        tiles: tuple[tuple[int, int, int], ...] = ((64, 4, 3), (64, 8, 3), (64, 4, 2), (32, 4, 3))
+        if tall > 128:  # shared memory holds two chunks
+            tiles = ((16, 4, 2), (16, 8, 2), (32, 4, 2) if "gate" not in kind else (32, 8, 2))
+        elif tall == 128 and "gate" in kind:  # four warps have no room for 64 columns
+            tiles = ((64, 8, 2), (32, 8, 3), (32, 4, 2), (32, 4, 3))
+        elif tall == 128:
+            tiles = ((64, 4, 2), (64, 8, 3), (32, 4, 2), (32, 4, 3))
+        changes = [{"columns": min(n, default.columns), "warps": m, "stages": stages} for n, m, stages in tiles]
+    elif role == "summary":
         tiles = ((64, 4, 2), (64, 4, 3), (128, 4, 3), (128, 8, 3))
-        changes = [{"rows": side, "columns": side, "warps": n, "stages": m} for side, n, m in tiles]
+        changes = [{"rows": n, "columns": n, "warps": m, "stages": stages} for n, m, stages in tiles]
     return list(dict.fromkeys([default, *(default._replace(**change) for change in changes)]))[:5]
 
 

@@ -2,6 +2,9 @@
 
     o_t = sum over s of exp(scale * q_t . k_s - lse_t) v_s          lse_t = log sum over s of exp(scale * q_t . k_s)
 
+Keys and values may have different widths: the narrower ones get columns of zeros. A sink is a logit without a value,
+one per query head, that takes a share of the denominator.
+
 Blocks over disjoint keys merge by their lse. The backward of a block reads the output and lse of the whole attention.
 With those, the gradients of all blocks add up (FlashAttention, arXiv 2205.14135, appendix B). A fused kernel does the
 work:
@@ -22,6 +25,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from . import aten, flash_attn, formula
 from .layout import WIDEST, Grads
@@ -43,15 +47,50 @@ FLASH_ATTN = Kernel(flash_attn.forward, flash_attn.backward)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, backend: str) -> tuple[Tensor, Tensor]:
-    """Compute o [B,T,H,D] and lse [B,T,H] (fp32, or fp64) of q [B,T,H,D] over k, v [B,S,G,D]. causal needs T = S."""
-    return select_kernel(q, backend).forward(q, k, v, causal, scale)
+    """Compute o [B,T,H,V] and lse [B,T,H] (fp32, or fp64) of q [B,T,H,D] over k [B,S,G,D] and v [B,S,G,V]. causal needs
+    T = S."""
+    value = v.shape[-1]
+    q, k, v = _equally_wide(q, k, v)
+    o, lse = select_kernel(q, backend).forward(q, k, v, causal, scale)
+    return o[..., :value], lse
 
 
 def attend_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, scale: float, backend: str
 ) -> Grads:
     """Compute dq, dk, dv of one block, from the output o, its gradient and the lse of the whole attention."""
-    return select_kernel(q, backend).backward(do, q, k, v, o, lse, causal, scale)
+    key, value = k.shape[-1], v.shape[-1]
+    do, q, k, v, o = _equally_wide(do, q, k, v, o)
+    dq, dk, dv = select_kernel(q, backend).backward(do, q, k, v, o, lse, causal, scale)
+    return dq[..., :key], dk[..., :key], dv[..., :value]
+
+
+def _equally_wide(*tensors: Tensor) -> list[Tensor]:
+    """Pad the last dim of narrower tensors with zeros, which change neither scores nor outputs."""
+    widest = max(x.shape[-1] for x in tensors)
+    return [x if x.shape[-1] == widest else pad(x, (0, widest - x.shape[-1])) for x in tensors]
+
+
+def empty_output(q: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Allocate o [B,T,H,V] and lse [B,T,H] for q, in the precision of sums: fp32, or fp64."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(*q.shape[:3], width, dtype=dtype), q.new_empty(q.shape[:3], dtype=dtype)
+
+
+def add_sinks(o: Tensor, lse: Tensor, sinks: Tensor) -> None:
+    """Add the sinks [H] to the denominator of o [B,T,H,V] and lse [B,T,H], in place."""
+    before = lse.clone()
+    torch.logaddexp(lse, sinks.to(lse.dtype), out=lse)
+    o *= (before - lse).exp().unsqueeze(-1)
+
+
+def sinks_backward(do: Tensor, o: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """Compute the gradient of the sinks [H], from o and lse with sinks.
+
+    d sink = -sum over t of exp(sink - lse_t) (do_t . o_t): a sink has no value, so it only takes from the others.
+    """
+    share = (sinks.to(lse.dtype) - lse).exp()
+    return -(share * (do.to(lse.dtype) * o.to(lse.dtype)).sum(-1)).sum((0, 1))
 
 
 def merge(o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:

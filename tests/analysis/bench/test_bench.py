@@ -127,7 +127,8 @@ def test_our_kernels_are_measured_in_the_interpreter() -> None:
     )
     watch, notes = Stopwatch(torch.device("cpu")), []
     contenders, _ = find_contenders(watch.device, shape.softmax_until)
-    cells, _ = operators.measure_operators(contenders, shape, watch, torch.float32, notes)
+    cells: list[operators.Cell] = []
+    operators.measure_operators(contenders, shape, watch, torch.float32, cells, [], notes)
     assert [cell.contender.decay for cell in cells] == [d for d in (*DECAYS, "softmax") for _ in range(2)]
     phases = overlap_model.measure_phases(shape, watch, torch.float32, Budget(math.inf), notes)
     assert len(phases) == 12 and all(phase.values for phase in phases) and notes == []
@@ -173,7 +174,8 @@ def test_a_contender_that_fails_is_noted_and_the_others_go_on() -> None:
     notes: list[str] = []
     watch = Stopwatch(torch.device("cpu"))
     shape = replace(QUICK.kernels, heads=(1,), lengths=(48,))
-    cells, _ = operators.measure_operators([bad, good, half], shape, watch, torch.float32, notes)
+    cells: list[operators.Cell] = []
+    operators.measure_operators([bad, good, half], shape, watch, torch.float32, cells, [], notes)
     both = "forward + backward"
     assert {(cell.contender.name, cell.passes) for cell in cells} == {
         ("ours, none", "forward"), ("ours, none", both), ("fla chunk_gla", "forward")
@@ -188,8 +190,26 @@ def test_a_contender_that_fails_is_noted_and_the_others_go_on() -> None:
     assert len(lines) == 2 and lines[1][0] == "fla chunk_gla" and lines[1][4] == lines[1][6] == lines[1][9] == ""
     for seconds, what in (((0.0, 9.0), "ours, none"), ((9.0, 0.0), "H=2, T=96")):
         shape = replace(QUICK.kernels, seconds=(*seconds, 0.0, 0.0))
-        assert operators.measure_operators([good], shape, watch, torch.float32, notes)[0] == []
+        none: list[operators.Cell] = []
+        operators.measure_operators([good], shape, watch, torch.float32, none, [], notes)
+        assert none == []
         assert notes[-1] == f"not measured, out of time: {what}"
+
+
+def test_what_is_measured_before_a_signal_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no other benchmark begins."""
+
+    def ended(*_: Any) -> None:
+        raise SystemExit(143)
+
+    monkeypatch.setattr(operators.train_step, "measure_steps", ended)
+    monkeypatch.setattr(operators, "QUICK", replace(QUICK, kernels=replace(QUICK.kernels, heads=(1,), lengths=(48,))))
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(SystemExit) as end:
+        main(["kernels", "balance", "--quick", "--out", str(tmp_path)])
+    assert end.value.code == 143 and not (tmp_path / "balance").exists()
+    results = read(tmp_path, "kernels")
+    assert results["notes"][-1] == "cut: the rest was not measured" and len(results["rows"]) == 2 * (len(DECAYS) + 1)
 
 
 def test_the_modelled_exchange_is_the_ledgers_formula() -> None:

@@ -62,4 +62,6 @@ def test_launches_of_ours_and_of_fla_are_counted_without_a_device(tmp_path: Path
     assert 4 * tokens + 4 * state <= scan < 4 * tokens + 4 * state + 256, "states in fp32, and the table of segments"
     report = (tmp_path / "launches" / "report.md").read_text()
     line = next(line for line in report.splitlines() if line.startswith("| linear, scalar     | forward"))
-    assert [cell.strip() for cell in line.split("|")[3:7]] == ["3", "3", "1", "0"]
+    own = by_name["ours, scalar", "linear, scalar, forward"]
+    assert [cell.strip() for cell in line.split("|")[3:7]] == [str(len(own.launches)), "3", "1", "0"]
+    assert [name for name, _ in own.operations] == ["clamp"], "as on a device"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from analysis.first import plan, stages
 from analysis.first.__main__ import main
@@ -159,12 +160,30 @@ Run(stages, Path({str(tmp_path)!r}), 120.0, {{}}).run()
 
 
 def test_the_plan_is_whole_and_its_programs_exist() -> None:
-    everything = [*plan.one_device(Path("out")), *plan.several_ranks(Path("out"), 2, "cuda")]
+    everything = [*plan.one_device(None), *plan.several_ranks(2, "cuda")]
     assert len({one.name for one in everything}) == len(everything) == 8 + 10
-    assert sum(one.share for one in plan.one_device(Path("out"))) == pytest.approx(580)
+    assert sum(one.share for one in plan.one_device(None)) == pytest.approx(580)
+    assert all("--commit" in one.command for one in plan.one_device("abc") if "analysis.bench" in one.command)
 
 
 def test_a_stage_that_is_not_in_the_plan_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["speed"])
     assert "no stage speed; there are machine, compile, correct, syncs" in capsys.readouterr().err
+
+
+def test_the_program_runs_a_stage_of_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What this machine cannot run has not passed; the facts of the machine are there all the same."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        assert main(["machine", "--out", str(tmp_path), "--commit", "abc"]) == 1
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:2] == ["machine", "skipped"] and lines[0].endswith("needs CUDA")
+    assert lines[1] == f"not all passed: {tmp_path / 'report.md'}"
+    report = (tmp_path / "report.md").read_text()
+    assert "commit abc" in report and f"torch               {torch.__version__}" in report

@@ -44,6 +44,7 @@ SPILLS = 256  # bytes of a thread that we allow: 64 registers, beside the 255 it
 STREAMING = ("scan_kernel", "summary_kernel", "fold_kernel")  # whose loops over chunks must not wait for each load
 # Loads of a loop that may not be copies: on sm_80 those of y, which two products read in incompatible layouts.
 WAITED_FOR = {80: 1, 90: 0, 100: 0}
+TRIED = ", tried"  # of tensors: with a candidate's launch parameters instead of the default's
 WORKERS = 2
 
 HEADS, TOKENS = 4, 512
@@ -139,7 +140,8 @@ class Built(NamedTuple):
         if self.waited > WAITED_FOR[self.arch] and not alone:
             return f"{self.waited} loads of a chunk for which the program waits"
         roomless = "256" in self.tensors  # of such rows shared memory holds no third chunk
-        return "no load is in flight while it computes" if self.ahead == 0 and not roomless else ""
+        excused = roomless or self.tensors.endswith(TRIED)
+        return "no load is in flight while it computes" if self.ahead == 0 and not excused else ""
 
 
 Job = tuple[str, Spec, int]  # for which tensors, and for which compute capability
@@ -249,9 +251,10 @@ class Case(NamedTuple):
 
 
 def cases(dtype: str, key: int, value: int, forms: str) -> Iterator[Case]:
-    """The forms of the recurrence, between states; `one` that launches every kernel; or `all`, of which more are
-    variants than are kernels of their own."""
-    for decay in ("scalar", "bonus") if forms == "one" else ("none", "scalar", "vector", "bonus"):
+    """The forms of the recurrence, between states; `one` that launches every kernel; two of which `candidates` are
+    timed; or `all`, of which more are variants than are kernels of their own."""
+    few = {"one": ("scalar", "bonus"), "candidates": ("scalar", "vector")}
+    for decay in few.get(forms, ("none", "scalar", "vector", "bonus")):
         yield Case(dtype, key, value, decay)
         if forms == "all":
             yield Case(dtype, key, value, decay, states=False)
@@ -265,7 +268,7 @@ EVERY = tuple(SHARED)
 SQUARES = tuple((width, width) for width in (64, 128, 256))
 ODD = ((153, 64), (100, 36))  # those of Based, and widths that no power of two divides
 # What is compiled: dtype, (key, value) dims, compute capabilities, and which forms. `first` is for `make test`,
-# `main` of `make test-all`.
+# `main` and `candidates` of `make test-all`.
 GRIDS: dict[str, list[tuple[str, Sequence[tuple[int, int]], Sequence[int], str]]] = {
     "first": [("bf16", [(64, 64)], [90], "one")],
     "quick": [("bf16", [(128, 128)], [90], "all")],
@@ -275,6 +278,7 @@ GRIDS: dict[str, list[tuple[str, Sequence[tuple[int, int]], Sequence[int], str]]
         ("fp16", [(128, 128)], [90, 100], "states"),
         ("fp32", [(128, 128)], [90], "states"),
     ],
+    "candidates": [("bf16", SQUARES, [90], "candidates")],
     "full": [(dtype, [*SQUARES, *ODD], EVERY, "all") for dtype in DTYPES],
 }
 
@@ -290,9 +294,23 @@ def jobs_of(grid: str) -> list[Job]:
             with compiled_for(arch):
                 for case in cases(dtype, key, value, forms):
                     case.run()
+                    if forms == "candidates":
+                        try_candidates(case, recorder)
             for spec, job in recorder.seen.items():
                 jobs.setdefault((spec, arch), (*job, arch))
     return list(jobs.values())
+
+
+def try_candidates(case: Case, recorder: Recorder) -> None:
+    """Launch a case once for each candidate of each entry that it asks for."""
+    before, recorder.tensors = recorder.tensors, recorder.tensors + TRIED
+    with tuning.watching() as asked:
+        case.run()
+    for key, default in asked.items():
+        for candidate in tuning.candidates(key, default)[1:]:
+            with tuning.trying({key: candidate}):
+                case.run()
+    recorder.tensors = before
 
 
 @contextmanager

@@ -67,6 +67,13 @@ def test_kernels_of_every_width_fit_every_chip(tmp_path: Path) -> None:
             assert {one["kernel"] for one in here if one["tensors"] == f"bf16 {width}x{width}"} >= {"scan_kernel"}
 
 
+@pytest.mark.slow
+def test_candidates_for_launch_parameters_fit_hopper(tmp_path: Path) -> None:
+    """So `python -m analysis.bench tune` spends its minutes on measuring."""
+    built = compiled("candidates", tmp_path)
+    assert len({one["stages"] for one in built}) > 2
+
+
 @pytest.fixture(scope="module")
 def greedy(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(run_compiler("greedy", tmp_path_factory.mktemp("greedy")).splitlines()[-1])

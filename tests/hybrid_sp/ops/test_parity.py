@@ -16,14 +16,30 @@ import hybrid_sp as hsp
 from hybrid_sp.comm import collectives, groups
 from hybrid_sp.exchange import EXCHANGES
 from hybrid_sp.kernels.reference import chunks
-from tests.hybrid_sp.cases import Case, delta_cases, halo_cases, linear_cases, measured, softmax_cases, terms, truth
+from tests.hybrid_sp.cases import (
+    Case,
+    delta_cases,
+    halo_cases,
+    latent_cases,
+    linear_cases,
+    measured,
+    softmax_cases,
+    terms,
+    truth,
+)
 from tests.support.oracle import assert_close
 from tests.support.ranks import run_ranks
 from tests.support.tiers import tiered
 
 BOUND = 1e-10
 LAYOUTS = ("contiguous", "zigzag")
-FAMILIES = {"linear": linear_cases, "delta": delta_cases, "softmax": softmax_cases, "halo": halo_cases}
+FAMILIES = {
+    "linear": linear_cases,
+    "delta": delta_cases,
+    "softmax": softmax_cases,
+    "latent": latent_cases,
+    "halo": halo_cases,
+}
 
 
 def check_cases(group: Any, cases: list[tuple[Case, dict[str, Tensor]]], chunk: int, rows: int) -> int:

@@ -45,6 +45,7 @@ def masks() -> list[Case]:
         replace(base, documents=SHORT_DOCUMENTS, heads=4),
         replace(base, documents=LONG_DOCUMENTS, window=50),
         replace(base, documents=LONG_DOCUMENTS, causal=False),
+        replace(base, sinks=True, value=10, heads=4),
     ]
 
 

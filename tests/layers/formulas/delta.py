@@ -5,16 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tests.layers.formulas.parts import Weights, convolved, length_one, rms_norm, silu, softplus
+from tests.layers.formulas.parts import Weights, length_one, projected, rms_norm, silu, softplus
 from tests.support.oracle import delta_rule_loop
-
-
-def mixed(w: Weights, x: Tensor, keys: int, values: int, key_heads: int = 4) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v after their convolutions, and q and k of length one; keys and values count channels."""
-    sizes, counts = [keys, keys, values], (key_heads, key_heads, 4)
-    rows, taps = w["project.linear.weight"][: sum(sizes)].split(sizes), w["conv.weight"].split(sizes)
-    q, k, v = (silu(convolved(x @ r.T, t)).unflatten(-1, (n, -1)) for r, t, n in zip(rows, taps, counts, strict=True))
-    return length_one(q), length_one(k), v
 
 
 def betas(w: Weights, x: Tensor, negative_eigenvalues: bool) -> Tensor:
@@ -27,16 +19,19 @@ def delta_net(
     output_gate: bool = False,
     negative_eigenvalues: bool = False,
     expand_k: float = 1.0,
-    expand_v: float = 1.0,
-    conv: int = 4,
 ) -> Tensor:
-    keys, values = int(24 * expand_k), int(24 * expand_v)
-    assert w["conv.weight"].shape == (2 * keys + values, conv)
-    o, _ = delta_rule_loop(*mixed(w, x, keys, values), betas(w, x, negative_eigenvalues))
-    y = rms_norm(o, w["norm.weight"]).flatten(2)
+    key = int(6 * expand_k)
+    q, k, v, *gate = projected(w, x, (4, key), (4, key), (4, 6), *([(4, 6)] if output_gate else []))
+    o, _ = delta_rule_loop(length_one(q), length_one(k), v, betas(w, x, negative_eigenvalues))
+    y = rms_norm(o, w["norm.weight"])
     if output_gate:
-        y = y * silu(x @ w["project.linear.weight"][-values:].T)
-    return y @ w["output.weight"].T
+        y = y * silu(gate[0])
+    return y.flatten(2) @ w["output.weight"].T
+
+
+def scalar_decay(w: Weights, x: Tensor, owner: str = "rule") -> Tensor:
+    step = softplus(x @ w[f"{owner}.steps.project.weight"].T + w[f"{owner}.steps.dt_bias"])
+    return -torch.exp(w[f"{owner}.steps.A_log"]) * step
 
 
 def gated_delta_net(
@@ -44,31 +39,114 @@ def gated_delta_net(
     x: Tensor,
     expand_k: float = 0.75,
     expand_v: float = 1.5,
-    key_heads: int = 4,
+    key_heads: int = 0,
+    heads: int = 4,
+    head_dim: int = 0,
     negative_eigenvalues: bool = False,
 ) -> Tensor:
-    keys, values = int(24 * expand_k) * key_heads // 4, int(24 * expand_v)
-    step = softplus(x @ w["rule.steps.project.weight"].T + w["rule.steps.dt_bias"])
-    log_decay = -torch.exp(w["rule.steps.A_log"]) * step
-    q, k, v = mixed(w, x, keys, values, key_heads)
-    o, _ = delta_rule_loop(q, k, v, betas(w, x, negative_eigenvalues), log_decay)
-    gate = x @ w["project.linear.weight"][-values:].T
-    return (rms_norm(o, w["norm.weight"]).flatten(2) * silu(gate)) @ w["output.weight"].T
+    width, key_heads = head_dim or 24 // heads, key_heads or heads
+    key, value = (key_heads, int(width * expand_k)), (heads, int(width * expand_v))
+    q, k, v, gate = projected(w, x, key, key, value, value)
+    o, _ = delta_rule_loop(length_one(q), length_one(k), v, betas(w, x, negative_eigenvalues), scalar_decay(w, x))
+    return (rms_norm(o, w["norm.weight"]) * silu(gate)).flatten(2) @ w["output.weight"].T
 
 
 def kda(
     w: Weights,
     x: Tensor,
     expand_k: float = 1.0,
-    expand_v: float = 1.0,
     gate_rank: int = 6,
+    key_heads: int = 4,
+    full_rank: str = "none",
+    gate_lower_bound: float = 0.0,
     negative_eigenvalues: bool = False,
 ) -> Tensor:
-    assert w["rule.steps.project.0.weight"].shape == w["gate.0.weight"].shape == (gate_rank, 24)
-    low_rank = x @ w["rule.steps.project.0.weight"].T @ w["rule.steps.project.1.weight"].T
-    step = softplus(low_rank + w["rule.steps.dt_bias"]).unflatten(-1, (4, -1))
-    log_decay = -torch.exp(w["rule.steps.A_log"])[:, None] * step
-    q, k, v = mixed(w, x, int(24 * expand_k), int(24 * expand_v))
-    o, _ = delta_rule_loop(q, k, v, betas(w, x, negative_eigenvalues), log_decay)
-    gate = x @ w["gate.0.weight"].T @ w["gate.1.weight"].T
-    return (rms_norm(o, w["norm.weight"]).flatten(2) * torch.sigmoid(gate)) @ w["output.weight"].T
+    key, value = (key_heads, int(6 * expand_k)), (4, 6)
+    if full_rank == "none":
+        assert w["gate.0.weight"].shape == (gate_rank, 24)
+        q, k, v = projected(w, x, key, key, value)
+        gate = (x @ w["gate.0.weight"].T @ w["gate.1.weight"].T).unflatten(-1, value)
+    else:
+        q, k, v, gate = projected(w, x, key, key, value, value)
+    if full_rank == "both":
+        logit = x @ w["rule.steps.project.weight"].T
+    else:
+        assert w["rule.steps.project.0.weight"].shape == (gate_rank, 24)
+        logit = x @ w["rule.steps.project.0.weight"].T @ w["rule.steps.project.1.weight"].T
+    logit = (logit + w["rule.steps.dt_bias"]).unflatten(-1, (4, -1))
+    rate = torch.exp(w["rule.steps.A_log"])[:, None]
+    log_decay = gate_lower_bound / (1 + torch.exp(-rate * logit)) if gate_lower_bound else -rate * softplus(logit)
+    o, _ = delta_rule_loop(length_one(q), length_one(k), v, betas(w, x, negative_eigenvalues), log_decay)
+    return (rms_norm(o, w["norm.weight"]) * torch.sigmoid(gate)).flatten(2) @ w["output.weight"].T
+
+
+def gated_delta_product(
+    w: Weights,
+    x: Tensor,
+    steps: int = 2,
+    expand_k: float = 0.75,
+    expand_v: float = 1.5,
+    key_heads: int = 4,
+    negative_eigenvalues: bool = True,
+) -> Tensor:
+    """Token by token, and within a token write by write."""
+    K, V = int(6 * expand_k), int(6 * expand_v)
+    sizes = (key_heads, K), (steps * key_heads, K), (steps * 4, V), (4, V)
+    q, k, v, gate = projected(w, x, *sizes)
+    q, k = (length_one(y).unflatten(2, (-1, key_heads)).repeat_interleave(4 // key_heads, dim=3) for y in (q, k))
+    v = v.unflatten(2, (steps, 4))
+    beta = (2 if negative_eigenvalues else 1) * torch.sigmoid(x @ w["rule.write.beta.weight"].T).unflatten(
+        -1, (steps, 4)
+    )
+    decay = scalar_decay(w, x, "rule.write").exp()
+    S = x.new_zeros(len(x), 4, K, V)
+    outputs = []
+    for t in range(x.shape[1]):
+        S = decay[:, t, :, None, None] * S
+        for j in range(steps):
+            key, share = k[:, t, j, :, :, None], beta[:, t, j, :, None, None]
+            S = S - share * key @ (key.mT @ S) + share * key @ v[:, t, j, :, None]
+        outputs.append((q[:, t, 0, :, None] @ S)[:, :, 0] / K**0.5)
+    o = torch.stack(outputs, dim=1)
+    return (rms_norm(o, w["norm.weight"]) * silu(gate)).flatten(2) @ w["output.weight"].T
+
+
+def comba(w: Weights, x: Tensor, expand_k: float = 0.75, expand_v: float = 1.5) -> Tensor:
+    """With the matrix a - c b k^T k of every token, as the paper writes it."""
+    K, V = int(6 * expand_k), int(6 * expand_v)
+    q, k, v, gate = projected(w, x, (4, K), (4, K), (4, V), (4, V))
+    q, k = length_one(q), length_one(k)
+    a = scalar_decay(w, x, "rule.delta").exp()
+    b = torch.sigmoid(x @ w["rule.delta.beta.weight"].T)
+    c = 1 / (1 + torch.exp(-w["rule.feedback"]))
+    S = x.new_zeros(len(x), 4, K, V)
+    outputs = []
+    for t in range(x.shape[1]):
+        key, write = k[:, t, :, :, None], b[:, t, :, None, None]
+        transition = a[:, t, :, None, None] * torch.eye(K, dtype=x.dtype) - c[:, None, None] * write * key @ key.mT
+        S = transition @ S + write * key @ v[:, t, :, None]
+        read = q[:, t] - w["rule.correction"][:, None] * k[:, t]
+        outputs.append((read[:, :, None] @ S)[:, :, 0] / K**0.5)
+    o = torch.stack(outputs, dim=1)
+    return (rms_norm(o, w["norm.weight"]) * torch.sigmoid(gate)).flatten(2) @ w["output.weight"].T
+
+
+def comba_by_errors(w: Weights, x: Tensor, expand_k: float = 0.75, expand_v: float = 1.5) -> Tensor:
+    """Another loop: control by what the state answers to a key, one head and sequence after another."""
+    K, V = int(6 * expand_k), int(6 * expand_v)
+    q, k, v, gate = projected(w, x, (4, K), (4, K), (4, V), (4, V))
+    log_decay, strength = scalar_decay(w, x, "rule.delta"), torch.sigmoid(w["rule.feedback"])
+    beta = torch.sigmoid(x @ w["rule.delta.beta.weight"].T)
+    rows = []
+    for row in range(len(x)):
+        heads = []
+        for h in range(4):
+            S, answers = x.new_zeros(V, K), []
+            for t in range(x.shape[1]):
+                key, query = length_one(k[row, t, h]), length_one(q[row, t, h])
+                error = v[row, t, h] - strength[h] * (S @ key)
+                S = torch.exp(log_decay[row, t, h]) * S + beta[row, t, h] * torch.outer(error, key)
+                answers.append(S @ query - w["rule.correction"][h] * (S @ key))
+            heads.append(rms_norm(torch.stack(answers) / K**0.5, w["norm.weight"]))
+        rows.append(torch.stack(heads, dim=1))
+    return (torch.stack(rows) * torch.sigmoid(gate)).flatten(2) @ w["output.weight"].T

@@ -5,31 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tests.layers.formulas.parts import CONTEXT, Weights, convolved, silu, softplus
+from tests.layers.formulas.parts import CONTEXT, Weights, projected, silu, softplus
 
 
 def mamba2(w: Weights, u: Tensor, expand: float = 2.0, state: int = 128, groups: int = 1) -> Tensor:
     inner = int(24 * expand)
-    sizes = [groups * state, groups * state, inner]
-    *rows, gate_rows = w["project.linear.weight"].split([*sizes, inner])
-    C, B, x = (
-        silu(convolved(u @ r.T, taps) + bias)
-        for r, taps, bias in zip(rows, w["conv.weight"].split(sizes), w["conv.bias"].split(sizes), strict=True)
-    )
+    C, B, x, z = projected(w, u, (groups, state), (groups, state), (4, inner // 4), (4, inner // 4))
     dt = softplus(u @ w["rule.steps.project.weight"].T + w["rule.steps.dt_bias"])
     A = -torch.exp(w["rule.steps.A_log"])
-    x, width, shared = x.unflatten(-1, (4, -1)), inner // 4, 4 // groups
+    width = inner // 4
     columns = []
     for head in range(4):
-        channels = slice(head // shared * state, (head // shared + 1) * state)
+        group = head // (4 // groups)
         h = u.new_zeros(len(u), state, width)
         outputs = []
         for t in range(u.shape[1]):
             step = dt[:, t, head, None, None]
-            h = torch.exp(A[head] * step) * h + step * B[:, t, channels, None] * x[:, t, head, None, :]
-            outputs.append((C[:, t, channels, None] * h).sum(1) + w["rule.D"][head] * x[:, t, head])
+            h = torch.exp(A[head] * step) * h + step * B[:, t, group, :, None] * x[:, t, head, None, :]
+            outputs.append((C[:, t, group, :, None] * h).sum(1) + w["rule.D"][head] * x[:, t, head])
         columns.append(torch.stack(outputs, dim=1))
-    y = torch.cat(columns, dim=-1) * silu(u @ gate_rows.T)
+    y = torch.cat(columns, dim=-1) * silu(z.flatten(2))
     parts = []
     for part, weight in zip(y.chunk(groups, dim=-1), w["norm.weight"].chunk(groups), strict=True):
         parts.append(part / (part.square().mean(-1, keepdim=True) + CONTEXT.norm_eps).sqrt() * weight)

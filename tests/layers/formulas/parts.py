@@ -47,6 +47,19 @@ def length_one(x: Tensor) -> Tensor:
     return x / torch.sqrt((x * x).sum(-1, keepdim=True) + 1e-6)
 
 
+def projected(w: Weights, x: Tensor, *sizes: tuple[int, int]) -> list[Tensor]:
+    """[B,T,count,width] of every (count, width); the channels of the first three convolved with SiLU, if there are taps
+    for them."""
+    rows = w["project.linear.weight"].split([count * width for count, width in sizes])
+    outputs = [x @ r.T for r in rows]
+    if "conv.weight" in w:
+        taps = w["conv.weight"].split([r.shape[0] for r in rows[:3]])
+        biases = w["conv.bias"].split([r.shape[0] for r in rows[:3]]) if "conv.bias" in w else [0, 0, 0]
+        for i in range(3):
+            outputs[i] = silu(convolved(outputs[i], taps[i]) + biases[i])
+    return [y.unflatten(-1, size) for y, size in zip(outputs, sizes, strict=True)]
+
+
 def convolved(x: Tensor, weight: Tensor) -> Tensor:
     """Token t's channels, and those of the tokens before it, by the weight's columns from the last to the first."""
     outputs = []

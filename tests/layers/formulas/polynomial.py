@@ -5,26 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tests.layers.formulas.parts import CONTEXT, Weights, heads
+from tests.layers.formulas.parts import CONTEXT, Weights, projected
 
 
 def based(w: Weights, x: Tensor, feature_dim: int = 16) -> Tensor:
-    q, k, v = projected(w, x, feature_dim)
+    q, k, v = projected(w, x, (4, feature_dim), (4, feature_dim), (4, 6))
     products = torch.einsum("bihd,bjhd->bijh", q, k) / feature_dim**0.5
     return averaged(1 + products + products**2 / 2, v) @ w["output.weight"].T
 
 
 def rebased(w: Weights, x: Tensor, feature_dim: int = 16) -> Tensor:
-    q, k, v = projected(w, x, feature_dim)
+    q, k, v = projected(w, x, (4, feature_dim), (4, feature_dim), (4, 6))
     gamma, beta = (w[name].unflatten(0, (2, 4, feature_dim)) for name in ("rule.gamma", "rule.beta"))
     q = layer_norm(q) * gamma[0] + beta[0]
     k = layer_norm(k) * gamma[1] + beta[1]
     products = torch.einsum("bihd,bjhd->bijh", q, k)
     return averaged(products**2 / feature_dim, v) @ w["output.weight"].T
-
-
-def projected(w: Weights, x: Tensor, width: int) -> list[Tensor]:
-    return [heads(x, rows, 4) for rows in w["project.linear.weight"].split([4 * width, 4 * width, 24])]
 
 
 def averaged(weights: Tensor, v: Tensor) -> Tensor:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tests.layers.formulas.parts import CONTEXT, Weights, heads, rms_norm
+from tests.layers.formulas.parts import CONTEXT, Weights, convolved, heads, projected, rms_norm
 from tests.support.oracle import linear_attention_loop
 
 
 def hgrn2(w: Weights, x: Tensor, lower_bound: str = "learned") -> Tensor:
-    q, logits, v = (heads(x, rows, 4) for rows in w["project.linear.weight"].split([24, 24, 24]))
+    q, logits, v = projected(w, x, (4, 6), (4, 6), (4, 6))
     bound = {
         "learned": lambda: torch.sigmoid(w["rule.bound"]).unflatten(0, (4, 6)),
         "fixed": lambda: torch.tensor(CONTEXT.layer / CONTEXT.depth),
@@ -19,6 +19,11 @@ def hgrn2(w: Weights, x: Tensor, lower_bound: str = "learned") -> Tensor:
     forget = bound + (1 - bound) * torch.sigmoid(logits)
     o, _ = linear_attention_loop(q * torch.sigmoid(q), 1 - forget, v, forget.log())
     return rms_norm(o.flatten(2), w["norm.weight"]) @ w["output.weight"].T
+
+
+def short_conv(w: Weights, x: Tensor) -> Tensor:
+    B, C, u = (x @ rows.T for rows in w["project.weight"].split([24, 24, 24]))
+    return (C * convolved(B * u, w["conv.weight"])) @ w["output.weight"].T
 
 
 def rwkv6(w: Weights, x: Tensor, shift_rank: int = 32, decay_rank: int = 64) -> Tensor:
