@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from hybrid_sp.shard import Shard
@@ -26,6 +27,12 @@ class FeedForward(NamedTuple):
         if self.moe is not None:
             return MoE(self.moe, context.dim, self.width, context.depth)
         return MLPS[self.activation](context.dim, self.width)
+
+    def cost(self, context: BlockContext) -> Cost:
+        """Count the cost of the part without the memory of its weights."""
+        with torch.device("meta"):
+            built = self.build(context)
+        return built.cost() if isinstance(built, MoE) else count_parameters(built)
 
 
 class Block(nn.Module):
@@ -65,17 +72,3 @@ class Block(nn.Module):
                 y_BTD, routing = y_BTD
             x_BTD = x_BTD + y_BTD
         return x_BTD, cache, routing
-
-    def cost(self) -> Cost:
-        """Add the costs of the mixer, the feed-forward part and the norms."""
-        return sum(self.parts().values(), start=Cost())
-
-    def parts(self) -> dict[str, Cost]:
-        """Return the costs of the norms, of the mixer, and of the feed-forward part or the experts."""
-        parts = {"norms": Cost()}
-        if self.mixer is not None:
-            parts |= {"norms": count_parameters(self.mixer_norm), "mixer": self.mixer.cost()}
-        if self.mlp is not None:
-            parts["norms"] += count_parameters(self.mlp_norm)
-            parts |= {"experts": self.mlp.cost()} if isinstance(self.mlp, MoE) else {"mlp": count_parameters(self.mlp)}
-        return parts

@@ -8,16 +8,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
-import torch
-
 import layers.mixers  # noqa: F401 (registers them)
 from hybrid_sp.backends import BACKENDS
-from layers.block import Block, FeedForward
+from layers.block import FeedForward
 from layers.cost import Cost
 from layers.moe import MoEConfig
 from layers.pattern import Layer, expand
 from layers.pattern import pattern_letters as pattern_letters
-from layers.registry import MIXERS, BlockContext, MixerSpec, mixer_spec, unknown
+from layers.registry import MIXERS, BlockContext, MixerSpec, mixer_cost, mixer_spec, unknown
 from layers.rotary import RopeScaling
 from layers.side_by_side import SideBySideSpec
 
@@ -155,12 +153,17 @@ def parameters_by_kind(config: ModelConfig) -> dict[str, int]:
 
 def _parts(config: ModelConfig) -> Iterator[tuple[str, Cost]]:
     """Yield the cost of every part of the model by its kind. A tied embedding counts as the head, which multiplies."""
-    head = config.vocab * config.dim
+    head, norms = config.vocab * config.dim, 1
+    costs: dict[FeedForward, Cost] = {}
     yield "embedding", Cost(other_params=0 if config.tie_embeddings else head)
     for layer, spec in zip(model_layers(config), block_specs(config), strict=True):
-        with torch.device("meta"):  # takes no memory and draws no random number
-            parts = Block(*spec).parts()
-        for kind, cost in parts.items():
-            yield "+".join(layer.mixers) if kind == "mixer" else kind, cost
-    yield "norms", Cost(other_params=config.dim)
+        if spec.mixer is not None:
+            yield "+".join(layer.mixers), mixer_cost(spec.mixer, spec.context)
+            norms += 1
+        if spec.feed_forward is not None:
+            kind = "mlp" if spec.feed_forward.moe is None else "experts"
+            costs[spec.feed_forward] = costs.get(spec.feed_forward) or spec.feed_forward.cost(spec.context)
+            yield kind, costs[spec.feed_forward]
+            norms += 1
+    yield "norms", Cost(other_params=norms * config.dim)
     yield "head", Cost(matmul_params=head)

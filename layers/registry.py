@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass, fields, replace
+from functools import lru_cache
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
@@ -107,6 +108,12 @@ SpecClass = TypeVar("SpecClass", bound=type)
 
 def mixer_cost(spec: MixerSpec, context: BlockContext) -> Cost:
     """Count the cost of the mixer that the spec builds, without the memory of its weights."""
+    hashable: Any = spec  # a frozen dataclass
+    return _cost(hashable, context)
+
+
+@lru_cache(maxsize=1024)
+def _cost(spec: Any, context: BlockContext) -> Cost:
     with torch.device("meta"):
         return spec.build(context).cost()
 

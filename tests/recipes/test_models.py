@@ -1,4 +1,4 @@
-"""Models of published sizes: their parameters are those that transformers makes of these sizes, and small ones train."""
+"""Models of published sizes: their parameters are those of transformers at these sizes, and small ones train."""
 
 from __future__ import annotations
 
