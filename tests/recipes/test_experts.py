@@ -60,6 +60,18 @@ def test_experts_train_alike_on_any_mesh(tiny: Path, tmp_path: Path) -> None:
     assert len(biases) == 2 and all(bias.any() for bias in biases)
 
 
+def test_the_auxiliary_loss_is_part_of_the_training(tiny: Path, tmp_path: Path) -> None:
+    """With a large factor the routers' gradients are others, and the recorded loss is still that of the tokens."""
+    options = [f"out={tmp_path}", *EXACT]
+    found = []
+    for factor in ("0.0", "50.0"):
+        recipe = load_recipe(str(tiny), [*options, EXPERTS.replace("0.1", factor)])
+        ((steps, _),) = run_ranks(trained, 1, recipe)
+        found.append(steps[0])
+    assert found[0]["loss"] == found[1]["loss"]
+    assert found[1]["grad_norm"] > 2 * found[0]["grad_norm"]
+
+
 def saved_and_read(group: Any, recipe: config.Recipe) -> None:
     records = Record(config.run_folder(recipe), recipe)
     records.prepare({"corpus": {"fingerprint": data.read_corpus(recipe.data).fingerprint}})
