@@ -19,7 +19,7 @@ from analysis import tables, traffic
 from analysis.points import Point, group_runs, kinds
 from analysis.runs import Run
 from analysis.tables import Table
-from layers.config import ModelConfig, block_specs, expand_pattern, model_facts
+from layers.config import ModelConfig, mixer_specs, model_facts
 from layers.cost import Cost
 from layers.recurrence import RecurrentMixer
 from layers.registry import BlockContext, MixerSpec, mixer_cost
@@ -97,7 +97,7 @@ def table(points: Sequence[Point]) -> Table:
 
 def _mixers(model: ModelConfig, kind: str | None) -> list[Block]:
     """Return the last block of each linear mixer; for None, the last softmax block."""
-    blocks = zip(expand_pattern(model), block_specs(model), strict=True)
+    blocks = ((name, (spec, context)) for name, spec, context in mixer_specs(model))
     last = {name: block for name, block in blocks if (block[0].letter == "N") == (kind is None)}
     return list(last.values())
 

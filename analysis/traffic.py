@@ -17,7 +17,7 @@ from hybrid_sp.comm.link import Link
 from hybrid_sp.exchange import EXCHANGES, Sizes, choose_by, kv
 from hybrid_sp.exchange.strategy import GRADIENT, TokenSizes, TokenStrategy
 from hybrid_sp.shard import LAYOUTS
-from layers.config import ModelConfig, block_specs, expand_pattern
+from layers.config import ModelConfig, mixer_specs
 from layers.cost import (
     Attention,
     Cost,
@@ -103,15 +103,13 @@ def exchanged(run: Run) -> int:
     cut = setting(run)
     if cut.P == 1:  # and "auto" has no link to choose by
         return 0
-    volumes = [volume(facts, cut, again=number in cut.recomputed) for number, (_, facts) in enumerate(_layers(run))]
+    volumes = [volume(facts, cut, again=number in cut.recomputed) for number, _, facts in _layers(run)]
     return cut.passes * sum(one.forward + one.backward for one in volumes)
 
 
-def _layers(run: Run) -> list[tuple[str, Cost]]:
-    """Return the name of every block's mixer, with its cost facts."""
-    model = model_config(run)
-    blocks = zip(expand_pattern(model), block_specs(model), strict=True)
-    return [(name, mixer_cost(spec, context)) for name, (spec, context) in blocks]
+def _layers(run: Run) -> list[tuple[int, str, Cost]]:
+    """Return the block, the name and the cost facts of every mixer."""
+    return [(context.layer, name, mixer_cost(spec, context)) for name, spec, context in mixer_specs(model_config(run))]
 
 
 def model_config(run: Run) -> ModelConfig:
@@ -222,7 +220,7 @@ def _layer_table(points: Sequence[Point]) -> tuple[str, Table]:
     cuts = [setting(point.runs[0]) for point in points]
     cut = max(cuts, key=lambda one: one.spans)
     strategies = [one for one in cuts if one.spans == cut.spans]
-    kinds = dict(layer for point in points for layer in _layers(point.runs[0]))
+    kinds = {name: facts for point in points for _, name, facts in _layers(point.runs[0])}
     full = next((one for facts in kinds.values() for one in facts.attention if one.window is None), None)
     rows, notes = [], []
 

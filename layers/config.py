@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import itertools
-import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
-from typing import Any
-
-import torch
+from typing import Any, Literal, NamedTuple
 
 import layers.mixers  # noqa: F401 (registers them)
 from hybrid_sp.backends import BACKENDS
-from layers.block import Block
+from layers.block import FeedForward
 from layers.cost import Cost
-from layers.registry import MIXERS, BlockContext, MixerSpec, mixer_spec, unknown
+from layers.moe import MoEConfig
+from layers.pattern import Layer, expand
+from layers.pattern import pattern_letters as pattern_letters
+from layers.registry import MIXERS, BlockContext, MixerSpec, mixer_cost, mixer_spec, unknown
 from layers.rotary import RopeScaling
+from layers.side_by_side import SideBySideSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +31,11 @@ class ModelConfig:
     kv_heads: int | None = None  # of softmax attention and sliding windows; None: as many as heads
     linear: str = "lightning"  # the mixer of the L blocks
     ratio: str = "1/4"  # share of softmax blocks: 1/4 is LLLN, 0 and 1 are the pure models
-    pattern: Any = None  # instead of ratio: letters such as LLLN, or a list of mixer names; repeated to the depth
+    pattern: Any = None  # instead of ratio: letters such as LLLN, or names such as 3*gla softmax; repeated to the depth
+    side_by_side: Literal["sum", "mean"] = "sum"  # how the outputs of mixers in one block join: as they are, or normed
     mlp_dim: int | None = None  # None: 8/3 dim, rounded up to a multiple of 32
+    mlp: Literal["swiglu", "relu2"] = "swiglu"  # the activation of the MLP
+    moe: MoEConfig | None = None  # experts instead of the MLP, in blocks whose word in the pattern names neither
     tie_embeddings: bool = False
     norm_eps: float = 1e-6
     rope_base: float = 10000.0
@@ -42,85 +46,29 @@ class ModelConfig:
     backend: str = "auto"  # torch, triton, fla or flash_attn for operators that have it; auto chooses by the device
 
 
-def expand_pattern(config: ModelConfig) -> tuple[str, ...]:
-    """Return the mixer of each block.
+def model_layers(config: ModelConfig) -> tuple[Layer, ...]:
+    """Return the names of the parts of each block.
 
     A wrong `linear`, `ratio` or `pattern`, or one that does not tile the depth, raises ValueError.
     """
-    linear_names = [name for name, spec in MIXERS.items() if spec.letter == "L"]
-    if config.linear not in linear_names:
-        raise unknown("linear mixer", config.linear, linear_names)
-    if config.depth < 1:
-        raise ValueError(f"depth is {config.depth}; it must be at least 1")
-    tile = _ratio_tile(config) if config.pattern is None else _pattern_tile(config)
-    return tile * (config.depth // len(tile))
+    return expand(config.pattern, config.ratio, config.linear, config.depth)
 
 
-def _refuse_rest(config: ModelConfig, source: str, blocks: int, advice: str) -> None:
-    """Raise ValueError unless a tile of this many blocks fits the depth."""
-    repeats, rest = divmod(config.depth, blocks)
-    if rest:
-        depths = " or ".join(_short(n * blocks) for n in (repeats, repeats + 1) if n)
-        raise ValueError(
-            f"{source} is a tile of {_short(blocks)} blocks, which does not tile a depth of {config.depth}; "
-            f"{advice}, or set depth to {depths}"
-        )
+def expand_pattern(config: ModelConfig) -> tuple[str, ...]:
+    """Return the word of each block, which for a block of one mixer is its name; errors as in `model_layers`."""
+    return tuple(layer.name for layer in model_layers(config))
 
 
-def _ratio_tile(config: ModelConfig) -> tuple[str, ...]:
-    """Spread the a softmax blocks of a ratio a/b evenly over b blocks, ending with one: 2/5 is LLNLN."""
-    text, depth = str(config.ratio), config.depth
-    try:
-        ratio = Fraction(text)
-    except (ValueError, ZeroDivisionError):
-        hint = " such as 1/4, 0 or 1"
-        if parts := re.fullmatch(r"([1-9]\d?):([1-9]\d?)", text):
-            linear, softmax = map(int, parts.groups())
-            share = Fraction(softmax, linear + softmax)
-            hint = f"; {linear} linear blocks for {softmax} of softmax attention are a ratio of {share}"
-        raise ValueError(f"ratio {_short(text)!r} is not a fraction{hint}") from None
-    if not 0 <= ratio <= 1:
-        raise ValueError(f"ratio {_short(text)} is not a share of blocks; it must be between 0 and 1, such as 1/4")
-    shares = [Fraction(softmax, depth) for softmax in range(1, depth)] or [Fraction(0), Fraction(1)]
-    nearest = min(shares, key=lambda share: abs(share - ratio))
-    _refuse_rest(config, f"ratio {_short(text)}", ratio.denominator, f"the nearest ratio that does is {nearest}")
-    due = [block * ratio.numerator // ratio.denominator for block in range(ratio.denominator + 1)]
-    return tuple("softmax" if after > before else config.linear for before, after in zip(due, due[1:], strict=False))
+class BlockSpec(NamedTuple):
+    """Hold what a block is built from."""
+
+    mixer: MixerSpec | None
+    context: BlockContext
+    feed_forward: FeedForward | None
 
 
-def _pattern_tile(config: ModelConfig) -> tuple[str, ...]:
-    pattern = config.pattern
-    if not pattern:
-        raise ValueError("pattern is empty; give letters such as LLLN or a list of mixer names, or leave it out")
-    if not isinstance(pattern, (str, Sequence)):
-        raise ValueError(f"pattern {_short(pattern)} is neither letters such as LLLN nor a list of mixer names")
-    if isinstance(pattern, str):
-        if set(pattern) - set("LN"):
-            raise ValueError(
-                f"pattern {_short(pattern)!r} has letters other than L (linear) and N (softmax); mixers are named in a "
-                f"list, such as [{pattern if pattern in MIXERS else 'gla'}, softmax]"
-            )
-        pattern = [{"L": config.linear, "N": "softmax"}[letter] for letter in pattern]
-    for name in pattern:
-        if not isinstance(name, str) or name not in MIXERS:
-            raise unknown("mixer in pattern", str(name), MIXERS)
-    _refuse_rest(config, f"pattern {_short(pattern_letters(pattern))}", len(pattern), "change it")
-    return tuple(pattern)
-
-
-def _short(value: object) -> str:
-    """Shorten a value for a message to its first 40 characters."""
-    text = str(value)
-    return text if len(text) <= 40 else f"{text[:40]}..."
-
-
-def pattern_letters(names: Iterable[str]) -> str:
-    """Write one letter per block, L for a linear mixer and N for softmax attention: LLLNLLLN."""
-    return "".join(MIXERS[name].letter for name in names)
-
-
-def block_specs(config: ModelConfig) -> list[tuple[MixerSpec, BlockContext]]:
-    """Return the spec and the context of each block. A config that fits no model raises ValueError."""
+def block_specs(config: ModelConfig) -> list[BlockSpec]:
+    """Return what each block is built from. A config that fits no model raises ValueError."""
     for name in ("vocab", "dim", "heads", "kv_heads", "mlp_dim"):
         value = getattr(config, name)
         if value is not None and value < 1:
@@ -136,7 +84,8 @@ def block_specs(config: ModelConfig) -> list[tuple[MixerSpec, BlockContext]]:
     kv_heads = config.heads if config.kv_heads is None else config.kv_heads
     if config.heads % kv_heads:
         raise ValueError(f"heads {config.heads} is not a multiple of kv_heads {kv_heads}; change one of them")
-    specs = {name: mixer_spec(name, **options) for name, options in config.mixers.items()}
+    for name, options in config.mixers.items():
+        mixer_spec(name, **options)
     first = BlockContext(
         dim=config.dim,
         heads=config.heads,
@@ -149,9 +98,34 @@ def block_specs(config: ModelConfig) -> list[tuple[MixerSpec, BlockContext]]:
         backend=config.backend,
     )
     return [
-        (specs.get(name) or mixer_spec(name), replace(first, layer=layer))
-        for layer, name in enumerate(expand_pattern(config))
+        BlockSpec(_mixer(config, layer), replace(first, layer=number), _feed_forward(config, layer))
+        for number, layer in enumerate(model_layers(config))
     ]
+
+
+def _mixer(config: ModelConfig, layer: Layer) -> MixerSpec | None:
+    specs = [(name, mixer_spec(name, **config.mixers.get(name, {}) | dict(layer.options))) for name in layer.mixers]
+    if len(specs) > 1:
+        return SideBySideSpec(specs=tuple(specs), join=config.side_by_side)
+    return specs[0][1] if specs else None
+
+
+def _feed_forward(config: ModelConfig, layer: Layer) -> FeedForward | None:
+    kind = layer.feed_forward or ("mlp" if config.moe is None else "moe")
+    if kind == "none":
+        return None
+    if kind == "moe" and config.moe is None:
+        raise ValueError(f"pattern has {layer.name}, and the model has no moe; set model.moe, such as {{experts: 8}}")
+    return FeedForward(mlp_width(config), config.mlp, config.moe if kind == "moe" else None)
+
+
+def mixer_specs(config: ModelConfig) -> Iterator[tuple[str, MixerSpec, BlockContext]]:
+    """Yield the name, the spec and the context of every mixer, block by block; a block may have none or several."""
+    for layer, (spec, context, _) in zip(model_layers(config), block_specs(config), strict=True):
+        specs = spec.specs if isinstance(spec, SideBySideSpec) else [(name, spec) for name in layer.mixers]
+        for name, one in specs:
+            assert one is not None
+            yield name, one, context
 
 
 def mlp_width(config: ModelConfig) -> int:
@@ -161,8 +135,35 @@ def mlp_width(config: ModelConfig) -> int:
 
 def model_facts(config: ModelConfig) -> Cost:
     """Count the cost of HybridLM(config) without its memory. A config that HybridLM refuses raises ValueError."""
-    with torch.device("meta"):  # takes no memory and draws no random number
-        blocks = [Block(spec, context, mlp_width(config)).cost() for spec, context in block_specs(config)]
-    head = config.vocab * config.dim
-    embedding = 0 if config.tie_embeddings else head
-    return sum(blocks, start=Cost(matmul_params=head, other_params=embedding + config.dim))
+    return sum((cost for _, cost in _parts(config)), start=Cost())
+
+
+def parameters_by_kind(config: ModelConfig) -> dict[str, int]:
+    """Count the parameters of the embedding, each kind of mixer, the feed-forward parts, the norms and the head.
+
+    A tied head has none of its own.
+    """
+    counts: Counter[str] = Counter()
+    for kind, cost in _parts(config):
+        counts[kind] += cost.parameters
+    if config.tie_embeddings:
+        counts["embedding"], counts["head"] = counts["head"], 0
+    return {kind: count for kind, count in counts.items() if count}
+
+
+def _parts(config: ModelConfig) -> Iterator[tuple[str, Cost]]:
+    """Yield the cost of every part of the model by its kind. A tied embedding counts as the head, which multiplies."""
+    head, norms = config.vocab * config.dim, 1
+    costs: dict[FeedForward, Cost] = {}
+    yield "embedding", Cost(other_params=0 if config.tie_embeddings else head)
+    for layer, spec in zip(model_layers(config), block_specs(config), strict=True):
+        if spec.mixer is not None:
+            yield "+".join(layer.mixers), mixer_cost(spec.mixer, spec.context)
+            norms += 1
+        if spec.feed_forward is not None:
+            kind = "mlp" if spec.feed_forward.moe is None else "experts"
+            costs[spec.feed_forward] = costs.get(spec.feed_forward) or spec.feed_forward.cost(spec.context)
+            yield kind, costs[spec.feed_forward]
+            norms += 1
+    yield "norms", Cost(other_params=norms * config.dim)
+    yield "head", Cost(matmul_params=head)

@@ -30,6 +30,8 @@ class ShortConv(nn.Module):
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw weights uniformly between -W**-0.5 and W**-0.5, like torch for a convolution, and zero the bias."""
+        if self.weight.is_meta:
+            return  # as in timestep.py
         noise = torch.rand(self.weight.shape, generator=generator, dtype=torch.float32)
         self.weight.copy_((2 * noise - 1) * self.weight.shape[1] ** -0.5)
         if self.bias is not None:

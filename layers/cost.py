@@ -103,6 +103,7 @@ class Cost:
 
     matmul_params: int = 0  # parameters that multiply every token
     other_params: int = 0  # parameters of embeddings, norms, biases and gates
+    idle_params: int = 0  # parameters of the experts that a token does not pass through
     recurrence_flops: int = 0  # of a recurrence, per token
     state: int = 0  # numbers per sequence that decoding keeps in fp32 (fp64 for an fp64 model)
     attention: tuple[Attention, ...] = ()  # costs that grow with the length
@@ -120,6 +121,11 @@ class Cost:
     @property
     def parameters(self) -> int:
         """The number of parameters."""
+        return self.active_parameters + self.idle_params
+
+    @property
+    def active_parameters(self) -> int:
+        """The number of parameters that a token uses: all but those of the experts that it does not pass through."""
         return self.matmul_params + self.other_params
 
     def flops(self, length: int) -> int:

@@ -13,7 +13,8 @@ from hybrid_sp.ops.cross_entropy import cross_entropy
 from hybrid_sp.shard import Shard
 from layers.block import Block
 from layers.cache import LayerCache
-from layers.config import ModelConfig, block_specs, mlp_width
+from layers.config import ModelConfig, block_specs
+from layers.moe import Routing
 
 Cache = tuple[LayerCache, ...]  # one per block
 
@@ -25,6 +26,8 @@ class HybridLM(nn.Module):
     block's input. Messages from other ranks are kept, so only the baselines communicate again
     (`hybrid_sp.checkpoint_contexts`). Outputs and gradients do not change.
 
+    On torch's meta device the model takes no memory and draws no number: `to_empty` and `init_weights` make it real.
+
     `to(torch.bfloat16)` leaves the parameters that make decays in fp32 (`layers.precision`).
     """
 
@@ -34,7 +37,7 @@ class HybridLM(nn.Module):
         if not self.recompute <= set(range(config.depth)):
             raise ValueError(f"recompute {sorted(self.recompute)} names blocks beyond 0 to {config.depth - 1}")
         self.blocks: Sequence[Block] = nn.ModuleList(  # type: ignore[assignment]
-            Block(spec, context, mlp_width(config)) for spec, context in block_specs(config)
+            Block(*spec) for spec in block_specs(config)
         )
         self.embedding = nn.Embedding(config.vocab, config.dim)
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
@@ -51,15 +54,17 @@ class HybridLM(nn.Module):
         the residual stream have 1 / (2 depth) of that variance, so that the stream's does not grow with the depth.
         A module draws parameters of another kind, but no submodule's, in its own `reset_parameters(generator)`.
         """
+        if self.head.weight.is_meta:
+            return
         generator = torch.Generator("cpu").manual_seed(seed)
 
         def draw(weight: Tensor, variance: float) -> None:
             weight.copy_(torch.randn(weight.shape, generator=generator, dtype=torch.float32) * variance**0.5)
 
-        residual = {module for block in self.blocks for module in (block.mixer.output, block.mlp.output)}
-        for module in self.modules():
+        for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                draw(module.weight, 1 / module.in_features / (2 * self.config.depth if module in residual else 1))
+                residual = name.endswith(".output")  # the name in mixers and feed-forward parts
+                draw(module.weight, 1 / module.in_features / (2 * self.config.depth if residual else 1))
                 if module.bias is not None:
                     module.bias.zero_()
             elif isinstance(module, nn.Embedding):
@@ -69,27 +74,40 @@ class HybridLM(nn.Module):
             elif (reset := getattr(module, "reset_parameters", None)) and not reset.__module__.startswith("torch."):
                 reset(generator)  # torch's own methods take none and draw from the global one
 
-    def hidden(self, tokens_BT: Tensor, shard: Shard | None = None) -> Tensor:
-        """Return the input of the head, [B, T, D]."""
+    def hidden(self, tokens_BT: Tensor, shard: Shard | None = None, routing: list[Routing] | None = None) -> Tensor:
+        """Return the input of the head, [B, T, D]; extend `routing` by the statistics of every block with experts."""
         x_BTD = self.embedding(tokens_BT)
         for number, block in enumerate(self.blocks):
             if number in self.recompute and torch.is_grad_enabled():
-                x_BTD, _ = checkpoint(block, x_BTD, shard, use_reentrant=False, context_fn=hsp.checkpoint_contexts)
+                x_BTD, _, of_block = checkpoint(
+                    block, x_BTD, shard, use_reentrant=False, context_fn=hsp.checkpoint_contexts
+                )
             else:
-                x_BTD, _ = block(x_BTD, shard)
+                x_BTD, _, of_block = block(x_BTD, shard)
+            if routing is not None and of_block is not None:
+                routing.append(of_block)
         return self.norm(x_BTD)
 
     def forward(self, tokens_BT: Tensor, shard: Shard | None = None) -> Tensor:
         """Return the logits [B, T, V] of the token after each of this rank's tokens."""
         return self.head(self.hidden(tokens_BT, shard))
 
-    def loss(self, tokens_BT: Tensor, labels_BT: Tensor, shard: Shard | None = None) -> tuple[Tensor, Tensor]:
-        """Sum the cross-entropies in nats over this rank's valid labels (not -100), and count these labels."""
-        return cross_entropy(self.hidden(tokens_BT, shard), self.head.weight, labels_BT)
+    def loss(
+        self,
+        tokens_BT: Tensor,
+        labels_BT: Tensor,
+        shard: Shard | None = None,
+        routing: list[Routing] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Sum the cross-entropies in nats over this rank's valid labels (not -100), and count these labels.
+
+        `routing` is extended by the statistics of every block with experts, for `layers.balance`.
+        """
+        return cross_entropy(self.hidden(tokens_BT, shard, routing), self.head.weight, labels_BT)
 
     def init_cache(self, batch: int) -> Cache:
         """Make the cache of `batch` empty sequences, from which `step` decodes."""
-        return tuple(block.mixer.init_cache(batch) for block in self.blocks)
+        return tuple(block.init_cache(batch) for block in self.blocks)
 
     def step(self, token_B: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
         """Return the logits [B, V] of the next token, and a new cache that has read this one.
@@ -107,6 +125,6 @@ class HybridLM(nn.Module):
         x_BTD = self.embedding(tokens_BT)
         extended = []
         for block, layer_cache in zip(self.blocks, cache, strict=True):
-            x_BTD, layer_cache = block(x_BTD, cache=layer_cache)
-            extended.append(layer_cache)
+            x_BTD, kept, _ = block(x_BTD, cache=layer_cache)
+            extended.append(kept)
         return self.head(self.norm(x_BTD[:, -1])), tuple(extended)

@@ -5,6 +5,7 @@ A decay acts once a token, so a rounding error in it grows with the number of to
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -14,13 +15,14 @@ Apply = Callable[..., nn.Module]
 
 
 def keep_wide(*names: str) -> Apply:
-    """Make an `_apply` for a module that casts its parameters and gradients, but never the named ones below fp32.
+    """Make an `_apply` for a module that casts its tensors and gradients, but never the named ones below fp32.
 
     `to`, `bfloat16`, `half`, `double` and `cuda` of the module and of its parents all go through `nn.Module._apply`.
     """
 
     def apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        gates = [gate for name, gate in module.named_parameters() if name in names]
+        tensors = itertools.chain(module.named_parameters(), module.named_buffers())
+        gates = [gate for name, gate in tensors if name in names]
 
         def cast(tensor: Tensor) -> Tensor:
             result = fn(tensor)

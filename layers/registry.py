@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass, fields, replace
+from functools import lru_cache
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hybrid_sp.backends import BACKENDS
 from hybrid_sp.shard import Shard
@@ -76,11 +77,9 @@ class BlockContext:
 class Mixer(Protocol):
     """Define the interface of a mixer, an nn.Module that moves information between tokens.
 
-    `output` is the projection that writes to the residual stream. With a cache, on one device, the tokens continue
-    those in the cache, and the new cache contains them too. `cost` includes the mixer's parameters.
+    Its nn.Linear called `output` writes to the residual stream. With a cache, on one device, the tokens continue those
+    in the cache, and the new cache contains them too. `cost` includes the mixer's parameters.
     """
-
-    output: nn.Linear
 
     def __call__(
         self, x_BTD: Tensor, shard: Shard | None = None, cache: LayerCache | None = None
@@ -109,6 +108,12 @@ SpecClass = TypeVar("SpecClass", bound=type)
 
 def mixer_cost(spec: MixerSpec, context: BlockContext) -> Cost:
     """Count the cost of the mixer that the spec builds, without the memory of its weights."""
+    hashable: Any = spec  # a frozen dataclass
+    return _cost(hashable, context)
+
+
+@lru_cache(maxsize=1024)
+def _cost(spec: Any, context: BlockContext) -> Cost:
     with torch.device("meta"):
         return spec.build(context).cost()
 

@@ -35,6 +35,8 @@ class TimeStep(nn.Module):
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw time steps log-uniformly in DT_RANGE, for project(x) = 0, and rates uniformly in RATE_RANGE."""
+        if self.A_log.is_meta:
+            return  # nothing to draw, and torch would import its compiler for it, which takes a second
         rate = torch.rand(self.A_log.shape, generator=generator, dtype=torch.float32)
         self.A_log.copy_(torch.log(RATE_RANGE[0] + (RATE_RANGE[1] - RATE_RANGE[0]) * rate))
         uniform = torch.rand(self.dt_bias.shape, generator=generator, dtype=torch.float32)

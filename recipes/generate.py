@@ -76,7 +76,8 @@ def load_model(folder: Path) -> HybridLM:
     dtype = getattr(torch, recipe.train.dtype)
     masters = torch.promote_types(dtype, torch.float32)  # the checkpoint's dtype; training rounds to dtype
     model = HybridLM(replace(recipe.model, backend="auto")).to(masters)
-    checkpoint.load_weights(folder / "checkpoints", {name: p.detach() for name, p in model.named_parameters()})
+    weights = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    checkpoint.load_weights(folder / "checkpoints", {name: p.detach() for name, p in weights.items()})
     return model.to(dtype)
 
 

@@ -36,7 +36,7 @@ class Optimizer:
 
     def __init__(self, model: nn.Module, config: OptimConfig) -> None:
         self.config = config
-        self.parameters = dict(model.named_parameters())
+        self.parameters, self.buffers = dict(model.named_parameters()), dict(model.named_buffers())
         self.masters = {
             name: p if p.dtype in MASTERS else nn.Parameter(p.detach().float()) for name, p in self.parameters.items()
         }
@@ -83,8 +83,12 @@ class Optimizer:
                 p.copy_(self.masters[name])
 
     def state(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Return weights and moments by parameter name, in shared memory: reading into them restores the optimiser."""
+        """Return weights and moments by parameter name, in shared memory: reading into them restores the optimiser.
+
+        The weights include the buffers of the model, which have no gradient, such as the biases that balance experts.
+        """
         moments = {
             f"{name}.{key}": value for name, p in self.masters.items() for key, value in self.adamw.state[p].items()
         }
-        return {"model": {name: p.detach() for name, p in self.masters.items()}, "optimizer": moments}
+        weights = {name: p.detach() for name, p in {**self.masters, **self.buffers}.items()}
+        return {"model": weights, "optimizer": moments}

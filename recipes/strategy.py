@@ -11,7 +11,7 @@ from hybrid_sp.comm.groups import Group
 from hybrid_sp.comm.link import Link
 from hybrid_sp.exchange import choose
 from hybrid_sp.exchange.auto import Choice, measure_link
-from layers.config import block_specs, expand_pattern
+from layers.config import mixer_specs
 from layers.registry import mixer_cost
 from recipes.config import Recipe
 
@@ -58,7 +58,7 @@ def strategy(recipe: Recipe, sp: hsp.SequenceParallel) -> Strategy:
     batch = 1 if recipe.data.pack else recipe.train.batch // (recipe.parallel.dp * recipe.train.accumulation)
     number_bytes = 8 if recipe.train.dtype == "float64" else 4
     linear: dict[str, Choice] = {}
-    for name, (spec, context) in zip(expand_pattern(recipe.model), block_specs(recipe.model), strict=True):
+    for name, spec, context in mixer_specs(recipe.model):
         for summary in mixer_cost(spec, context).summaries:
             state, transition = (batch * summary.heads * number_bytes * n for n in summary.numbers)
             linear[name] = choose(sp, state_bytes=state, transition_bytes=transition)

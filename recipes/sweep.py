@@ -25,7 +25,7 @@ from typing import IO, Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from layers.config import block_specs, expand_pattern
+from layers.config import mixer_specs, model_layers
 from layers.registry import mixer_cost
 from recipes import config, lock, record
 from recipes.load import file_name, load_recipe
@@ -218,13 +218,14 @@ def _experiment(recipe: config.Recipe) -> str:
     The model counts by its pattern and by the options of the mixers in it. Strategies count only for the kinds of layer
     in the model.
     """
-    pattern, values = list(expand_pattern(recipe.model)), _recipe_values(recipe)
-    costs = [mixer_cost(spec, context) for spec, context in block_specs(recipe.model)]
+    pattern, values = model_layers(recipe.model), _recipe_values(recipe)
+    costs = [mixer_cost(spec, context) for _, spec, context in mixer_specs(recipe.model)]
+    kinds = {name for layer in pattern for name in layer.mixers}
     if not any(cost.summaries for cost in costs):
         values |= {"parallel.linear": None, "parallel.link": None}
     if not any(cost.attention for cost in costs):
         values |= {"parallel.softmax": None, "parallel.kv_heads_per_gather": None, "parallel.keep_kv": None}
-    mixers = {kind: options for kind, options in recipe.model.mixers.items() if kind in pattern}
+    mixers = {kind: options for kind, options in recipe.model.mixers.items() if kind in kinds}
     model = {"model.linear": None, "model.ratio": None, "model.pattern": pattern, "model.mixers": mixers}
     return json.dumps(values | model, sort_keys=True, default=str)
 

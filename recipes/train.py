@@ -4,7 +4,9 @@
 
 One loop serves every recipe. Rank (d, s) of the mesh dp x sp takes shard s of every sequence of replica d. It sums the
 losses of its tokens. Gradients and token counts are summed over all ranks and accumulation before the one division
-(hybrid_sp.sum_gradients).
+(hybrid_sp.sum_gradients). The load of experts is balanced by counts over all ranks (layers.balance).
+
+Modules that read and write checkpoints are imported where they are needed, for a dry run has no use for their second.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,15 +30,20 @@ from hybrid_sp.comm import collectives, groups
 from hybrid_sp.comm.trace import rank_events
 from hybrid_sp.mesh import DeviceMesh, whole_group
 from hybrid_sp.transfer import to_device
-from layers.config import expand_pattern, model_facts, pattern_letters
+from layers.balance import Balance
+from layers.config import expand_pattern, model_facts, parameters_by_kind, pattern_letters
 from layers.model import HybridLM
-from recipes import checkpoint, config, data, generate, optim, record, tracker
+from layers.moe import Routing
+from recipes import config, data, optim, record, tracker
 from recipes.config import Recipe, RecipeError
 from recipes.device import choose_device, set_up
 from recipes.load import dump, load_recipe
 from recipes.record import TrainingStopped
 from recipes.strategy import Strategy, strategy, with_link
-from recipes.validate import mesh_shape, processes, validate
+from recipes.validate import mesh_shape, processes, untrainable, validate, validate_shape
+
+if TYPE_CHECKING:
+    from recipes import checkpoint
 
 TRACED = 3  # `train.trace` shows this step after the start of the program; the steps before warm up
 # A closed terminal sends SIGHUP, Slurm SIGUSR1.
@@ -77,15 +84,20 @@ def main(arguments: Sequence[str]) -> int:
 def dry_run(recipe: Recipe) -> str:
     """Return the resolved recipe as YAML, with the size of model, data and training in comments; no process group.
 
-    Raise RecipeError if the recipe cannot be run on WORLD_SIZE (1) processes.
+    Raise RecipeError if the recipe cannot be run on WORLD_SIZE (1) processes. A model of a published size, whose words
+    are no bytes, is described all the same, with a note.
     """
-    validate(recipe, processes())
+    validate_shape(recipe, processes())
     facts, length, dtype = model_facts(recipe.model), recipe.data.length, getattr(torch, recipe.train.dtype)
+    kinds = ", ".join(f"{kind} {count:,}" for kind, count in parameters_by_kind(recipe.model).items())
+    active = f"; {facts.active_parameters:,} active for a token" * bool(facts.idle_params)
     cost = (
         f"cost       {facts.flops(length) / length / 1e6:,.2f} million FLOPs per token forward; "
-        f"{facts.state_bytes(1, length, dtype):,} bytes of decoding cache after {length} tokens"
+        f"{facts.state_bytes(1, length, dtype):,} bytes of decoding cache after {length} tokens, of which "
+        f"{facts.state_bytes(1, 0, dtype):,} are state"
     )
-    lines = [*describe(recipe, data.read_corpus(recipe.data)), cost]
+    lines = [*describe(recipe, data.read_corpus(recipe.data)), f"parameters {kinds}{active}", cost]
+    lines += [f"note       {said}, so this recipe does not train here"] if (said := untrainable(recipe)) else []
     return dump(recipe) + "\n".join(f"# {line}" for line in lines)
 
 
@@ -108,6 +120,8 @@ def train(recipe: Recipe) -> dict[str, Any]:
     Raise RecipeError, before any process group exists, if the recipe cannot be run. Raise TrainingStopped on every
     rank for a loss or gradient that is not finite, for parameters that differ between ranks, or for a failed save.
     """
+    from recipes import checkpoint
+
     world = processes()
     validate(recipe, world)
     device = choose_device(recipe)
@@ -172,6 +186,8 @@ class Run:
         device: str,
     ) -> None:
         """Start from the newest sound checkpoint of the run folder, or else from fresh weights."""
+        from recipes import checkpoint
+
         self.recipe, self.corpus, self.record, self.group, self.device = recipe, corpus, records, group, device
         self.rank = groups.rank(group)
         self.replica, self.replicas = mesh.get_local_rank("dp"), mesh["dp"].size()
@@ -181,6 +197,7 @@ class Run:
         self.model.to(device=device, dtype=getattr(torch, recipe.train.dtype))
         torch.manual_seed(recipe.train.seed * 1_000_003 + self.rank)  # every rank has random numbers of its own
         self.optimizer = optim.Optimizer(self.model, recipe.optim)
+        self.balance = Balance(self.model, group)
         self.since = time.perf_counter()  # the last read of a loss, or the start of training
         self.progress = {"step": torch.tensor(0), "seconds": torch.tensor(0.0, dtype=torch.float64)}
         self.checkpoints = config.run_folder(recipe) / "checkpoints"
@@ -227,6 +244,8 @@ class Run:
 
     def state(self) -> checkpoint.State:
         """Return the tensors that a resumed run needs; they share memory with the run, but random states are copies."""
+        from recipes import checkpoint
+
         return {**self.optimizer.state(), "progress": self.progress, "rng": checkpoint.random_state(self.rank)}
 
     def loop(self) -> bool:
@@ -258,6 +277,8 @@ class Run:
 
     def save(self) -> None:
         """Save the metrics and then a checkpoint; if either fails, every rank raises TrainingStopped."""
+        from recipes import checkpoint
+
         try:
             checkpoint.on_first_rank(self.record.flush, self.group)
             checkpoint.save(self.checkpoints, self.step, self.state(), self.recipe.checkpoint.keep, self.group)
@@ -279,8 +300,9 @@ class Run:
             valid = torch.zeros((), dtype=torch.int64, device=self.device)
             for indices in self.shares(train.batch // train.accumulation, train.accumulation):
                 windows = data.training_windows(self.corpus, recipe.data.length, train.seed, step, indices)
-                loss, count = self.loss(windows)
-                loss.backward()
+                routing: list[Routing] | None = [] if self.balance.needed else None
+                loss, count = self.loss(windows, routing)
+                (loss if routing is None else loss + self.balance.loss(routing, count)).backward()
                 self.optimizer.collect()
                 local[0] += loss.detach()
                 valid += count
@@ -288,8 +310,9 @@ class Run:
             local[1] = stop
             sums = collectives.all_reduce(local, self.group, tag="loss")
             # All that the host needs to know, in one read: on a GPU it waits here, and nowhere else in a step.
-            loss_sum, stops, tokens, norm = torch.stack(
-                [*sums, total.double(), self.optimizer.clip().double()]
+            load = [self.balance.busiest().double()] if self.balance.needed else []
+            loss_sum, stops, tokens, norm, *busiest = torch.stack(
+                [*sums, total.double(), self.optimizer.clip().double(), *load]
             ).tolist()
         now = time.perf_counter()
         seconds, self.since = now - self.since, now
@@ -302,6 +325,8 @@ class Run:
                 "not taken and nothing was saved. Lower optim.lr or raise optim.warmup under a new name"
             )
         self.optimizer.step(lr)
+        if self.balance.needed:
+            self.balance.step()
         self.progress["step"].fill_(step)
         step_tokens = train.batch * recipe.data.length
         self.record.train(
@@ -312,6 +337,7 @@ class Run:
                 "lr": lr,
                 "tokens": step * step_tokens,
                 "tokens_per_second": round(step_tokens / seconds, 1),
+                **({"expert_load": busiest[0]} if busiest else {}),  # of the busiest expert, over the mean
                 **traffic,
             }
         )
@@ -326,16 +352,16 @@ class Run:
             start = part * sequences + self.replica * share
             yield range(start, start + share)
 
-    def loss(self, windows: data.Windows) -> tuple[torch.Tensor, torch.Tensor]:
+    def loss(self, windows: data.Windows, routing: list[Routing] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the summed loss, in nats, and the number of valid tokens of this rank's shard.
 
-        With data.pack all sequences are one long row.
+        With data.pack all sequences are one long row. `routing` is extended by the statistics of experts.
         """
         tokens_BL, cu_seqlens = to_device(windows.tokens, self.device), None
         if self.recipe.data.pack:
             tokens_BL, cu_seqlens = tokens_BL.view(1, -1), windows.cu_seqlens
         shard = self.sequence_parallel.shard(tokens_BL.shape[1], cu_seqlens)
-        return self.model.loss(shard.take(tokens_BL, dim=1), shard.labels(tokens_BL), shard)
+        return self.model.loss(shard.take(tokens_BL, dim=1), shard.labels(tokens_BL), shard, routing)
 
     @torch.no_grad()
     def validate(self) -> None:
@@ -364,8 +390,9 @@ class Run:
 
     def compare_parameters(self) -> None:
         """Raise TrainingStopped on every rank if any parameter differs in any bit between ranks."""
-        every = collectives.gather_objects({name: _digest(p) for name, p in self.optimizer.masters.items()}, self.group)
-        for name in self.optimizer.masters:
+        weights = self.optimizer.state()["model"]
+        every = collectives.gather_objects({name: _digest(p) for name, p in weights.items()}, self.group)
+        for name in weights:
             ranks: dict[str, list[int]] = {}
             for rank, digests in enumerate(every):
                 ranks.setdefault(digests[name], []).append(rank)
@@ -378,6 +405,8 @@ class Run:
 
     def sample(self) -> str | None:
         """Let the trained model write a text; this needs no other rank."""
+        from recipes import generate
+
         length, seed = self.recipe.train.sample, self.recipe.train.seed
         return generate.generate(self.model, generate.PROMPT, length, seed=seed) if length else None
 

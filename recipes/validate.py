@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from hybrid_sp.backends import BACKENDS
 from hybrid_sp.baselines.head_parallel import HEAD_PARALLEL
 from hybrid_sp.shard import CHECKS, KINDS
-from layers.config import block_specs, expand_pattern, model_facts
+from layers.config import mixer_specs, model_facts
 from layers.registry import mixer_cost
 from recipes.config import NAME_BYTES, Recipe, RecipeError, layout, sequence_parallel
 
+BYTES = 256  # the words of the data
 SEEDS = 10**13  # the largest seed: every rank derives its own from it, within torch's 64 bits
 
 
@@ -48,10 +49,23 @@ def mesh_shape(recipe: Recipe, world: int) -> tuple[int, int]:
 
 
 def validate(recipe: Recipe, world: int) -> None:
-    """Raise RecipeError for values that cannot work together; this needs no process group.
+    """Raise RecipeError for a recipe that cannot be trained; this needs no process group.
 
     ``world`` is the number of processes. The message names the key, the value and what to change.
     """
+    if said := untrainable(recipe):
+        raise RecipeError(said)
+    validate_shape(recipe, world)
+
+
+def untrainable(recipe: Recipe) -> str:
+    """Say why a sound model cannot be trained by this program on any machine; empty if it can."""
+    vocab = recipe.model.vocab
+    return f"model.vocab={vocab} must be 256: the data are bytes" if vocab != BYTES else ""
+
+
+def validate_shape(recipe: Recipe, world: int) -> None:
+    """Raise RecipeError for values that cannot work together, as `validate` does, but let any vocabulary pass."""
     _require(
         re.fullmatch(r"[\w.=-]+(/[\w.=-]+)*", recipe.name) is not None and ".." not in recipe.name,
         f"name={recipe.name!r}",
@@ -153,7 +167,7 @@ def _validate_choices(recipe: Recipe) -> None:
 def _validate_strategies(recipe: Recipe, sp: int) -> None:
     """Check that every strategy fits the blocks: their (key) heads can be cut, and their decays are supported."""
     linear, softmax = recipe.parallel.linear, recipe.parallel.softmax
-    for name, (spec, context) in zip(expand_pattern(recipe.model), block_specs(recipe.model), strict=True):
+    for name, spec, context in mixer_specs(recipe.model):
         facts = mixer_cost(spec, context)
         # Count the heads of keys: no kind has fewer, and they divide the heads of values and queries.
         for kind, strategy, heads in (
@@ -178,12 +192,11 @@ def _validate_strategies(recipe: Recipe, sp: int) -> None:
 
 def _validate_model(recipe: Recipe) -> None:
     model = recipe.model
-    _require(model.vocab == 256, f"model.vocab={model.vocab}", "must be 256: the data are bytes")
     try:
         model_facts(model)
     except ValueError as error:
         raise RecipeError(f"model: {error}") from error
-    facts = [mixer_cost(spec, context) for spec, context in block_specs(model)]
+    facts = [mixer_cost(spec, context) for _, spec, context in mixer_specs(model)]
     transitions = [summary.transition for fact in facts for summary in fact.summaries]
     linear = ["delta_rule" if transition == "matrix" else "linear_attention" for transition in transitions]
     operators = sorted({*linear, *("softmax_attention" for fact in facts if fact.attention)})

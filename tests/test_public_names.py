@@ -15,6 +15,7 @@ from typing import Any
 
 import hybrid_sp
 from hybrid_sp.comm.link import Link
+from layers.moe import MoEConfig
 from layers.registry import MIXERS
 from layers.rotary import RopeScaling
 from recipes.config import Recipe
@@ -165,7 +166,20 @@ model.kv_heads: int | None = None
 model.linear: str = 'lightning'
 model.ratio: str = '1/4'
 model.pattern: Any = None
+model.side_by_side: Literal['sum', 'mean'] = 'sum'
 model.mlp_dim: int | None = None
+model.mlp: Literal['swiglu', 'relu2'] = 'swiglu'
+model.moe: MoEConfig | None = None
+model.moe.experts: int = 8
+model.moe.active: int = 2
+model.moe.dim: int | None = None
+model.moe.shared: int = 0
+model.moe.shared_gate: bool = False
+model.moe.router: Literal['softmax', 'sigmoid'] = 'softmax'
+model.moe.normalize: bool = True
+model.moe.scale: float = 1.0
+model.moe.bias_rate: float = 0.0
+model.moe.auxiliary: float = 0.0
 model.tie_embeddings: bool = False
 model.norm_eps: float = 1e-06
 model.rope_base: float = 10000.0
@@ -323,7 +337,11 @@ wandb.project: str = 'hybrid_sp'
 wandb.group: str | None = None
 """
 
-OPTIONAL = {"parallel.link": Link, "model.rope_scaling": RopeScaling}  # sections that are none by default
+OPTIONAL = {  # sections that are none by default
+    "parallel.link": Link,
+    "model.rope_scaling": RopeScaling,
+    "model.moe": MoEConfig,
+}
 
 
 class _Text(str):

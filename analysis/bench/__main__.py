@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from analysis.bench.cpu.experts import experts
 from analysis.bench.cpu.limit import limit
 from analysis.bench.cpu.mixers import mixers
 from analysis.bench.cpu.operators import delta, linear
@@ -32,7 +33,7 @@ from recipes.allocator import keep_freed_memory
 BENCHES: dict[str, Callable[[Sizes, Path], Result]] = {
     bench.__name__: bench
     for bench in (
-        limit, linear, delta, mixers, model, strategies, overlap, balance, exchange_vs_length, memory,
+        limit, linear, delta, mixers, experts, model, strategies, overlap, balance, exchange_vs_length, memory,
         launches, tune, kernels,
     )
 }  # fmt: skip

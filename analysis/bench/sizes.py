@@ -49,6 +49,8 @@ class Sizes:
     compared: tuple[int, ...] = (4096, 16384)  # other packages need quadratic time or memory, so stop here
     repetitions: int = 7
     mixer_repetitions: int = 3
+    expert_tokens: int = 4096
+    expert_repetitions: int = 15
     model_length: int = 16384
     model_steps: int = 5
     model_repetitions: int = 3
@@ -83,6 +85,8 @@ QUICK = Sizes(
     overlap_repetitions=2,
     overlap_megabits=200.0,
     memory_lengths=(128, 256),
+    expert_tokens=64,
+    expert_repetitions=1,
     rounds=1,
     short_model_length=64,
     short_model_steps=3,

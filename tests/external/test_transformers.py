@@ -24,19 +24,30 @@ MODELS = {  # what is compared, of a batch and of packed documents
     "MiniMax": EVERY,
     "LFM2": {"y", "dx", "d project.weight", "d conv.weight", "d output.weight"},
 }
+EXPERTS = {f"d {name}" for name in ("router.weight", "experts.input", "experts.output")} | {"y", "dx"}
+EXPERTS |= {"d shared.input.weight", "d shared.output.weight"}
+MAMBA = {"project.linear.weight", "conv.weight", "conv.bias", "norm.weight", "output.weight"}
+MAMBA |= {f"rule.{name}" for name in ("D", "steps.A_log", "steps.dt_bias", "steps.project.weight")}
+BLOCKS = {
+    "Qwen3-Next experts": EXPERTS | {"d shared_gate.weight"},
+    "Kimi Linear experts": EXPERTS,
+    "Falcon-H1 block": {"y", "dx", "d mixer_norm.weight", "d mlp_norm.weight", "d mlp.input.weight"}
+    | {"d mlp.output.weight", *(f"d mixer.mixers.mamba2.{name}" for name in MAMBA)}
+    | {f"d mixer.mixers.softmax.{name}" for name in ("project.linear.weight", "output.weight")},
+}
 
 
 @pytest.fixture(scope="module")
 def errors() -> Errors:
-    return errors_of("transformers_layers")
+    return errors_of("transformers_layers") | errors_of("transformers_blocks")
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", MODELS | BLOCKS)
 def test_agrees_with_transformers(errors: Errors, model: str) -> None:
     found = errors[model]
-    assert found.keys() == {f"{form} {name}" for form in ("batch", "packed") for name in MODELS[model]}
+    assert found.keys() == {f"{form} {name}" for form in ("batch", "packed") for name in (MODELS | BLOCKS)[model]}
     assert {name: error for name, error in found.items() if not error <= BOUND} == {}
 
 
 def test_nothing_else_is_reported(errors: Errors) -> None:
-    assert errors.keys() == MODELS.keys()
+    assert errors.keys() == (MODELS | BLOCKS).keys()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import hybrid_sp as hsp
 from analysis.bench.device import allow_any_triton
-from layers.block import Block
+from layers.block import Block, FeedForward
 from layers.registry import MIXERS, BlockContext, mixer_spec
 from tests.gpu.attention import two_configurations
 
@@ -42,7 +42,7 @@ def no_syncs() -> Iterator[None]:
 
 def step(block: Block, x: Tensor, shard: hsp.Shard) -> list[Tensor]:
     """The output, and the gradients of the input and of the weights."""
-    y, _ = block(x, shard)
+    y, *_ = block(x, shard)
     return [y, *torch.autograd.grad(y.float().sum(), [x, *block.parameters()])]
 
 
@@ -52,7 +52,7 @@ def stops(group: Any, device: torch.device, mixers: Sequence[str], length: int, 
     for name in mixers:
         for form, shares in FORMS.items():
             torch.manual_seed(0)
-            block = Block(mixer_spec(name), replace(CONTEXT, dim=dim), 2 * dim).to(device, torch.bfloat16)
+            block = Block(mixer_spec(name), replace(CONTEXT, dim=dim), FeedForward(2 * dim)).to(device, torch.bfloat16)
             whole = length * sp.size
             shard = sp.shard(whole, [0, *(int(share * whole) for share in shares), whole] if shares else None)
             x = torch.randn(1, shard.tokens, dim).to(device, torch.bfloat16).requires_grad_()

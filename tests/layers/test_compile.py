@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import hybrid_sp as hsp
-from layers.block import Block
+from layers.block import Block, FeedForward
 from layers.registry import MIXERS, mixer_spec
 from tests.layers.formulas.parts import CONTEXT
 from tests.support.oracle import assert_close
@@ -61,7 +61,7 @@ def whole_graphs() -> AbstractContextManager[Any]:
 
 def block_of(mixer: str, **options: Any) -> Block:
     torch.manual_seed(0)
-    return Block(mixer_spec(mixer, **options), WIDE, 32).double()
+    return Block(mixer_spec(mixer, **options), WIDE, FeedForward(32)).double()
 
 
 def tokens(count: int) -> Tensor:
@@ -71,7 +71,7 @@ def tokens(count: int) -> Tensor:
 def results(block: Callable[..., Any], weights: nn.Module, x: Tensor, shard: hsp.Shard | None) -> list[Tensor]:
     """Output, and gradients of the input and of every weight."""
     x = x.detach().requires_grad_()
-    y, _ = block(x, shard)
+    y, *_ = block(x, shard)
     grads = torch.autograd.grad(y.square().sum(), [x, *weights.parameters()], allow_unused=True)
     return [y, *(grad for grad in grads if grad is not None)]
 

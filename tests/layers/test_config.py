@@ -11,7 +11,15 @@ import torch
 from omegaconf import OmegaConf
 from torch.utils.flop_counter import FlopCounterMode
 
-from layers.config import ModelConfig, block_specs, expand_pattern, mlp_width, model_facts, pattern_letters
+from layers.config import (
+    ModelConfig,
+    block_specs,
+    expand_pattern,
+    mixer_specs,
+    mlp_width,
+    model_facts,
+    pattern_letters,
+)
 from layers.model import HybridLM
 from layers.registry import MIXERS, mixer_cost
 from layers.rotary import RopeScaling
@@ -82,7 +90,7 @@ def test_mixers_of_the_pattern() -> None:
         ({"pattern": ""}, "pattern is empty"),
         ({"pattern": []}, "pattern is empty"),
         ({"pattern": "LLLM"}, "pattern 'LLLM' has letters other than L (linear) and N (softmax)"),
-        ({"pattern": "gla"}, "mixers are named in a list, such as [gla, softmax]"),
+        ({"pattern": "LLLM"}, "mixers are named in full, as in `3*gla softmax`"),
         ({"pattern": ["gla", "N"]}, "unknown mixer in pattern 'N'; known: "),
         ({"pattern": ["glaa"]}, "unknown mixer in pattern 'glaa'; did you mean 'gla'?"),
         ({"pattern": [["gla"]]}, "unknown mixer in pattern"),
@@ -142,7 +150,7 @@ def test_errors_are_short_however_long_the_pattern_is(options: dict[str, Any]) -
 
 def test_options_reach_the_blocks() -> None:
     config = ModelConfig(pattern=["gla", "softmax"], depth=4, kv_heads=2, mixers={"gla": {"expand_k": 1.0}})
-    specs, contexts = zip(*block_specs(config), strict=True)
+    specs, contexts, _ = zip(*block_specs(config), strict=True)
     assert [getattr(spec, "expand_k", None) for spec in specs] == [1.0, None] * 2
     assert [(context.layer, context.depth, context.kv_heads) for context in contexts] == [
         (layer, 4, 2) for layer in range(4)
@@ -208,7 +216,7 @@ def test_facts_of_the_model_are_what_is_counted(tied: bool) -> None:
     # What the blocks' own test leaves: the MLPs and the head, counted on a model whose mixers are only their facts.
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.head(torch.stack([block.mlp(torch.zeros(1, 9, 32)) for block in model.blocks]).sum(0))
-    mixers = sum(mixer_cost(spec, context).flops(9) for spec, context in block_specs(config))
+    mixers = sum(mixer_cost(spec, context).flops(9) for _, spec, context in mixer_specs(config))
     assert facts.flops(9) == counter.get_total_flops() + mixers
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.mutants.mixers import MIXER_MUTANTS
+from tests.mutants.blocks import BLOCK_MUTANTS
 from tests.mutants.mutant import Mutant
 
 PRECISION = "tests/layers/test_precision.py"
@@ -204,4 +205,5 @@ MODEL_MUTANTS = [
         test="tests/hybrid_sp/test_gradients.py::test_the_sum_over_ranks_is_divided_by_all_tokens",
     ),
     *MIXER_MUTANTS,
+    *BLOCK_MUTANTS,
 ]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from layers.config import model_facts
+from layers.config import model_facts, parameters_by_kind
 from recipes import train
 from recipes.load import dump, load_recipe
 
@@ -39,14 +41,48 @@ def test_a_sound_recipe_is_printed_with_its_facts(
     asked = {"R": QUICKSTART, "S": "model.ratio=1/8"}
     assert train.main([asked.get(word, word) for word in words.split()]) == 0
     said, recipe = capsys.readouterr().out, load_recipe(QUICKSTART, ["model.ratio=1/8"])
-    assert said.startswith(dump(recipe)) and said.endswith(" tokens\n")
+    assert said.startswith(dump(recipe)) and said.endswith(" are state\n")
     lines = said.removeprefix(dump(recipe)).splitlines()
-    assert [line.split()[:2] for line in lines] == [["#", word] for word in ("model", "data", "training", "cost")]
+    assert [line.split()[:2] for line in lines] == [
+        ["#", word] for word in ("model", "data", "training", "parameters", "cost")
+    ]
     assert (
         f"LLLLLLLN (gla, gla, gla, gla, gla, gla, gla, softmax), {model_facts(recipe.model).parameters:,} " in lines[0]
     )
     (tmp_path / "said.yaml").write_text(said)
     assert load_recipe(tmp_path / "said.yaml") == recipe, "what is printed is a recipe file"
+
+
+def test_a_model_that_fits_no_machine_is_described(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["model.vocab=150000", "model.dim=4096", "model.depth=64", "model.pattern=3*gla softmax", "model.heads=32"]
+    words += ["model.moe={experts: 256, active: 8, dim: 2048}", "data.length=4096"]
+    assert train.main([QUICKSTART, "--dry-run", *words]) == 0
+    said = capsys.readouterr().out
+    recipe = load_recipe(QUICKSTART, words)
+    facts = model_facts(recipe.model)
+    kinds = parameters_by_kind(recipe.model)
+    assert facts.parameters > 4e11 and sum(kinds.values()) == facts.parameters
+    (line,) = [line for line in said.splitlines() if line.startswith("# parameters")]
+    assert line == (
+        f"# parameters embedding 614,400,000, gla {kinds['gla']:,}, experts {kinds['experts']:,}, "
+        f"softmax {kinds['softmax']:,}, norms {kinds['norms']:,}, head 614,400,000; "
+        f"{facts.active_parameters:,} active for a token"
+    )
+    gla, keys = 48 * (32 * 64 * 128), 16 * 2 * 4096  # numbers of states in all, and of keys and values for each token
+    assert (
+        f"{4 * (gla + keys * 4096):,} bytes of decoding cache after 4096 tokens, of which {4 * gla:,} are state" in said
+    )
+    assert said.endswith(
+        "# note       model.vocab=150000 must be 256: the data are bytes, so this recipe does not train here\n"
+    )
+    assert train.main([QUICKSTART, *words]) == 2
+    assert capsys.readouterr().err == "error: model.vocab=150000 must be 256: the data are bytes\n"
+
+
+def test_a_dry_run_takes_no_module_of_checkpoints() -> None:
+    """They take a second to import, a third of the look."""
+    command = "import sys, recipes.train; sys.exit('torch.distributed.checkpoint' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", command], check=False).returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -35,13 +35,14 @@ from tests.support.packages import needs
 ROOT = Path(__file__).parents[3]
 RECIPES = ("omegaconf", "wandb", "matplotlib", "rich")  # packages of recipes and reports
 PEERS = ("triton", "fla", "transformers")
-SHORT = ("linear", "kernels", "balance", "launches", "tune")
+SHORT = ("linear", "experts", "kernels", "balance", "launches", "tune")
 LONG = ("limit", "delta", "mixers", "strategies", "overlap", "exchange_vs_length", "memory")
 NAIVE, CHUNKED = "fla-core naive_chunk_simple_gla", "transformers torch_chunk_gated_delta_rule"
 MIXER_COUNT = sum(spec.letter == "L" for spec in MIXERS.values())
 ROWS = {  # without peers: lengths, heads, passes, decays and so on, multiplied
     "limit": (1 + 5) + 2 + 2 * 2 + 2 + 5 * 8 + 2,
     "linear": 2 * 4 + 1,
+    "experts": 2 * 2,
     "delta": 2 * 3,
     "mixers": 2 * MIXER_COUNT,
     "strategies": 3 * len(strategies.LINEAR) - 1 + len(strategies.SOFTMAX),
@@ -53,8 +54,8 @@ ROWS = {  # without peers: lengths, heads, passes, decays and so on, multiplied
     "tune": 0,
     "kernels": 2 * 2 * 2 * len(DECAYS) + 2 * 2 + 2 * 2 + 2 * 2 * 2 * len(overlap_model.PHASES),
 }
-CLAIMS = {"limit": 5 + 1 + 1 + 2 + 1, "linear": 3, "delta": 1, "mixers": MIXER_COUNT, "strategies": 7, "overlap": 8,
-          "balance": 1, "exchange_vs_length": 1, "memory": len(KINDS) + 1, "launches": 0, "tune": 0,
+CLAIMS = {"limit": 5 + 1 + 1 + 2 + 1, "linear": 3, "experts": 2, "delta": 1, "mixers": MIXER_COUNT, "strategies": 7,
+          "overlap": 8, "balance": 1, "exchange_vs_length": 1, "memory": len(KINDS) + 1, "launches": 0, "tune": 0,
           "kernels": 0}  # fmt: skip
 
 
