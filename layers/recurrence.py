@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,13 +14,14 @@ from einops import rearrange
 from torch import Tensor, nn
 
 import hybrid_sp as hsp
+from hybrid_sp.checks import Started
 from hybrid_sp.shard import Shard
 from layers.cache import LayerCache
 from layers.conv import ShortConv
 from layers.cost import Cost, Summary, count_parameters
 from layers.norm import HeadNorm
 from layers.projection import HeadProjection, Sizes, channels, cut_heads
-from layers.registry import BlockContext, MixerSpec
+from layers.registry import BlockContext, MixerSpec, TwoStepMixer, finished
 from layers.rotary import token_positions
 
 
@@ -111,7 +111,7 @@ class RecurrentSpec(MixerSpec):
         return RecurrentMixer(shape, context, self.rule(context, shape))
 
 
-class RecurrentMixer(nn.Module):
+class RecurrentMixer(TwoStepMixer):
     """Project x_BTD to q, k, v and a gate, convolve q, k and v if the shape asks, apply the rule, and recur:
 
         S_t = exp(log_decay_t) S_(t-1) + k_t^T v_t        y_t = (norm(scale * q_t S_t) * gate(g_t)) W_output
@@ -173,9 +173,9 @@ class RecurrentMixer(nn.Module):
             halos=(self.conv.halo,) if shape.conv else (),
         )
 
-    def forward(
-        self, x_BTD: Tensor, shard: Shard | None = None, cache: LayerCache | None = None
-    ) -> tuple[Tensor, LayerCache | None]:
+    def start(
+        self, x_BTD: Tensor, shard: Shard | None = None, cache: LayerCache | None = None, *, apart: bool = True
+    ) -> Any:
         shape = self.shape
         positions_T = token_positions(x_BTD, shard, cache)
         state = () if cache is None else cache.tensors
@@ -188,10 +188,21 @@ class RecurrentMixer(nn.Module):
             mixed_BTC, recent = self.conv(mixed_BTC, shard, recent)
         # 2. Let the rule make the inputs of the recurrence, and recur over the sequence or from the cached state.
         inputs = self.rule(x_BTD, *cut_heads(mixed_BTC, shape.qkv), positions_T)
-        o_BTHV, state = self._recur(inputs, shard, state)
+        running = self._recur(inputs, shard, state, apart)
+        return x_BTD, gate_BTC, inputs.skip, running, cache, [] if recent is None else [recent]
+
+    def finish(self, started: Any) -> tuple[Tensor, LayerCache | None]:
+        shape = self.shape
+        x_BTD, gate_BTC, skip, running, cache, recent = started
+        result = finished(running)
+        o_BTHV, state = result if isinstance(result, tuple) else (result, ())
+        if shape.steps > 1:
+            o_BTHV = o_BTHV[:, shape.steps - 1 :: shape.steps]  # the last step of each token reads
+        o_BTHV = o_BTHV if skip is None else o_BTHV + skip
         o_BTHV = o_BTHV.to(x_BTD.dtype)  # of a rule that widens its inputs
         if cache is not None:
-            cache = cache.extended(x_BTD.shape[1], *([] if recent is None else [recent]), *state)
+            state = state if isinstance(state, tuple) else (state,)
+            cache = cache.extended(x_BTD.shape[1], *recent, *state)
 
         # 3. Normalise and gate the output, and write to the residual stream.
         if shape.gate is None:
@@ -203,24 +214,20 @@ class RecurrentMixer(nn.Module):
         return self.output(rearrange(y_BTHV, "b t h v -> b t (h v)")), cache
 
     def _recur(
-        self, inputs: RecurrenceInputs, shard: Shard | None, state: tuple[Tensor, ...]
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return o_BTHV, and the state after these tokens if a state is given."""
-        q, k, v, log_decay, beta, bonus, skip = inputs
-        steps = self.shape.steps
-        recur: Any
-        if beta is not None:
-            recur = partial(hsp.delta_rule, beta=beta, steps=steps)
+        self, inputs: RecurrenceInputs, shard: Shard | None, state: tuple[Tensor, ...], apart: bool
+    ) -> Tensor | tuple[Tensor, Any] | Started[Any]:
+        """Return o_BTHV, with the state after these tokens if a state is given; if `apart`, what will give them."""
+        q, k, v, log_decay, beta, bonus, _ = inputs
+        given: dict[str, Any] = {"log_decay": log_decay, "scale": self.shape.scale, "backend": self.backend}
+        operator: Any = hsp.linear_attention if beta is None else hsp.delta_rule
+        if beta is None:
+            given |= {"bonus": bonus, "normalize": self.shape.normalize}
         else:
-            recur = partial(hsp.linear_attention, bonus=bonus, normalize=self.shape.normalize)
-        recur = partial(recur, q, k, v, log_decay=log_decay, scale=self.shape.scale, backend=self.backend)
-        if not state:
-            o_BTHV = recur(shard=shard)
-        elif self.shape.normalize:
-            o_BTHV, state = recur(initial_state=state, return_final_state=True)
+            given |= {"beta": beta, "steps": self.shape.steps}
+        if state:
+            initial = state if self.shape.normalize else state[0]
+            given |= {"initial_state": initial, "return_final_state": True}
         else:
-            o_BTHV, final = recur(initial_state=state[0], return_final_state=True)
-            state = (final,)
-        if steps > 1:
-            o_BTHV = o_BTHV[:, steps - 1 :: steps]  # the last step of each token reads
-        return o_BTHV if skip is None else o_BTHV + skip, state
+            given["shard"] = shard
+        result: Tensor | tuple[Tensor, Any] | Started[Any] = (operator.start if apart else operator)(q, k, v, **given)
+        return result

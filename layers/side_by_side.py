@@ -5,7 +5,7 @@
 
 Hymba averages before one output projection, and here every mixer has its own. A norm of its own for each mixer's input
 would add nothing: it would differ from the shared one by a factor per channel, which the mixer's first matrix absorbs.
-The mixers run one after the other, so that an exchange of one overlaps with work of the same mixer alone.
+Without a cache all mixers start their operators before any is finished, so that all exchanges are in flight at once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hybrid_sp.shard import Shard
 from layers.cache import LayerCache
 from layers.cost import Cost, count_parameters
-from layers.registry import BlockContext, Mixer, MixerSpec
+from layers.registry import BlockContext, Mixer, MixerSpec, TwoStepMixer
 
 JOINS = ("sum", "mean")
 
@@ -60,12 +60,14 @@ class SideBySide(nn.Module):
         outputs: list[Tensor] = []
         kept: list[Tensor] = []
         first = 0
+        two = {name: mixer for name, mixer in self.mixers.items() if cache is None and isinstance(mixer, TwoStepMixer)}
+        started = {name: mixer.start(x_BTD, shard) for name, mixer in two.items()}
         for name, mixer in self.mixers.items():
             part = None
             if cache is not None:
                 last = first + len(mixer.init_cache(0).tensors)
                 part, first = LayerCache(position=cache.position, tensors=cache.tensors[first:last]), last
-            y_BTD, part = mixer(x_BTD, shard, part)
+            y_BTD, part = two[name].finish(started[name]) if name in two else mixer(x_BTD, shard, part)
             outputs.append(y_BTD if self.join == "sum" else self.norms[name](y_BTD) / len(self.mixers))
             kept += [] if part is None else part.tensors
         return sum(outputs[1:], start=outputs[0]), None if cache is None else cache.extended(x_BTD.shape[1], *kept)

@@ -12,7 +12,7 @@ for each channel of a value.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
@@ -22,7 +22,7 @@ import hybrid_sp as hsp
 from hybrid_sp.shard import Shard
 from layers.cache import LayerCache
 from layers.cost import Attention, Cost, count_parameters
-from layers.registry import BlockContext, MixerSpec, at_least, register
+from layers.registry import BlockContext, MixerSpec, TwoStepMixer, at_least, finished, register
 from layers.rotary import rotate, token_positions
 
 GATES = ("none", "head", "channel")
@@ -50,7 +50,7 @@ class MLASpec(MixerSpec):
         return LatentMixer(self, context)
 
 
-class LatentMixer(nn.Module):
+class LatentMixer(TwoStepMixer):
     """Attend from every token to all tokens up to itself, by keys and values that are made from latents."""
 
     def __init__(self, spec: MLASpec, context: BlockContext) -> None:
@@ -82,9 +82,9 @@ class LatentMixer(nn.Module):
         """Make a cache without latents. It keeps `rank` + `rope_dim` numbers of each token."""
         return LayerCache(position=0, tensors=(self.output.weight.new_zeros(batch, 0, self.rank + self.shared),))
 
-    def forward(
-        self, x_BTD: Tensor, shard: Shard | None = None, cache: LayerCache | None = None
-    ) -> tuple[Tensor, LayerCache | None]:
+    def start(
+        self, x_BTD: Tensor, shard: Shard | None = None, cache: LayerCache | None = None, *, apart: bool = True
+    ) -> Any:
         tokens = x_BTD.shape[1]
         first = cache is None or cache.position == 0
         if not first and tokens != 1:
@@ -111,9 +111,13 @@ class LatentMixer(nn.Module):
             if not first:
                 latent_BTC, rope_BTR = kept_BSC.split([self.rank, self.shared], -1)
         # With a cache the only query is the last token, which sees all latents.
-        o_BTHV = hsp.latent_attention(
-            q_BTHK, latent_BTC, rope_BTR, w_k, w_v, shard=shard, causal=first, backend=self.backend
-        )
+        operator: Any = hsp.latent_attention.start if apart else hsp.latent_attention
+        parts = q_BTHK, latent_BTC, rope_BTR, w_k, w_v
+        return operator(*parts, shard=shard, causal=first, backend=self.backend), x_BTD, cache
+
+    def finish(self, started: Any) -> tuple[Tensor, LayerCache | None]:
+        running, x_BTD, cache = started
+        o_BTHV = finished(running)
         # 3. Gate the output, and write to the residual stream.
         if self.gate is not None:
             o_BTHV = o_BTHV * torch.sigmoid(rearrange(self.gate(x_BTD), "b t (h v) -> b t h v", h=self.heads))

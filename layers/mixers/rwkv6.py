@@ -28,7 +28,7 @@ from hybrid_sp.shard import Shard
 from layers.cache import LayerCache, require_one_device
 from layers.cost import Cost, Halo, Summary, count_parameters
 from layers.precision import keep_wide
-from layers.registry import BlockContext, MixerSpec, at_least, register
+from layers.registry import BlockContext, MixerSpec, TwoStepMixer, at_least, finished, register
 
 MIXED = "wkvrg"  # the five inputs, in the order of mix, mix_down and mix_up
 
@@ -46,7 +46,7 @@ class RWKV6Spec(MixerSpec):
         return RWKV6Mixer(self, context)
 
 
-class RWKV6Mixer(nn.Module):
+class RWKV6Mixer(TwoStepMixer):
     _apply = keep_wide("decay")
 
     def __init__(self, spec: RWKV6Spec, context: BlockContext) -> None:
@@ -104,16 +104,16 @@ class RWKV6Mixer(nn.Module):
             halos=(Halo(tokens=1, channels=dim),),
         )
 
-    def forward(
-        self, x_BTD: Tensor, shard: Shard | None = None, cache: LayerCache | None = None
-    ) -> tuple[Tensor, LayerCache | None]:
+    def start(
+        self, x_BTD: Tensor, shard: Shard | None = None, cache: LayerCache | None = None, *, apart: bool = True
+    ) -> Any:
         require_one_device(shard, cache)
         # 1. Fetch the token before each token, from another rank at the start of a span.
         shift: Callable[..., Any] = partial(hsp.token_shift, x_BTD)
         if cache is None:
-            before_BTD = shift(shard=shard)
+            before_BTD, last = shift(shard=shard), []
         else:
-            before_BTD, last_B1D = shift(initial_state=cache.tensors[0], return_final_state=True)
+            before_BTD, *last = shift(initial_state=cache.tensors[0], return_final_state=True)
 
         # 2. Mix both tokens in five ways, one for each input of the recurrence.
         w, k, v, r, g = self.mixed(x_BTD, before_BTD)
@@ -122,24 +122,24 @@ class RWKV6Mixer(nn.Module):
             rearrange(x, "b t (h k) -> b t h k", h=self.heads) for x in channels
         )
         # 3. Recur over the sequence, or from the cached state.
-        u_HK, weight_HV, bias_HV = (x.view(self.heads, -1) for x in (self.bonus, self.norm_weight, self.norm_bias))
-        recur: Callable[..., Any] = partial(
-            hsp.linear_attention,
-            r_BTHK,
-            k_BTHK,
-            v_BTHV,
-            log_decay=log_decay_BTHK,
-            bonus=u_HK,
-            scale=1.0,
-            backend=self.backend,
-        )
+        operator: Any = hsp.linear_attention.start if apart else hsp.linear_attention
+        given: dict[str, Any] = {"shard": shard}
+        if cache is not None:
+            given = {"initial_state": cache.tensors[1], "return_final_state": True}
+        given |= {"log_decay": log_decay_BTHK, "bonus": self.bonus.view(self.heads, -1), "scale": 1.0}
+        return operator(r_BTHK, k_BTHK, v_BTHV, backend=self.backend, **given), g_BTHV, cache, last
+
+    def finish(self, started: Any) -> tuple[Tensor, LayerCache | None]:
+        running, g_BTHV, cache, last = started
+        result = finished(running)
         if cache is None:
-            o_BTHV = recur(shard=shard)
+            o_BTHV = result
         else:
-            o_BTHV, S_BHKV = recur(initial_state=cache.tensors[1], return_final_state=True)
-            cache = cache.extended(x_BTD.shape[1], last_B1D, S_BHKV)
+            o_BTHV, S_BHKV = result
+            cache = cache.extended(o_BTHV.shape[1], *last, S_BHKV)
 
         # 4. Normalise each head, gate it and write to the residual stream.
+        weight_HV, bias_HV = (x.view(self.heads, -1) for x in (self.norm_weight, self.norm_bias))
         o_BTHV = F.layer_norm(o_BTHV, o_BTHV.shape[-1:], eps=self.norm_eps) * weight_HV + bias_HV
         return self.output(rearrange(o_BTHV * F.silu(g_BTHV), "b t h v -> b t (h v)")), cache
 

@@ -14,10 +14,9 @@ of a head, D / H unless `head_dim` sets it. The options, all off at first, are t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
@@ -29,7 +28,7 @@ from layers.cache import LayerCache
 from layers.conv import ShortConv
 from layers.cost import Attention, Cost, count_parameters
 from layers.projection import HeadProjection, channels, cut_heads
-from layers.registry import BlockContext, MixerSpec, register, unknown
+from layers.registry import BlockContext, MixerSpec, TwoStepMixer, finished, register, unknown
 from layers.rotary import rotate, token_positions
 
 GATES = ("none", "head", "channel")
@@ -56,7 +55,7 @@ class SoftmaxSpec(MixerSpec):
         return SoftmaxMixer(self, context.resized(0, self.head_dim))
 
 
-class SoftmaxMixer(nn.Module):
+class SoftmaxMixer(TwoStepMixer):
     """Attend from every token to all tokens up to itself, or to the last `window` of them."""
 
     def __init__(self, spec: SoftmaxSpec, context: BlockContext, window: int | None = None) -> None:
@@ -94,9 +93,9 @@ class SoftmaxMixer(nn.Module):
         recent = () if self.conv is None else (self.conv.init_state(batch),)
         return LayerCache(position=0, tensors=(*recent, none_BTGK, none_BTGK))
 
-    def forward(
-        self, x_BTD: Tensor, shard: Shard | None = None, cache: LayerCache | None = None
-    ) -> tuple[Tensor, LayerCache | None]:
+    def start(
+        self, x_BTD: Tensor, shard: Shard | None = None, cache: LayerCache | None = None, *, apart: bool = True
+    ) -> Any:
         tokens = x_BTD.shape[1]
         first = cache is None or cache.position == 0
         if not first and tokens != 1:
@@ -119,16 +118,22 @@ class SoftmaxMixer(nn.Module):
             q_BTHK, k_BTGK = self.rotate(positions_T, self.rope_base, q_BTHK, k_BTGK)
 
         # 2. Attend to the sequence, or to the cache.
-        attend: Callable[..., Tensor] = partial(hsp.softmax_attention, q_BTHK, sinks=self.sinks, backend=self.backend)
+        operator: Any = hsp.softmax_attention.start if apart else hsp.softmax_attention
+        attend = partial(operator, q_BTHK, sinks=self.sinks, backend=self.backend)
         if first:
-            o_BTHK = attend(k_BTGK, v_BTGK, shard=shard, window=self.window)
+            running = attend(k_BTGK, v_BTGK, shard=shard, window=self.window)
         if cache is not None:
             kept = slice(None if self.window is None else -self.window, None)
             pairs = zip(cache.tensors[-2:], (k_BTGK, v_BTGK), strict=True)
             k_BTGK, v_BTGK = (torch.cat(pair, dim=1)[:, kept] for pair in pairs)
             cache = cache.extended(tokens, *recent, k_BTGK, v_BTGK)
         if not first:  # the only query is the last token, which sees all keys in the cache
-            o_BTHK = attend(k_BTGK, v_BTGK, causal=False)
+            running = attend(k_BTGK, v_BTGK, causal=False)
+        return running, gate_BTC, cache
+
+    def finish(self, started: Any) -> tuple[Tensor, LayerCache | None]:
+        running, gate_BTC, cache = started
+        o_BTHK = finished(running)
 
         # 3. Gate the output, and write to the residual stream.
         if gate_BTC.shape[-1]:
