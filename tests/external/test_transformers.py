@@ -14,13 +14,17 @@ GATED = {"d rule.steps.A_log", "d rule.steps.dt_bias"}
 LOW_RANK = {"d rule.steps.project.0.weight", "d rule.steps.project.1.weight", "d gate.0.weight", "d gate.1.weight"}
 EVERY = {"y", "dx", "d project.linear.weight", "d norm.weight", "d output.weight"}
 ATTENTION = {"y", "dx", "d project.linear.weight", "d q_norm.weight", "d k_norm.weight", "d output.weight"}
+LATENT = {f"d {name}.weight" for name in ("q.0", "q.1", "q.2", "down", "norm", "up")}
 MODELS = {  # what is compared, of a batch and of packed documents
     "Qwen3-Next": EVERY | GATED | {"d conv.weight", "d rule.beta.weight", "d rule.steps.project.weight"},
     "Qwen3-Next attention": ATTENTION,
     "Qwen3-Next attention by YaRN": ATTENTION,
     "Kimi Linear": EVERY | GATED | LOW_RANK | {"d conv.weight", "d rule.beta.weight"},
+    "Kimi Linear attention": {"y", "dx", "d output.weight", *LATENT},
     "Ling 3": EVERY | GATED | {"d conv.weight", "d rule.beta.weight", "d rule.steps.project.weight"},
     "Mamba-2": EVERY | GATED | {"d conv.weight", "d conv.bias", "d rule.steps.project.weight", "d rule.D"},
+    "Nemotron-H": EVERY | GATED | {"d conv.weight", "d conv.bias", "d rule.steps.project.weight", "d rule.D"},
+    "Nemotron-H attention": {"y", "dx", "d project.linear.weight", "d output.weight"},
     "MiniMax": EVERY,
     "LFM2": {"y", "dx", "d project.weight", "d conv.weight", "d output.weight"},
 }

@@ -26,13 +26,21 @@ sys.modules["fla"] = None  # type: ignore[assignment]  # else transformers takes
 from transformers.models.bailing_hybrid.configuration_bailing_hybrid import BailingHybridConfig  # noqa: E402
 from transformers.models.bailing_hybrid.modeling_bailing_hybrid import BailingHybridDeltaAttention  # noqa: E402
 from transformers.models.kimi_linear.configuration_kimi_linear import KimiLinearConfig  # noqa: E402
-from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearDeltaAttention  # noqa: E402
+from transformers.models.kimi_linear.modeling_kimi_linear import (  # noqa: E402
+    KimiLinearAttention,
+    KimiLinearDeltaAttention,
+)
 from transformers.models.lfm2.configuration_lfm2 import Lfm2Config  # noqa: E402
 from transformers.models.lfm2.modeling_lfm2 import Lfm2ShortConv  # noqa: E402
 from transformers.models.mamba2.configuration_mamba2 import Mamba2Config  # noqa: E402
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer  # noqa: E402
 from transformers.models.minimax.configuration_minimax import MiniMaxConfig  # noqa: E402
 from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention  # noqa: E402
+from transformers.models.nemotron_h.configuration_nemotron_h import NemotronHConfig  # noqa: E402
+from transformers.models.nemotron_h.modeling_nemotron_h import (  # noqa: E402
+    NemotronHAttention,
+    NemotronHMamba2Mixer,
+)
 from transformers.models.qwen3_next.configuration_qwen3_next import Qwen3NextConfig  # noqa: E402
 from transformers.models.qwen3_next.modeling_qwen3_next import (  # noqa: E402
     Qwen3NextAttention,
@@ -92,6 +100,12 @@ def qwen3_next() -> Comparison:
     return Comparison(theirs=Qwen3NextGatedDeltaNet(config, layer_idx=0), ours=ours, rename=rename)
 
 
+def causal_mask(x: Tensor) -> Tensor:
+    """The mask of eager attention over the tokens of x."""
+    count = x.shape[1]
+    return torch.full((count, count), float("-inf"), dtype=x.dtype).triu(1)[None, None]
+
+
 def qwen3_next_attention(scaling: RopeScaling | None = None) -> Comparison:
     K, G = 32, 2
     rope: dict[str, object] = {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.25}
@@ -126,10 +140,8 @@ def qwen3_next_attention(scaling: RopeScaling | None = None) -> Comparison:
         return {name: rows + 1 if "norm" in name else rows for name, rows in rename(w).items()}
 
     def call(layer: nn.Module, x: Tensor) -> Tensor:
-        count = x.shape[1]
-        places = rotary(x, torch.arange(count)[None])
-        mask = torch.full((count, count), float("-inf"), dtype=x.dtype).triu(1)[None, None]
-        return layer(x, places, mask)[0]
+        places = rotary(x, torch.arange(x.shape[1])[None])
+        return layer(x, places, causal_mask(x))[0]
 
     context = replace(CONTEXT, kv_heads=G, rope_base=100.0, rope_scaling=scaling)
     ours = mixer_spec("softmax", head_dim=K, qk_norm=True, rope_fraction=0.25, gate="channel").build(context)
@@ -166,6 +178,40 @@ def kimi_linear() -> Comparison:
     return Comparison(theirs=KimiLinearDeltaAttention(config, layer_idx=0), ours=ours, rename=rename)
 
 
+def kimi_linear_attention() -> Comparison:
+    key, shared, rank, q_rank, value = 6, 4, 10, 14, 5
+    config = KimiLinearConfig(
+        hidden_size=DIM,
+        num_hidden_layers=1,
+        layer_types=["full_attention"],
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        q_lora_rank=q_rank,
+        kv_lora_rank=rank,
+        qk_nope_head_dim=key,
+        qk_rope_head_dim=shared,
+        v_head_dim=value,
+    )
+    config._attn_implementation = "eager"
+    names = {
+        "q.0.weight": "q_a_proj.weight",
+        "q.1.weight": "q_a_layernorm.weight",
+        "q.2.weight": "q_b_proj.weight",
+        "down.weight": "kv_a_proj_with_mqa.weight",
+        "norm.weight": "kv_a_layernorm.weight",
+        "up.weight": "kv_b_proj.weight",
+        "output.weight": "o_proj.weight",
+    }
+    sizes = {"head_dim": key, "value_dim": value, "rope_dim": shared, "rank": rank, "q_rank": q_rank}
+    ours = mixer_spec("mla", rotate=False, **sizes).build(replace(CONTEXT, norm_eps=1e-6))
+    return Comparison(
+        theirs=KimiLinearAttention(config, layer_idx=0),
+        ours=ours,
+        rename=lambda w: {name: w[their] for name, their in names.items()},
+        call=lambda layer, x: layer(x, causal_mask(x))[0],
+    )
+
+
 def ling3() -> Comparison:
     config = BailingHybridConfig(
         hidden_size=DIM,
@@ -194,19 +240,39 @@ def ling3() -> Comparison:
     return Comparison(theirs=BailingHybridDeltaAttention(config, layer_idx=0), ours=ours, rename=rename)
 
 
-def mamba2() -> Comparison:
+def nemotron_h(kind: str) -> Comparison:
+    """A layer of Nemotron-H: its Mamba-2, whose norm is over the channels of a group, or its attention, without RoPE."""
     G, state, inner = 2, 8, 2 * DIM
-    config = Mamba2Config(
+    config = NemotronHConfig(
         hidden_size=DIM,
-        num_hidden_layers=1,
-        num_heads=HEADS,
-        head_dim=inner // HEADS,
-        state_size=state,
+        layer_types=[kind],
+        mamba_num_heads=HEADS,
+        mamba_head_dim=inner // HEADS,
+        ssm_state_size=state,
         n_groups=G,
         chunk_size=32,
         layer_norm_epsilon=CONTEXT.norm_eps,
+        num_attention_heads=HEADS,
+        num_key_value_heads=G,
+        head_dim=8,
     )
+    config._attn_implementation = "eager"
+    if kind == "linear_attention":
+        ours = mixer_spec("mamba2", state=state, groups=G).build(CONTEXT)
+        return Comparison(
+            theirs=NemotronHMamba2Mixer(config, layer_idx=0), ours=ours, rename=of_mamba2(G, state, inner)
+        )
 
+    def rename(w: Weights) -> Weights:
+        rows = torch.cat([w[f"{name}_proj.weight"] for name in "qkv"])
+        return {"project.linear.weight": rows, "output.weight": w["o_proj.weight"]}
+
+    ours = mixer_spec("softmax", head_dim=8, rope_fraction=0.0).build(replace(CONTEXT, kv_heads=G))
+    theirs = NemotronHAttention(config, layer_idx=0)
+    return Comparison(theirs=theirs, ours=ours, rename=rename, call=lambda layer, x: layer(x, causal_mask(x))[0])
+
+
+def of_mamba2(G: int, state: int, inner: int) -> Callable[[Weights], Weights]:
     def rename(w: Weights) -> Weights:
         # Theirs lie in the order z, x, B, C, dt; ours in the order C (q), B (k), x (v), z.
         sizes = [inner, G * state, G * state]
@@ -223,8 +289,24 @@ def mamba2() -> Comparison:
             "output.weight": w["out_proj.weight"],
         }
 
+    return rename
+
+
+def mamba2() -> Comparison:
+    G, state, inner = 2, 8, 2 * DIM
+    config = Mamba2Config(
+        hidden_size=DIM,
+        num_hidden_layers=1,
+        num_heads=HEADS,
+        head_dim=inner // HEADS,
+        state_size=state,
+        n_groups=G,
+        chunk_size=32,
+        layer_norm_epsilon=CONTEXT.norm_eps,
+    )
+
     ours = mixer_spec("mamba2", state=state, groups=G).build(CONTEXT)
-    return Comparison(theirs=Mamba2Mixer(config, layer_idx=0), ours=ours, rename=rename)
+    return Comparison(theirs=Mamba2Mixer(config, layer_idx=0), ours=ours, rename=of_mamba2(G, state, inner))
 
 
 class MiniMaxRule(nn.Module):
@@ -318,7 +400,10 @@ def main() -> None:
         "Qwen3-Next attention": qwen3_next_attention,
         "Qwen3-Next attention by YaRN": partial(qwen3_next_attention, RopeScaling(factor=4.0, original_length=TOKENS)),
         "Kimi Linear": kimi_linear,
+        "Kimi Linear attention": kimi_linear_attention,
         "Ling 3": ling3,
+        "Nemotron-H": partial(nemotron_h, "linear_attention"),
+        "Nemotron-H attention": partial(nemotron_h, "full_attention"),
         "Mamba-2": mamba2,
         "MiniMax": minimax,
         "LFM2": lfm2,
