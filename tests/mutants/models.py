@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tests.mutants.mixers import MIXER_MUTANTS
 from tests.mutants.blocks import BLOCK_MUTANTS
+from tests.mutants.mixers import MIXER_MUTANTS
 from tests.mutants.mutant import Mutant
 
 PRECISION = "tests/layers/test_precision.py"
