@@ -6,8 +6,10 @@ They refuse arguments that do not fit or that differ between ranks, before any c
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar, get_args, get_type_hints
+import inspect
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -27,7 +29,11 @@ def public_operator(function: Callable[P, R]) -> Callable[P, R]:
 
     Raises ValueError if a keyword that takes no tensor is given one: autograd would not see it.
     """
-    plain = {name for name, hint in get_type_hints(function).items() if Tensor not in (hint, *get_args(hint))}
+    return _guarded(function, get_type_hints(function))
+
+
+def _guarded(function: Callable[P, R], hints: dict[str, Any]) -> Callable[P, R]:
+    plain = {name for name, hint in hints.items() if Tensor not in (hint, *get_args(hint))}
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -38,10 +44,82 @@ def public_operator(function: Callable[P, R]) -> Callable[P, R]:
                 f"{name} must be {function.__annotations__[name]}, not a tensor, which would get no gradient; pass "
                 f"{name}.item(), or multiply q by a scale that is learned",
             )
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        with _no_autocast():
             return function(*args, **kwargs)
 
     return eager(run)
+
+
+def run_steps(steps: Generator[None, None, R]) -> R:
+    """Run an operator that is written in steps from begin to end, and return its result."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: R = end.value
+            return result
+
+
+class Started(Generic[R]):
+    """The operator call whose exchange is in flight. `finish` returns its result, once.
+
+    If it is dropped, what is in flight is drained.
+    """
+
+    def __init__(self, steps: Generator[None, None, R]) -> None:
+        self._steps: Generator[None, None, R] | None = steps
+        self._done: list[R] = []
+        try:
+            next(steps)
+        except StopIteration as end:  # it had nothing to send
+            self._done.append(end.value)
+
+    @eager
+    def finish(self) -> R:
+        """Do the rest of the work, and return the result. A second call raises RuntimeError."""
+        if self._steps is None:
+            raise RuntimeError("finished twice: an operator returns its result once")
+        steps, self._steps = self._steps, None
+        with _no_autocast():
+            return self._done[0] if self._done else run_steps(steps)
+
+
+class Operator(Protocol[P, R]):
+    """The form of an operator that can be started and finished apart, so that two exchanges are in flight at once."""
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
+
+    def start(self, *args: P.args, **kwargs: P.kwargs) -> Started[R]:
+        """Compute and send what other ranks need. Every rank starts and finishes its operators in the same order."""
+
+
+def operator_in_steps(steps: Callable[P, Generator[None, None, R]]) -> Operator[P, R]:
+    """Make a public operator of a function that yields once, when its exchange is in flight."""
+
+    @functools.wraps(steps)
+    def function(*args: P.args, **kwargs: P.kwargs) -> R:
+        return run_steps(steps(*args, **kwargs))
+
+    @functools.wraps(steps)
+    def start(*args: P.args, **kwargs: P.kwargs) -> Started[R]:
+        return Started(steps(*args, **kwargs))
+
+    result = steps.__annotations__["return"].removeprefix("Generator[None, None, ").removesuffix("]")
+    runs: list[Any] = [function, start]
+    for run in runs:
+        run.__annotations__ = steps.__annotations__ | {"return": result}
+        run.__signature__ = inspect.signature(steps).replace(return_annotation=result)
+        del run.__wrapped__
+    hints = get_type_hints(steps)
+    public = _guarded(function, hints)
+    public.start = _guarded(start, hints)  # type: ignore[attr-defined]
+    return cast(Operator[P, R], public)
+
+
+@contextmanager
+def _no_autocast() -> Iterator[None]:
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
 
 
 def require(condition: bool, name: str, message: str) -> None:

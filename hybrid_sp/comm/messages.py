@@ -5,18 +5,21 @@ from __future__ import annotations
 import itertools
 import weakref
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .collectives import compare
-from .groups import Group, global_rank, message_group, rank, size
+from .groups import Group, device, global_rank, message_group, rank, size
 from .link import carried
 from .pending import Header, Pending, note_row
 from .reporter import launching
+
+T = TypeVar("T")
 
 # The exchanges made so far, numbered, by group.
 _exchanges: weakref.WeakKeyDictionary[dist.ProcessGroup, Iterator[int]] = weakref.WeakKeyDictionary()
@@ -34,6 +37,23 @@ def open_exchange(header: Header, plan: str, x: Tensor, group: Group) -> Header:
         compare(header.text(plan, x), group)
     message_group(group)
     return replace(header, exchange=next(_exchanges.setdefault(group, itertools.count())))
+
+
+def early(group: Group, post: Callable[[], T]) -> Callable[[], T]:
+    """Post messages now, and return a function that returns what was posted; over NCCL post when it is called.
+
+    NCCL takes the messages of two ranks in one order, so those of an exchange may not come between those of another
+    that is in flight. There each exchange makes all of its messages when it is waited for.
+    """
+    if in_one_order(group):
+        return post
+    posted = post()
+    return lambda: posted
+
+
+def in_one_order(group: Group) -> bool:
+    """Tell whether the messages of two ranks have no tags, so that both must make them in one order."""
+    return device(group).type == "cuda"
 
 
 def start_send(x: Tensor, to: int, number: int, group: Group, header: Header) -> Pending:

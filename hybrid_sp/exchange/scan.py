@@ -69,7 +69,8 @@ class ScanAlgorithm(Protocol):
     """The contract of an algorithm that runs a scan over ranks.
 
     The constructor posts every receive whose sender is known by then. All ranks construct it at the same point of the
-    program. It numbers its messages from the number of ranks on; `ScanExchange` uses the numbers below.
+    program (`messages.early`). It numbers its messages from the number of ranks on; `ScanExchange` uses the numbers
+    below.
     """
 
     def run(self, first: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
@@ -105,11 +106,11 @@ class ScanExchange:
         transition = transition if known is None else known[own]
         transition = None if transition is None else transition.detach()
         scan = self._scan(header, own, state, transition, known, self.request.needs_final_state)
-        algorithm = self.algorithm(scan)
+        algorithm = messages.early(scan.group, lambda: self.algorithm(scan))
 
         def run() -> tuple[Tensor, Tensor, Tensor | None]:
             # 2. Run the scan from S_0.
-            entering, leaving = algorithm.run(initial)
+            entering, leaving = algorithm().run(initial)
             # 3. Send S_final from the owner of the last span to every rank.
             final = _broadcast_final(scan, leaving) if self.request.needs_final_state else state.new_empty(0)
             return torch.stack(entering), final, transition
@@ -129,12 +130,14 @@ class ScanExchange:
         known = None if known is None else known.flip(0)
         scan = self._scan(header, positions, d_entering.flip(0), transposed, known, entered)
         # 2. Start the sum of dS_final at the owner of the last span.
-        summed = _reduce_final(scan, d_final) if self.request.needs_final_state else None
-        algorithm = self.algorithm(scan)
+        needs_final = self.request.needs_final_state
+        summed = messages.early(scan.group, lambda: _reduce_final(scan, d_final) if needs_final else None)
+        algorithm = messages.early(scan.group, lambda: self.algorithm(scan))
 
         def run() -> tuple[Tensor, Tensor | None]:
             # 3. Run the scan from dS_final.
-            d_leaving, d_initial = algorithm.run(None if summed is None else summed.wait())
+            d_last, made = summed(), algorithm()
+            d_leaving, d_initial = made.run(None if d_last is None else d_last.wait())
             # 4. Keep dS_0 at the owner of span 0; the other ranks' parts are zero.
             if entered and d_initial is None:
                 d_initial = torch.zeros_like(d_leaving[0])

@@ -90,21 +90,28 @@ class Star:
         group, m = sp.group, len(self.shard.own)
         if sp.rank != CENTRE:
             # 1. Send this rank's rows, and ask for its results.
-            send = messages.start_send(sent, CENTRE, sp.rank, group, header)
             answer = like.new_empty(m + with_last, *like.shape[1:])
-            asked = messages.start_receive(answer, CENTRE, ranks + sp.rank, group, header)
+
+            def post() -> tuple[Pending, Pending]:
+                send = messages.start_send(sent, CENTRE, sp.rank, group, header)
+                return send, messages.start_receive(answer, CENTRE, ranks + sp.rank, group, header)
+
+            posted = messages.early(group, post)
 
             def wait() -> tuple[Tensor | None, ...]:
+                send, asked = posted()
                 send.wait()
                 results = asked.wait()
                 return finish(results[:m], results[m] if with_last else None)
 
             return run_in_background(wait, header.text("star", sent), header, sent.device)
-        arriving = {rank: messages.start_receive(sent, rank, rank, group, header) for rank in self.others}
+        arriving = messages.early(
+            group, lambda: {rank: messages.start_receive(sent, rank, rank, group, header) for rank in self.others}
+        )
 
         def serve() -> tuple[Tensor | None, ...]:
             # 2. Bring the rows of all ranks into the order of the sequence.
-            rows = {rank: message.wait() for rank, message in arriving.items()} | {CENTRE: sent}
+            rows = {rank: message.wait() for rank, message in arriving().items()} | {CENTRE: sent}
             in_order = [rows[rank][slot] for rank, slot in self.shard.owners]
             in_order += [rows[rank][m] for rank in range(ranks) if len(sent) > m]
             # 3. Fold once, for all ranks.

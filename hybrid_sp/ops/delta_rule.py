@@ -10,6 +10,7 @@ exchange is in `exchange/affine.py`.
 from __future__ import annotations
 
 import functools
+from collections.abc import Generator
 
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from ..checks import (
     compute_dtype,
     default_shard,
     floor_decays,
-    public_operator,
+    operator_in_steps,
     require,
     require_recurrence,
     require_state,
@@ -28,10 +29,10 @@ from ..kernels.gpu import fla_delta as fla
 from ..kernels.phases import Inputs
 from ..kernels.reference import delta as reference
 from ..shard import Shard
-from .recurrence import run_recurrence
+from .recurrence import recurrence_steps
 
 
-@public_operator
+@operator_in_steps
 def delta_rule(
     q: Tensor,
     k: Tensor,
@@ -45,7 +46,7 @@ def delta_rule(
     initial_state: Tensor | None = None,
     return_final_state: bool = False,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Generator[None, None, Tensor | tuple[Tensor, Tensor]]:
     """Compute the delta rule with any diagonal decay, over the sequence of which `shard` holds this rank's tokens.
 
     Per head, with a_t = exp(log_decay_t):
@@ -97,7 +98,7 @@ def delta_rule(
         tokens = {"q": q, "k": k, "v": v, "beta": beta, "log_decay": log_decay}
         return run_head_parallel("delta_rule", alone, shard, "linear", tokens, initial_state)
     recurrence = fla.DeltaPhases if backend == "fla" else reference.DeltaPhases
-    o, S_final = run_recurrence(
+    o, S_final = yield from recurrence_steps(
         recurrence,
         Inputs(q, k, v, log_decay, beta),
         shard,

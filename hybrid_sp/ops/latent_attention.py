@@ -13,7 +13,8 @@ reduce-scatter. Expanded keys and values would be many times as much. They are n
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Generator
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..backends import select_backend
-from ..checks import default_shard, public_operator, require
+from ..checks import default_shard, operator_in_steps, require
 from ..exchange.visible import Mask, plan_mask
 from ..kernels.softmax.attend import empty_output, select_kernel
 from ..kernels.softmax.layout import wide
@@ -35,7 +36,7 @@ from .softmax_attention import softmax_attention
 HEADS = 8  # heads whose keys and values exist at a time, unless kv_heads_per_gather says another number
 
 
-@public_operator
+@operator_in_steps
 def latent_attention(
     q: Tensor,
     latent: Tensor,
@@ -47,7 +48,7 @@ def latent_attention(
     causal: bool = True,
     scale: float | None = None,
     backend: str = "auto",
-) -> Tensor:
+) -> Generator[None, None, Tensor]:
     """Compute multi-head latent attention over the sequence of which `shard` holds this rank's tokens.
 
         k_s = [w_k c_s, r_s]          v_s = w_v c_s          o_t = sum over s of softmax_s(scale * q_t . k_s) v_s
@@ -87,8 +88,12 @@ def latent_attention(
     keep = shard.sp.keep_kv and torch.is_grad_enabled() and any(x.requires_grad for x in given)
     with Call(shard, "softmax") as call:
         at_a_time = shard.sp.kv_heads_per_gather or HEADS
-        job = _Schedule(call, mask, at_a_time, scale, keep, backend)
-        return _Attention.apply(job, *given)
+        wanted = [i for i, x in enumerate(given) if x.requires_grad and torch.is_grad_enabled()]
+        note = f"grad of {wanted}" if wanted else "no grad"
+        job = _Schedule(call, mask, at_a_time, scale, keep, backend, note)
+        token = _Send.apply(job, *given)
+        yield
+        return _Attend.apply(job, token, *(x.detach() for x in given), 1 in wanted or 2 in wanted)
 
 
 class _Weights(NamedTuple):
@@ -120,7 +125,10 @@ def _expand(rows: Tensor, w_k: Tensor, w_v: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class _Schedule:
-    """The schedule of one call, forward and backward. `keep` keeps the received latents for backward."""
+    """The schedule of one call, forward and backward. `keep` keeps the received latents for backward.
+
+    The backward of `_Attend` hands the gradients to that of `_Send`, which adds what returns and rounds once.
+    """
 
     call: Call
     mask: Mask
@@ -128,13 +136,14 @@ class _Schedule:
     scale: float
     keep: bool
     backend: str
+    note: str
+    handed: list[_Grads] = field(default_factory=list)
 
-    def forward(self, note: str, q: Tensor, rows: Tensor, w: _Weights) -> tuple[Tensor, ...]:
+    def forward(self, q: Tensor, rows: Tensor, w: _Weights) -> tuple[Tensor, ...]:
         """Return o, its lse, and if `keep` the rows received."""
         o, lse = empty_output(q, w.v.shape[1])
-        # 1. Send the latents, with the part of the keys that heads share.
-        self._send("forward", note, rows)
-        # 2. Attend to this rank's own tokens while they are in flight.
+        # 1. The latents are in flight, with the part of the keys that heads share (`_Send`).
+        # 2. Attend to this rank's own tokens.
         with self.call.phase("own", "forward", q):
             self._attend(self.mask.own, o, lse, q, rows, w)
         # 3. Wait, attend to the other ranks' tokens, and merge.
@@ -145,8 +154,12 @@ class _Schedule:
 
     def backward(
         self, do: Tensor, q: Tensor, rows: Tensor, w: _Weights, saved: tuple[Tensor, ...], shared: bool
-    ) -> _Grads:
-        """Return all gradients, in the precision of sums. `shared`: those of rows are wanted, so they cross ranks."""
+    ) -> None:
+        """Compute all gradients in the precision of sums, all but what returns, for `take`.
+
+        `shared`: those of rows are wanted, so they cross ranks.
+        """
+        self.call.drain()  # an earlier pass over this graph may have launched, and failed before it waited
         o, lse, *kept = saved
         zeros = functools.partial(torch.zeros_like, dtype=lse.dtype)
         grads = _Grads(zeros(q), zeros(rows), _Weights(zeros(w.k), zeros(w.v)))
@@ -154,7 +167,7 @@ class _Schedule:
         with self.call:
             # 1. If the latents were not kept, gather them again while own tokens get their gradients.
             if not self.keep:
-                self._send("again", "again", rows)
+                self.send(rows, again=True)
                 with self.call.phase("own", "backward", q):
                     own()
             others = kept[0] if self.keep else self.call.result("again")
@@ -169,14 +182,19 @@ class _Schedule:
             if self.keep:
                 with self.call.phase("own", "backward", q):
                     own()
-            # 4. Add what other ranks return.
-            if shared:
-                self.mask.keys.add((grads.rows,), self.call.result("backward"))
+        self.handed[:] = [grads]
+
+    def take(self, shared: bool) -> _Grads:
+        """Add the gradients that other ranks return, and return all."""
+        grads = self.handed.pop()
+        if shared:
+            self.mask.keys.add((grads.rows,), self.call.result("backward"))
         return grads
 
-    def _send(self, queue: str, note: str, rows: Tensor) -> None:
-        header = self.call.header("forward" if queue == "forward" else "backward", note)
-        self.call.launch(queue, lambda: self.mask.keys.launch(header, rows.detach()))
+    def send(self, rows: Tensor, again: bool = False) -> None:
+        """Launch the gather of rows; `again` in backward."""
+        header = self.call.header("backward" if again else "forward", "again" if again else self.note)
+        self.call.launch("again" if again else "forward", lambda: self.mask.keys.launch(header, rows.detach()))
 
     def _received(self) -> tuple[Tensor]:
         return (self.call.result("forward"),)
@@ -218,31 +236,54 @@ class _Schedule:
             grads.w.v[few] += d_both[:, width:]
 
 
-class _Attention(torch.autograd.Function):
-    """The one node of the operator: backward is not the mirror image of forward, so `_Schedule` has both."""
+class _Send(torch.autograd.Function):
+    """The node that launches the gather. Its backward, the last of the call, waits for what returns."""
 
     @staticmethod
     def forward(
         ctx: Any, job: _Schedule, q: Tensor, latent: Tensor, rope_k: Tensor, w_k: Tensor, w_v: Tensor
     ) -> Tensor:
-        ctx.job = job
-        rows, w = torch.cat([latent, rope_k], -1), _Weights(w_k, w_v)
-        wanted = "".join("qcrkv"[i] for i in range(5) if ctx.needs_input_grad[1 + i])
-        run = functools.partial(job.forward, f"grad of {wanted}" if wanted else "no grad", q, rows, w)
+        ctx.job, ctx.dtype, ctx.widths = job, q.dtype, [latent.shape[-1], rope_k.shape[-1]]
+        job.send(torch.cat([latent, rope_k], -1))
+        return latent.new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_token: Tensor) -> tuple[Any, ...]:
+        grads = ctx.job.take(any(ctx.needs_input_grad[2:4]))
+        found = grads.q, *grads.rows.split(ctx.widths, -1), *grads.w
+        return None, *(grad.to(ctx.dtype) for grad in found)
+
+
+class _Attend(torch.autograd.Function):
+    """The node of the attention. Its inputs come without gradients: those go through `_Send`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        job: _Schedule,
+        token: Tensor,
+        q: Tensor,
+        latent: Tensor,
+        rope_k: Tensor,
+        w_k: Tensor,
+        w_v: Tensor,
+        shared: bool,
+    ) -> Tensor:
+        ctx.job, ctx.shared = job, shared
+        rows = torch.cat([latent, rope_k], -1)
+        run = functools.partial(job.forward, q, rows, _Weights(w_k, w_v))
         saved = run() if job.keep else recorded(run)
         o = saved[0] if job.keep else saved[0].clone()
-        ctx.save_for_backward(q, latent, rope_k, w_k, w_v, o, *saved[1:])
+        ctx.save_for_backward(q, rows, w_k, w_v, o, *saved[1:])
         return o
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor) -> tuple[Any, ...]:
-        q, latent, rope_k, w_k, w_v, *saved = ctx.saved_tensors
-        rows = torch.cat([latent, rope_k], -1)
-        grads = ctx.job.backward(do, q, rows, _Weights(w_k, w_v), tuple(saved), any(ctx.needs_input_grad[2:4]))
-        d_latent, d_rope_k = grads.rows.split([latent.shape[-1], rope_k.shape[-1]], -1)
-        found = grads.q, d_latent, d_rope_k, *grads.w
-        return None, *(grad.to(x.dtype) for grad, x in zip(found, (q, latent, rope_k, w_k, w_v), strict=True))
+        q, rows, w_k, w_v, *saved = ctx.saved_tensors
+        ctx.job.backward(do, q, rows, _Weights(w_k, w_v), tuple(saved), ctx.shared)
+        return None, do.new_empty(0), *[None] * 6
 
 
 def _check(

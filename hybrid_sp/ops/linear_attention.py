@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Generator
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ from ..checks import (
     compute_dtype,
     default_shard,
     floor_decays,
-    public_operator,
+    operator_in_steps,
     require,
     require_recurrence,
     require_state,
@@ -34,14 +35,14 @@ from ..kernels.reference import linear as reference
 from ..overlap import Call, finish, start
 from ..shard import Shard
 from ..transfer import to_device
-from .recurrence import run_recurrence
+from .recurrence import Output, recurrence_steps
 
 State = Tensor | tuple[Tensor, Tensor]
 
 EPSILON = 1e-10  # added to the normaliser's denominator
 
 
-@public_operator
+@operator_in_steps
 def linear_attention(
     q: Tensor,
     k: Tensor,
@@ -56,7 +57,7 @@ def linear_attention(
     initial_state: State | None = None,
     return_final_state: bool = False,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, State]:
+) -> Generator[None, None, Tensor | tuple[Tensor, State]]:
     """Compute linear attention with any diagonal decay, over the sequence of which `shard` holds this rank's tokens.
 
     Per head, with a_t = exp(log_decay_t):
@@ -121,7 +122,8 @@ def linear_attention(
         o, final = left_product(q, k, v, log_decay, shard, causal, normalize, scale, states), None
     else:
         x = Inputs(q, k, v, log_decay, None, bonus)
-        o, final = _by_states(x, recurrence, initial_state, return_final_state, scale, causal, normalize, shard)
+        parts = initial_state, return_final_state, scale, causal, normalize, shard
+        o, final = yield from _by_states(x, recurrence, *parts)
     width = v.shape[-1]
     if normalize:
         o = o[..., :width] / (o[..., width:] + EPSILON)
@@ -140,7 +142,7 @@ def _by_states(
     causal: bool,
     normalize: bool,
     shard: Shard,
-) -> tuple[Tensor, Tensor | None]:
+) -> Generator[None, None, Output]:
     """Return o, to be rounded, and the final state; with normalize their last column is the normaliser's."""
     wide = compute_dtype(x.q)
     if normalize:
@@ -160,15 +162,17 @@ def _by_states(
     if known is not None:
         for span in shard.broken:
             known[span].fill_(float("-inf"))
-    return run_recurrence(
-        recurrence,
-        x,
-        shard,
-        scale=scale,
-        dtype=wide if normalize else x.q.dtype,
-        initial=initial,
-        final=final,
-        known_decays=known,
+    return (
+        yield from recurrence_steps(
+            recurrence,
+            x,
+            shard,
+            scale=scale,
+            dtype=wide if normalize else x.q.dtype,
+            initial=initial,
+            final=final,
+            known_decays=known,
+        )
     )
 
 

@@ -13,20 +13,29 @@ next one its inputs, through `_Backward`.
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..checks import run_steps
 from ..exchange import Request, make_exchange
 from ..kernels.phases import Inputs, Options, Phases, Recurrence
 from ..kernels.pieces import Spans
 from ..overlap import Call, finish, start
 from ..shard import Shard
 
+Output = tuple[Tensor, Tensor | None]
 
-def run_recurrence(
+
+def run_recurrence(recurrence: type[Recurrence], x: Inputs, shard: Shard, **options: Any) -> Output:
+    """Run `recurrence_steps` from begin to end."""
+    return run_steps(recurrence_steps(recurrence, x, shard, **options))
+
+
+def recurrence_steps(
     recurrence: type[Recurrence],
     x: Inputs,
     shard: Shard,
@@ -36,8 +45,10 @@ def run_recurrence(
     initial: Tensor | None,
     final: bool,
     known_decays: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> Generator[None, None, Output]:
     """Return o [B,T,H,V] in the precision of the implementation, and if `final` the state after the sequence.
+
+    It yields once, with the exchange in flight.
 
     scale, dtype  as in `Options`
     initial       the state before the sequence [B,H,K,V], or None
@@ -56,6 +67,7 @@ def run_recurrence(
         if exchanged:
             exchange = make_exchange(shard, state, transition, Request(known_decays, initial is not None, final))
             token = start(call, exchange, state, transition, initial)
+        yield
         # 3. Meanwhile, compute the output that needs no other rank.
         o, work = _Intra.apply(backward, x, work, edge, q_second, x.bonus)
         # 4. Wait, and fold the summaries of earlier spans into the states that enter this rank's spans.

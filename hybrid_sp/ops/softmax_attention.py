@@ -15,8 +15,8 @@ are fp32 and rounded once.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from ..backends import select_backend
 from ..baselines.head_parallel import HEAD_PARALLEL, run_head_parallel
 from ..baselines.ring_attention import ring_softmax
-from ..checks import default_shard, public_operator, require
+from ..checks import default_shard, operator_in_steps, require
 from ..exchange.kv import columns
 from ..exchange.visible import Mask, plan_mask
 from ..kernels.softmax.attend import add_sinks, empty_output, select_kernel, sinks_backward
@@ -36,7 +36,7 @@ from ..recompute import recorded
 from ..shard import Shard
 
 
-@public_operator
+@operator_in_steps
 def softmax_attention(
     q: Tensor,
     k: Tensor,
@@ -48,7 +48,7 @@ def softmax_attention(
     window: int | None = None,
     scale: float | None = None,
     backend: str = "auto",
-) -> Tensor:
+) -> Generator[None, None, Tensor]:
     """Compute softmax attention over the sequence of which `shard` holds this rank's tokens.
 
         o_t = (sum over s of exp(scale * q_t . k_s) v_s) / (exp(sink) + sum over s of exp(scale * q_t . k_s))
@@ -96,7 +96,14 @@ def softmax_attention(
     keep = shard.sp.keep_kv and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     with Call(shard, "softmax") as call:
         groups = _groups(q, k, shard.sp.kv_heads_per_gather)
-        return _Attention.apply(_Schedule(call, mask, groups, scale, keep, backend), q, k, v, sinks)
+        named = {"q": q, "k": k, "v": v, "sinks": sinks}
+        wanted = [name for name, x in named.items() if x is not None and x.requires_grad and torch.is_grad_enabled()]
+        note = f"grad of {' '.join(wanted)}" if wanted else "no grad"
+        job = _Schedule(call, mask, groups, scale, keep, backend, note)
+        token = _Send.apply(job, q, k, v)
+        yield
+        shared = "k" in wanted or "v" in wanted
+        return _Attend.apply(job, token, q.detach(), k.detach(), v.detach(), sinks, shared)
 
 
 _Grads = tuple[Tensor, Tensor, Tensor]  # gradients of q, k and v, in the precision of sums
@@ -127,7 +134,8 @@ class _Schedule:
     """The schedule of one call of the operator, forward and backward, on the chosen `backend`.
 
     `keep` keeps the received keys and values for backward. A group's tensors are the locals of one function, so that
-    they are freed before the group after the next is launched.
+    they are freed before the group after the next is launched. The backward of `_Attend` hands the gradients of keys
+    and values to that of `_Send`, which adds the last ones and rounds once.
     """
 
     call: Call
@@ -136,37 +144,39 @@ class _Schedule:
     scale: float
     keep: bool
     backend: str
+    note: str
+    handed: list[_Grads] = field(default_factory=list)
 
-    def forward(self, note: str, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, ...]:
         """Return o, its lse, and if `keep` the keys and values received for each group."""
         o, lse = empty_output(q, v.shape[-1])
         kept: list[Tensor] = []
-        # 1. Send the first group of key heads.
-        self._send(0, note, k, v)
+        # 1. The first group of key heads is in flight (`_Send`).
         # 2. Attend to this rank's own keys while it is in flight.
         with self.call.phase("own", "forward", q):
             attend_tiles(self.mask.own, o, lse, q, k, v, self.scale, self.backend)
         for i in range(len(self.groups)):
             # 3. Wait for a group, send the next, attend to it, and merge by log-sum-exp.
-            kept += self._rest(i, note, o, lse, q, k, v)
+            kept += self._rest(i, o, lse, q, k, v)
         # 4. Let the sinks take their share of the denominator.
         if sinks is not None:
             add_sinks(o, lse, sinks)
         return o.to(q.dtype), lse, *kept
 
-    def _send(self, i: int, note: str, k: Tensor, v: Tensor, again: bool = False) -> None:
+    def send(self, i: int, k: Tensor, v: Tensor, again: bool = False) -> None:
         """Launch group i, if there is one; `again` in backward."""
         if i < len(self.groups):
             heads = self.groups[i]
+            note = "again" if again else self.note
             header = self.call.header("backward" if again else "forward", f"{note} {heads.note}".strip())
             rows = torch.cat([k[:, :, heads.keys].detach(), v[:, :, heads.keys].detach()], -1)
             launch = functools.partial(self.mask.keys.launch, header, rows)
             self.call.launch("again" if again else "forward", launch)
 
-    def _rest(self, i: int, note: str, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    def _rest(self, i: int, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
         """Wait for group i, attend to it while the next is in flight, and merge."""
         (kv,) = recorded(self._received) if self.keep else self._received()
-        self._send(i + 1, note, k, v)
+        self.send(i + 1, k, v)
         heads = self.groups[i].queries
         o, lse, q = (x[:, :, heads] for x in (o, lse, q))
         with self.call.phase("rest", "forward", q):
@@ -177,18 +187,19 @@ class _Schedule:
     def _received(self) -> tuple[Tensor]:
         return (self.call.result("forward"),)
 
-    def backward(self, do: Tensor, saved: _Saved, kept: Sequence[Tensor], shared: bool) -> _Grads:
-        """Return dq, dk and dv in the precision of sums.
+    def backward(self, do: Tensor, saved: _Saved, kept: Sequence[Tensor], shared: bool) -> None:
+        """Compute dq, dk and dv in the precision of sums, all but what returns for the last group, for `take`.
 
         `shared`: k or v needs a gradient, so the gradients of keys and values cross ranks too.
         """
+        self.call.drain()  # an earlier pass over this graph may have launched, and failed before it waited
         q, k, v, o, lse = saved
         dq, dk, dv = (torch.zeros_like(x, dtype=lse.dtype) for x in (q, k, v))
         grads = dq, dk, dv
         with self.call:
             # 1. If nothing was kept, gather the first group again while own keys get their gradients.
             if not self.keep:
-                self._send(0, "again", k, v, again=True)
+                self.send(0, k, v, again=True)
                 self._own_backward(grads, do, saved)
             for i in range(len(self.groups)):
                 # 2. Compute a group's gradients, and send dK and dV back to their owners.
@@ -196,7 +207,12 @@ class _Schedule:
             # 3. If keys were kept, the gradients of own keys hide the last group's way back.
             if self.keep:
                 self._own_backward(grads, do, saved)
-            # 4. Add the gradients that other ranks return for the last group.
+        self.handed[:] = [grads]
+
+    def take(self, shared: bool) -> _Grads:
+        """Add the gradients that other ranks return for the last group, and return all."""
+        grads = self.handed.pop()
+        with self.call:
             self._add(len(self.groups) - 1, grads, shared)
         return grads
 
@@ -212,7 +228,7 @@ class _Schedule:
         q, k, v, o, lse = saved
         kv = kept[i] if self.keep else self.call.result("again")
         if not self.keep:
-            self._send(i + 1, "again", k, v, again=True)
+            self.send(i + 1, k, v, again=True)
         d_kv = torch.zeros_like(kv, dtype=lse.dtype)
         heads = self.groups[i]
         dq_, do_, q_, o_, lse_ = (x[:, :, heads.queries] for x in (grads[0], do, q, o, lse))
@@ -233,14 +249,33 @@ class _Schedule:
             self.mask.keys.add((grads[1][:, :, heads], grads[2][:, :, heads]), self.call.result("backward"))
 
 
-class _Attention(torch.autograd.Function):
-    """The one node of the operator: backward is not the mirror image of forward, so `_Schedule` has both."""
+class _Send(torch.autograd.Function):
+    """The node that launches the first group. Its backward, the last of the call, waits for the last group's way back.
+
+    The nodes of operators that were started later lie between the two.
+    """
 
     @staticmethod
-    def forward(ctx: Any, job: _Schedule, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
-        ctx.job = job
-        wanted = "".join(name for name, needed in zip("qkvs", ctx.needs_input_grad[1:], strict=True) if needed)
-        run = functools.partial(job.forward, f"grad of {wanted}" if wanted else "no grad", q, k, v, sinks)
+    def forward(ctx: Any, job: _Schedule, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ctx.job, ctx.dtype = job, q.dtype
+        job.send(0, k, v)
+        return k.new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_token: Tensor) -> tuple[Any, ...]:
+        return None, *(grad.to(ctx.dtype) for grad in ctx.job.take(any(ctx.needs_input_grad[2:])))
+
+
+class _Attend(torch.autograd.Function):
+    """The node of the attention. It takes q, k and v without gradients: those go through `_Send`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, job: _Schedule, token: Tensor, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, shared: bool
+    ) -> Tensor:
+        ctx.job, ctx.shared = job, shared
+        run = functools.partial(job.forward, q, k, v, sinks)
         if job.keep:
             o, lse, *kept = run()
         else:  # keys are not kept to attend to again, so a checkpoint records the result
@@ -253,9 +288,11 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, do: Tensor) -> tuple[Any, ...]:
         q, k, v, o, lse, sinks, *kept = ctx.saved_tensors
-        grads = ctx.job.backward(do, (q, k, v, o, lse), kept, any(ctx.needs_input_grad[2:4]))
-        d_sinks = sinks_backward(do, o, lse, sinks).to(sinks.dtype) if ctx.needs_input_grad[4] else None
-        return None, *(grad.to(do.dtype) for grad in grads), d_sinks
+        d_sinks = sinks_backward(do, o, lse, sinks).to(sinks.dtype) if ctx.needs_input_grad[5] else None
+        if not ctx.needs_input_grad[1]:
+            return None, None, None, None, None, d_sinks, None
+        ctx.job.backward(do, (q, k, v, o, lse), kept, ctx.shared)
+        return None, do.new_empty(0), None, None, None, d_sinks, None
 
 
 def _check(

@@ -59,9 +59,9 @@ def whole_graphs() -> AbstractContextManager[Any]:
     return torch._dynamo.config.patch(nested_graph_breaks=True) if NESTED else nullcontext()
 
 
-def block_of(mixer: str) -> Block:
+def block_of(mixer: str, **options: Any) -> Block:
     torch.manual_seed(0)
-    return Block(mixer_spec(mixer), WIDE, FeedForward(32)).double()
+    return Block(mixer_spec(mixer, **options), WIDE, FeedForward(32)).double()
 
 
 def tokens(count: int) -> Tensor:

@@ -20,6 +20,11 @@ from tests.support.ranks import run_ranks
 from tests.support.tiers import tiered
 
 LENGTH, DOCUMENTS = 64, (0, 5, 40, 64)
+OPTIONS: dict[str, dict[str, Any]] = {  # sliding_window has the plain options of softmax
+    "softmax": {"conv": 3, "qk_norm": True, "rope_fraction": 0.5, "gate": "channel", "sinks": True},
+    "kda": {"gate_lower_bound": -5.0, "full_rank": "both", "key_heads": 2},
+    "linear": {"conv": 3},
+}
 
 
 def step(block: Block, x: Tensor, shard: hsp.Shard, recomputed: bool) -> list[Tensor]:
@@ -37,9 +42,10 @@ def on_the_device(group: Any, mixers: list[str], documents: tuple[int, ...] | No
     for mixer in mixers:
         shard = sp.shard(LENGTH, documents)
         x = torch.randn(1, shard.tokens, WIDE.dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        want = step(block_of(mixer), x.clone(), shard, recomputed)
+        options = OPTIONS.get(mixer, {})
+        want = step(block_of(mixer, **options), x.clone(), shard, recomputed)
         with Device() as device:
-            block = device.move(block_of(mixer))
+            block = device.move(block_of(mixer, **options))
             for _ in range(2):  # the first makes plans of this shard
                 device.clear()
                 got = step(block, device.put(x), shard, recomputed)

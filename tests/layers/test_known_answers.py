@@ -1,4 +1,4 @@
-"""Mixers with weights made by hand, no training: what their states can track, on ranks and at any length."""
+"""Known answers without training, on ranks: what states track, by weights made by hand, and what they recall."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hybrid_sp as hsp
 from hybrid_sp.shard import LAYOUTS
 from layers.registry import BlockContext, mixer_spec
 from tests.support.ranks import run_ranks
+from tests.support.tiers import tiered
 
 LENGTH = 203
 ON, OFF, HALF = 60.0, -60.0, 0.0  # logits of a beta of 2, 0 and 1
@@ -119,3 +121,61 @@ def test_parity_and_permutations_of_three_are_tracked(ranks: int) -> None:
 
 def test_permutations_that_one_reflection_cannot_make() -> None:
     assert [len(swaps_of(order)) for order in PERMUTATIONS] == [0, 1, 1, 2, 2, 1]
+
+
+K, WORDS, DRAWS = 32, 64, 20  # channels of keys and values, values to choose from, and repetitions
+
+
+def recalled(answers: Tensor, words: Tensor, wanted: Tensor) -> float:
+    """The share of answers [draws, n, K] that are nearest to the wanted word."""
+    return (torch.einsum("bnk,bwk->bnw", answers, words).argmax(-1) == wanted).double().mean().item()
+
+
+def unit(generator: torch.Generator, *shape: int) -> Tensor:
+    return F.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1)
+
+
+def ask(group: Any, keys: Tensor, values: Tensor, questions: Tensor) -> dict[str, Tensor]:
+    """Write every key and value, then ask for each question: by sums, by the delta rule and by softmax."""
+    count = questions.shape[1]
+    q = F.pad(questions, (0, 0, keys.shape[1], 0))
+    k, v = (F.pad(x, (0, 0, 0, count)) for x in (keys, values))
+    writes = (torch.arange(q.shape[1]) < keys.shape[1]).double()[None, :, None].expand(len(q), -1, 1)
+    shard = hsp.SequenceParallel(group, layout="zigzag").shard(q.shape[1])
+    q, k, v = (shard.take(x)[:, :, None] for x in (q, k, v))
+    outputs = {
+        "sum": hsp.linear_attention(q, k, v, scale=1.0, shard=shard),
+        "delta": hsp.delta_rule(q, k, v, beta=shard.take(writes), scale=1.0, shard=shard),
+        "softmax": hsp.softmax_attention(q, k, v, scale=32.0, shard=shard),
+    }
+    return {name: shard.gather(o)[:, -count:, 0] for name, o in outputs.items()}
+
+
+def compare_recall(group: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for pairs, by_sum in ((16, 1.0), (32, 0.967), (64, 0.785), (128, 0.498)):
+        words, keys = unit(generator, DRAWS, WORDS, K), unit(generator, DRAWS, pairs, K)
+        wanted = torch.randint(WORDS, (DRAWS, pairs), generator=generator)
+        answers = ask(group, keys, torch.stack([one[at] for one, at in zip(words, wanted, strict=True)]), keys)
+        assert recalled(answers["sum"], words, wanted) == pytest.approx(by_sum, abs=0.04), pairs
+        assert recalled(answers["softmax"], words, wanted) > 0.99, pairs
+
+
+def compare_overwriting(group: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.linalg.qr(torch.randn(DRAWS, K, K, generator=generator, dtype=torch.float64))[0]
+    words = unit(generator, DRAWS, WORDS, K)
+    first, last = (torch.randint(WORDS, (DRAWS, K), generator=generator) for _ in range(2))
+    at = torch.cat([first, last], 1)
+    values = torch.stack([one[place] for one, place in zip(words, at, strict=True)])
+    answers = ask(group, torch.cat([keys, keys], 1), values, keys)
+    assert recalled(answers["delta"], words, last) == 1.0
+    assert 0.45 < recalled(answers["sum"], words, last) < 0.59
+
+
+@pytest.mark.parametrize("ranks", tiered([1, 3], [2, 4]))
+def test_recall_and_overwriting_of_random_pairs(ranks: int) -> None:
+    """A sum of 32 x 32 numbers recalls fewer of more random pairs, softmax all; where each of 32 orthogonal keys is
+    written twice the delta rule answers with the last value, and a sum with either."""
+    run_ranks(compare_recall, ranks)
+    run_ranks(compare_overwriting, ranks)

@@ -24,6 +24,11 @@ CONFIG = ModelConfig(
 CONFIGS = [
     CONFIG,
     replace(CONFIG, pattern=["delta_net", "gated_delta_net", "kda", "mamba2", "softmax"]),
+    replace(
+        CONFIG,
+        pattern=["gated_delta_product", "comba", "short_conv", "mla", "softmax"],
+        mixers={"softmax": {"conv": 3, "qk_norm": True, "rope_fraction": 0.5, "gate": "head", "sinks": True}},
+    ),
     replace(CONFIG, pattern=["rwkv6", "hgrn2", "based", "rebased", "sliding_window"]),
 ]
 
@@ -123,7 +128,21 @@ def test_loss_and_gradients_are_those_of_the_logits(config: ModelConfig) -> None
         assert_close(name, grads[name], weight.grad, 1e-10)
 
 
-NOT_DRAWN = (".bias", ".D", ".mix", ".mix_first", ".decay", ".bonus", "_down", ".gamma", ".beta", ".bound")
+NOT_DRAWN = (
+    ".sinks",
+    ".feedback",
+    ".correction",
+    ".bias",
+    ".D",
+    ".mix",
+    ".mix_first",
+    ".decay",
+    ".bonus",
+    "_down",
+    ".gamma",
+    ".beta",
+    ".bound",
+)
 
 
 @every_config

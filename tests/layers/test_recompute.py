@@ -18,7 +18,20 @@ from tests.support.ranks import run_ranks
 from tests.support.tiers import tiered
 
 NAMES = sorted(MIXERS)
-CONFIG = ModelConfig(vocab=16, dim=32, heads=4, kv_heads=2, mlp_dim=16, depth=len(NAMES), pattern=NAMES)
+CONFIG = ModelConfig(
+    vocab=16,
+    dim=32,
+    heads=4,
+    kv_heads=2,
+    mlp_dim=16,
+    depth=len(NAMES),
+    pattern=NAMES,
+    mixers={
+        "softmax": {"conv": 3, "qk_norm": True, "rope_fraction": 0.5, "gate": "channel", "sinks": True},
+        "kda": {"gate_lower_bound": -5.0, "full_rank": "both", "key_heads": 2},
+        "linear": {"conv": 3},
+    },
+)
 LENGTH = 61
 DOCUMENTS = (0, 1, 20, 61)
 

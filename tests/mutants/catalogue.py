@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tests.mutants.attention import ATTENTION_MUTANTS
 from tests.mutants.baselines import BASELINE_MUTANTS
 from tests.mutants.exchanges import EXCHANGE_MUTANTS
 from tests.mutants.kernels import KERNEL_MUTANTS
@@ -251,8 +252,8 @@ MUTANTS = [
     Mutant(
         name="dK for dV of a window",
         file="hybrid_sp/exchange/kv.py",
-        old="self.plan.add(dv, received[:, 1])",
-        new="self.plan.add(dv, received[:, 0])",
+        old="self.plan.add(grad, others)",
+        new="self.plan.add(grad, columns(received, grads)[0])",
         test=f"{PARITY}[2-contiguous-softmax]",
     ),
     Mutant(
@@ -261,20 +262,6 @@ MUTANTS = [
         old="[sum(lengths[:i]) for i in range(len(lengths))]",
         new="[0 for _ in lengths]",
         test=f"{PARITY}[2-zigzag-softmax]",
-    ),
-    Mutant(
-        name="blocks merged without their log-sum-exp",
-        file="hybrid_sp/kernels/softmax/attend.py",
-        old="lse = torch.logaddexp(lse_a, lse_b)",
-        new="lse = torch.maximum(lse_a, lse_b)",
-        test=f"{PARITY}[2-contiguous-softmax]",
-    ),
-    Mutant(
-        name="triangle of a window written in the order of its keys",
-        file="hybrid_sp/kernels/softmax/tiled.py",
-        old='(x.flip(1) if tile.kind == "flipped" else x).unflatten',
-        new="x.unflatten",
-        test=f"{PARITY}[1-contiguous-softmax]",
     ),
     Mutant(
         name="window a token too long before a span",
@@ -305,77 +292,6 @@ MUTANTS = [
         test=f"{WINDOW}::test_a_window_receives_what_it_sees_however_long_the_sequence",
     ),
     # Key heads a few at a time.
-    Mutant(
-        name="query heads counted like key heads",
-        file="hybrid_sp/ops/softmax_attention.py",
-        old="slice(a * readers, b * readers)",
-        new="slice(a, b)",
-        test=f"{SOFTMAX}::test_parity[2-contiguous]",
-    ),
-    Mutant(
-        name="last key heads left out",
-        file="hybrid_sp/ops/softmax_attention.py",
-        old="for first in range(0, heads, size)]",
-        new="for first in range(0, heads - size + 1, size)]",
-        test=f"{SOFTMAX}::test_parity[2-contiguous]",
-    ),
-    Mutant(
-        name="one group of key heads twice",
-        file="hybrid_sp/ops/softmax_attention.py",
-        old="self._send(i + 1, note, k, v)",
-        new="self._send(i or 1, note, k, v)",
-        test=f"{SOFTMAX}::test_parity[2-contiguous]",
-    ),
-    Mutant(
-        name="the next key heads launched too late",
-        file="hybrid_sp/ops/softmax_attention.py",
-        old="        self._send(i + 1, note, k, v)\n        heads = self.groups[i].queries\n",
-        new="        heads = self.groups[i].queries\n        attend_tiles = lambda *x: (globals()['attend_tiles'](*x), "
-        "self._send(i + 1, note, k, v))\n",
-        test=f"{SOFTMAX}::test_a_group_of_heads_is_attended_to_while_the_next_is_in_flight",
-    ),
-    Mutant(
-        name="gradients of a group given to the one before",
-        file="hybrid_sp/ops/softmax_attention.py",
-        old="heads = self.groups[i].keys\n            self.mask.keys.add",
-        new="heads = self.groups[i - 1].keys\n            self.mask.keys.add",
-        test=f"{SOFTMAX}::test_parity[2-contiguous]",
-    ),
-    Mutant(
-        name="gradients of the last group not added",
-        file="hybrid_sp/ops/softmax_attention.py",
-        old="self._add(len(self.groups) - 1, grads, shared)",
-        new="self._add(-1, grads, shared)",
-        test=f"{SOFTMAX}::test_parity[2-contiguous]",
-    ),
-    Mutant(
-        name="own keys forgotten where the others are asked for again",
-        file="hybrid_sp/ops/softmax_attention.py",
-        old="v, again=True)\n                self._own_backward(grads, do, saved)\n",
-        new="v, again=True)\n",
-        test=f"{SOFTMAX}::test_parity[1-contiguous]",
-    ),
-    Mutant(
-        name="kept keys not recorded for a recomputation",
-        file="hybrid_sp/ops/softmax_attention.py",
-        old="recorded(self._received) if self.keep",
-        new="self._received() if self.keep",
-        test=f"{SOFTMAX}::test_a_recomputed_forward_asks_nobody_again",
-    ),
-    Mutant(
-        name="results not recorded where keys are not kept",
-        file="hybrid_sp/ops/softmax_attention.py",
-        old="o, lse, *kept = recorded(run)",
-        new="o, lse, *kept = run()",
-        test=f"{SOFTMAX}::test_a_recomputed_forward_asks_nobody_again",
-    ),
-    Mutant(
-        name="gradients that nobody needs",
-        file="hybrid_sp/ops/softmax_attention.py",
-        old="any(ctx.needs_input_grad[2:])",
-        new="True",
-        test=f"{SOFTMAX}::test_gradients_that_nobody_needs_do_not_travel",
-    ),
     Mutant(
         name="collectives of a failed backward left in flight",
         file="hybrid_sp/overlap.py",
@@ -490,6 +406,7 @@ MUTANTS = [
         new="return self._in_flight[queue][0].wait()",
         test=f"{OVERLAP}::test_records_are_read_by_index_not_used_up",
     ),
+    *ATTENTION_MUTANTS,
     *BASELINE_MUTANTS,
     *EXCHANGE_MUTANTS,
     *KERNEL_MUTANTS,

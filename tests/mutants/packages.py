@@ -125,7 +125,7 @@ PACKAGE_MUTANTS = [
     Mutant(
         name="backend: a package that nobody asked for",
         file="hybrid_sp/backends.py",
-        old='"torch" if why_not or operator == "softmax_attention" else other',
+        old='"torch" if why_not or other == "flash_attn" else other',
         new='"torch" if why_not else other',
         test=f"{BACKENDS}::test_a_device_has_its_own[softmax_attention]",
     ),

@@ -23,7 +23,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hybrid_sp.comm import ledger
+from hybrid_sp.comm import ledger, messages
 from hybrid_sp.comm.pending import Header, Pending
 from hybrid_sp.exchange import scan, star
 
@@ -95,6 +95,7 @@ def messages_of_nccl() -> Iterator[None]:
         patch.setattr(dist, "irecv", irecv)
         patch.setattr(dist, "P2POp", one_of_batch)
         patch.setattr(dist, "batch_isend_irecv", batch)
+        patch.setattr(messages, "in_one_order", lambda group: True)
         patch.setattr(scan, "run_in_background", enqueue)
         patch.setattr(star, "run_in_background", enqueue)
         yield

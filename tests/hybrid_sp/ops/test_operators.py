@@ -52,7 +52,8 @@ def test_linear_attention_refuses(message: str, args: tuple[Tensor, ...], option
 @pytest.mark.parametrize(
     ("message", "args", "options"),
     [
-        ("k and v must have one shape", (x(2, 6, 4, 4), x(2, 6, 2, 4), x(2, 6, 2, 3)), {}),
+        ("must share all dims but the last", (x(2, 6, 4, 4), x(2, 6, 2, 4), x(2, 6, 4, 3)), {}),
+        ("sinks must be .* each of the 4 query heads", (x(2, 6, 4, 4), *[x(2, 6, 2, 4)] * 2), {"sinks": x(2)}),
         ("q has 3 heads, not a multiple of the 2", (x(2, 6, 3, 4), x(2, 6, 2, 4), x(2, 6, 2, 4)), {}),
         ("must share batch and head dim", (x(2, 6, 4, 8), x(2, 6, 2, 4), x(2, 6, 2, 4)), {}),
         ("must share a dtype", (x(2, 6, 4, 4).double(), x(2, 6, 2, 4), x(2, 6, 2, 4)), {}),
