@@ -241,7 +241,10 @@ def ling3() -> Comparison:
 
 
 def nemotron_h(kind: str) -> Comparison:
-    """A layer of Nemotron-H: its Mamba-2, whose norm is over the channels of a group, or its attention, without RoPE."""
+    """A layer of Nemotron-H: its Mamba-2, whose norm is over a group, or its attention without positions.
+
+    Theirs also keeps dt above 0.001. Ours has no such limit, so here it is 0.
+    """
     G, state, inner = 2, 8, 2 * DIM
     config = NemotronHConfig(
         hidden_size=DIM,
@@ -251,6 +254,7 @@ def nemotron_h(kind: str) -> Comparison:
         ssm_state_size=state,
         n_groups=G,
         chunk_size=32,
+        time_step_min=0.0,
         layer_norm_epsilon=CONTEXT.norm_eps,
         num_attention_heads=HEADS,
         num_key_value_heads=G,
@@ -259,9 +263,8 @@ def nemotron_h(kind: str) -> Comparison:
     config._attn_implementation = "eager"
     if kind == "linear_attention":
         ours = mixer_spec("mamba2", state=state, groups=G).build(CONTEXT)
-        return Comparison(
-            theirs=NemotronHMamba2Mixer(config, layer_idx=0), ours=ours, rename=of_mamba2(G, state, inner)
-        )
+        mamba = NemotronHMamba2Mixer(config, layer_idx=0)
+        return Comparison(theirs=mamba, ours=ours, rename=of_mamba2(G, state, inner))
 
     def rename(w: Weights) -> Weights:
         rows = torch.cat([w[f"{name}_proj.weight"] for name in "qkv"])
