@@ -176,44 +176,11 @@ class RecurrentMixer(nn.Module):
     def forward(
         self, x_BTD: Tensor, shard: Shard | None = None, cache: LayerCache | None = None
     ) -> tuple[Tensor, LayerCache | None]:
-        shape = self.shape
         positions_T = token_positions(x_BTD, shard, cache)
         state = () if cache is None else cache.tensors
-        recent, state = (state[0], state[1:]) if state and shape.conv else (None, state)
-
-        # 1. Project, and convolve the channels of q, k and v.
-        projected_BTC, width = self.project.linear(x_BTD), channels(shape.qkv)
-        mixed_BTC, gate_BTC = projected_BTC[..., :width], projected_BTC[..., width:]
-        if shape.conv:
-            mixed_BTC, recent = self.conv(mixed_BTC, shard, recent)
-        # 2. Let the rule make the inputs of the recurrence, and recur over the sequence or from the cached state.
-        inputs = self.rule(x_BTD, *cut_heads(mixed_BTC, shape.qkv), positions_T)
-        o_BTHV, state = self._recur(inputs, shard, state)
-        o_BTHV = o_BTHV.to(x_BTD.dtype)  # of a rule that widens its inputs
-        if cache is not None:
-            cache = cache.extended(x_BTD.shape[1], *([] if recent is None else [recent]), *state)
-
-        # 3. Normalise and gate the output, and write to the residual stream.
-        if shape.gate is None:
-            y_BTHV = self.norm(o_BTHV)
-        else:
-            (gate_BTHV,) = cut_heads(self.gate(x_BTD) if shape.gate_rank else gate_BTC, [(shape.heads, shape.value)])
-            gate_BTHV = shape.gate(gate_BTHV)
-            y_BTHV = self.norm(o_BTHV * gate_BTHV) if shape.gate_first else self.norm(o_BTHV) * gate_BTHV
-        return self.output(rearrange(y_BTHV, "b t h v -> b t (h v)")), cache
-
-    def _recur(
-        self, inputs: RecurrenceInputs, shard: Shard | None, state: tuple[Tensor, ...]
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return o_BTHV, and the state after these tokens if a state is given."""
-        q, k, v, log_decay, beta, bonus, skip = inputs
-        steps = self.shape.steps
-        recur: Any
-        if beta is not None:
-            recur = partial(hsp.delta_rule, beta=beta, steps=steps)
-        else:
-            recur = partial(hsp.linear_attention, bonus=bonus, normalize=self.shape.normalize)
-        recur = partial(recur, q, k, v, log_decay=log_decay, scale=self.shape.scale, backend=self.backend)
+        recent, state = (state[0], state[1:]) if state and self.shape.conv else (None, state)
+        inputs, gate_BTC, recent = self._inputs(x_BTD, positions_T, shard, recent)
+        recur: Any = partial(self._operator(inputs), *inputs[:3], **self._options(inputs))
         if not state:
             o_BTHV = recur(shard=shard)
         elif self.shape.normalize:
@@ -221,6 +188,51 @@ class RecurrentMixer(nn.Module):
         else:
             o_BTHV, final = recur(initial_state=state[0], return_final_state=True)
             state = (final,)
-        if steps > 1:
-            o_BTHV = o_BTHV[:, steps - 1 :: steps]  # the last step of each token reads
-        return o_BTHV if skip is None else o_BTHV + skip, state
+        if cache is not None:
+            cache = cache.extended(x_BTD.shape[1], *([] if recent is None else [recent]), *state)
+        return self._output(x_BTD, inputs, o_BTHV, gate_BTC), cache
+
+    def start(self, x_BTD: Tensor, shard: Shard | None) -> Callable[[], Tensor]:
+        """Compute and send what other ranks need, and return a function that computes the output."""
+        inputs, gate_BTC, _ = self._inputs(x_BTD, token_positions(x_BTD, shard, None), shard, None)
+        started = self._operator(inputs).start(*inputs[:3], **self._options(inputs), shard=shard)
+        return lambda: self._output(x_BTD, inputs, started.finish(), gate_BTC)
+
+    def _inputs(
+        self, x_BTD: Tensor, positions_T: Tensor, shard: Shard | None, recent: Tensor | None
+    ) -> tuple[RecurrenceInputs, Tensor, Tensor | None]:
+        """Return the inputs of the recurrence, the gate, and the last inputs of the convolution."""
+        shape = self.shape
+        # 1. Project, and convolve the channels of q, k and v.
+        projected_BTC, width = self.project.linear(x_BTD), channels(shape.qkv)
+        mixed_BTC, gate_BTC = projected_BTC[..., :width], projected_BTC[..., width:]
+        if shape.conv:
+            mixed_BTC, recent = self.conv(mixed_BTC, shard, recent)
+        # 2. Let the rule make the inputs of the recurrence over the sequence, or from the cached state.
+        return self.rule(x_BTD, *cut_heads(mixed_BTC, shape.qkv), positions_T), gate_BTC, recent
+
+    def _operator(self, inputs: RecurrenceInputs) -> Any:
+        return hsp.linear_attention if inputs.beta is None else hsp.delta_rule
+
+    def _options(self, inputs: RecurrenceInputs) -> dict[str, Any]:
+        """Return the keywords of the operator, but for those of a sequence or a state."""
+        options: dict[str, Any] = {"log_decay": inputs.log_decay, "scale": self.shape.scale, "backend": self.backend}
+        if inputs.beta is None:
+            return options | {"bonus": inputs.bonus, "normalize": self.shape.normalize}
+        return options | {"beta": inputs.beta, "steps": self.shape.steps}
+
+    def _output(self, x_BTD: Tensor, inputs: RecurrenceInputs, o_BTHV: Tensor, gate_BTC: Tensor) -> Tensor:
+        """Normalise and gate what the operator returns, and write to the residual stream."""
+        shape = self.shape
+        if shape.steps > 1:
+            o_BTHV = o_BTHV[:, shape.steps - 1 :: shape.steps]  # the last step of each token reads
+        if inputs.skip is not None:
+            o_BTHV = o_BTHV + inputs.skip
+        o_BTHV = o_BTHV.to(x_BTD.dtype)  # of a rule that widens its inputs
+        if shape.gate is None:
+            y_BTHV = self.norm(o_BTHV)
+        else:
+            (gate_BTHV,) = cut_heads(self.gate(x_BTD) if shape.gate_rank else gate_BTC, [(shape.heads, shape.value)])
+            gate_BTHV = shape.gate(gate_BTHV)
+            y_BTHV = self.norm(o_BTHV * gate_BTHV) if shape.gate_first else self.norm(o_BTHV) * gate_BTHV
+        return self.output(rearrange(y_BTHV, "b t h v -> b t (h v)"))

@@ -79,6 +79,9 @@ class Mixer(Protocol):
 
     Its nn.Linear called `output` writes to the residual stream. With a cache, on one device, the tokens continue those
     in the cache, and the new cache contains them too. `cost` includes the mixer's parameters.
+
+    A mixer may also have `start(x_BTD, shard)`, which sends what other ranks need and returns a function that computes
+    the output. Side by side with others, all of them then send before any waits.
     """
 
     def __call__(

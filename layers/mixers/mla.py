@@ -11,6 +11,7 @@ for each channel of a value.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -92,19 +93,7 @@ class LatentMixer(nn.Module):
                 f"got {tokens} tokens and a cache that has read some: latent attention then takes one token at a time; "
                 "give all tokens of a prompt at once, to an empty cache"
             )
-        # 1. Make queries and latents, and rotate the parts that carry positions.
-        positions_T = token_positions(x_BTD, shard, cache)
-        q_BTHK = rearrange(self.q(x_BTD), "b t (h k) -> b t h k", h=self.heads)
-        latent_BTC, rope_BTR = self.down(x_BTD).split([self.rank, self.shared], -1)
-        latent_BTC = self.norm(latent_BTC)
-        if self.rope_base is not None:
-            plain_BTHN, turned_BTHR = q_BTHK.split([self.key, self.shared], -1)
-            turned_BTHR, rope_BT1R = rotate(
-                positions_T, self.rope_base, turned_BTHR, rope_BTR.unsqueeze(2), scaling=self.rope_scaling
-            )
-            q_BTHK, rope_BTR = torch.cat([plain_BTHN, turned_BTHR], -1), rope_BT1R.squeeze(2)
-        # 2. Attend, by the weights that expand a latent to each head's key and value.
-        w_k, w_v = self.up.weight.unflatten(0, (self.heads, -1)).split([self.key, self.value], 1)
+        q_BTHK, latent_BTC, rope_BTR, w_k, w_v = self._inputs(x_BTD, token_positions(x_BTD, shard, cache))
         if cache is not None:
             kept_BSC = torch.cat([cache.tensors[0], torch.cat([latent_BTC, rope_BTR], -1)], 1)
             cache = cache.extended(tokens, kept_BSC)
@@ -114,10 +103,33 @@ class LatentMixer(nn.Module):
         o_BTHV = hsp.latent_attention(
             q_BTHK, latent_BTC, rope_BTR, w_k, w_v, shard=shard, causal=first, backend=self.backend
         )
-        # 3. Gate the output, and write to the residual stream.
+        return self._output(x_BTD, o_BTHV), cache
+
+    def start(self, x_BTD: Tensor, shard: Shard | None) -> Callable[[], Tensor]:
+        """Compute and send what other ranks need, and return a function that computes the output."""
+        inputs = self._inputs(x_BTD, token_positions(x_BTD, shard, None))
+        started = hsp.latent_attention.start(*inputs, shard=shard, causal=True, backend=self.backend)
+        return lambda: self._output(x_BTD, started.finish())
+
+    def _inputs(self, x_BTD: Tensor, positions_T: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Make queries and latents, rotate the parts that carry positions, and add the weights that expand a latent."""
+        q_BTHK = rearrange(self.q(x_BTD), "b t (h k) -> b t h k", h=self.heads)
+        latent_BTC, rope_BTR = self.down(x_BTD).split([self.rank, self.shared], -1)
+        latent_BTC = self.norm(latent_BTC)
+        if self.rope_base is not None:
+            plain_BTHN, turned_BTHR = q_BTHK.split([self.key, self.shared], -1)
+            turned_BTHR, rope_BT1R = rotate(
+                positions_T, self.rope_base, turned_BTHR, rope_BTR.unsqueeze(2), scaling=self.rope_scaling
+            )
+            q_BTHK, rope_BTR = torch.cat([plain_BTHN, turned_BTHR], -1), rope_BT1R.squeeze(2)
+        w_k, w_v = self.up.weight.unflatten(0, (self.heads, -1)).split([self.key, self.value], 1)
+        return q_BTHK, latent_BTC, rope_BTR, w_k, w_v
+
+    def _output(self, x_BTD: Tensor, o_BTHV: Tensor) -> Tensor:
+        """Gate the output, and write to the residual stream."""
         if self.gate is not None:
             o_BTHV = o_BTHV * torch.sigmoid(rearrange(self.gate(x_BTD), "b t (h v) -> b t h v", h=self.heads))
-        return self.output(rearrange(o_BTHV, "b t h v -> b t (h v)")), cache
+        return self.output(rearrange(o_BTHV, "b t h v -> b t (h v)"))
 
     def cost(self) -> Cost:
         """Add the cost of attention to the mixer's parameters. The latent travels, and decoding keeps it."""

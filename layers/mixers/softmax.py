@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
@@ -105,20 +105,7 @@ class SoftmaxMixer(nn.Module):
                 "time; give all tokens of a prompt at once, to an empty cache"
             )
         positions_T = token_positions(x_BTD, shard, cache)
-
-        # 1. Project, convolve, normalise and rotate.
-        projected_BTC, width = self.project.linear(x_BTD), channels(self.qkv)
-        mixed_BTC, gate_BTC = projected_BTC[..., :width], projected_BTC[..., width:]
-        recent = []
-        if self.conv is not None:
-            mixed_BTC, state = self.conv(mixed_BTC, shard, None if cache is None else cache.tensors[0])
-            recent = [] if state is None else [state]
-        q_BTHK, k_BTGK, v_BTGK = cut_heads(mixed_BTC, self.qkv)
-        q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
-        if self.rotated:
-            q_BTHK, k_BTGK = self.rotate(positions_T, self.rope_base, q_BTHK, k_BTGK)
-
-        # 2. Attend to the sequence, or to the cache.
+        (q_BTHK, k_BTGK, v_BTGK), gate_BTC, recent = self._inputs(x_BTD, positions_T, shard, cache)
         attend: Callable[..., Tensor] = partial(hsp.softmax_attention, q_BTHK, sinks=self.sinks, backend=self.backend)
         if first:
             o_BTHK = attend(k_BTGK, v_BTGK, shard=shard, window=self.window)
@@ -129,11 +116,36 @@ class SoftmaxMixer(nn.Module):
             cache = cache.extended(tokens, *recent, k_BTGK, v_BTGK)
         if not first:  # the only query is the last token, which sees all keys in the cache
             o_BTHK = attend(k_BTGK, v_BTGK, causal=False)
+        return self._output(o_BTHK, gate_BTC), cache
 
-        # 3. Gate the output, and write to the residual stream.
+    def start(self, x_BTD: Tensor, shard: Shard | None) -> Callable[[], Tensor]:
+        """Compute and send what other ranks need, and return a function that computes the output."""
+        qkv, gate_BTC, _ = self._inputs(x_BTD, token_positions(x_BTD, shard, None), shard, None)
+        options: Any = {"sinks": self.sinks, "backend": self.backend, "shard": shard, "window": self.window}
+        started = hsp.softmax_attention.start(*qkv, **options)
+        return lambda: self._output(started.finish(), gate_BTC)
+
+    def _inputs(
+        self, x_BTD: Tensor, positions_T: Tensor, shard: Shard | None, cache: LayerCache | None
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, list[Tensor]]:
+        """Project, convolve, normalise and rotate; return q, k and v, the gate, and the convolution's last inputs."""
+        projected_BTC, width = self.project.linear(x_BTD), channels(self.qkv)
+        mixed_BTC, gate_BTC = projected_BTC[..., :width], projected_BTC[..., width:]
+        recent = []
+        if self.conv is not None:
+            mixed_BTC, state = self.conv(mixed_BTC, shard, None if cache is None else cache.tensors[0])
+            recent = [] if state is None else [state]
+        q_BTHK, k_BTGK, v_BTGK = cut_heads(mixed_BTC, self.qkv)
+        q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
+        if self.rotated:
+            q_BTHK, k_BTGK = self.rotate(positions_T, self.rope_base, q_BTHK, k_BTGK)
+        return (q_BTHK, k_BTGK, v_BTGK), gate_BTC, recent
+
+    def _output(self, o_BTHK: Tensor, gate_BTC: Tensor) -> Tensor:
+        """Gate the output, and write to the residual stream."""
         if gate_BTC.shape[-1]:
             o_BTHK = o_BTHK * torch.sigmoid(gate_BTC).unflatten(-1, (o_BTHK.shape[2], -1))
-        return self.output(rearrange(o_BTHK, "b t h k -> b t (h k)")), cache
+        return self.output(rearrange(o_BTHK, "b t h k -> b t (h k)"))
 
     def cost(self) -> Cost:
         """Add the cost of attention and of the convolution to the mixer's parameters."""
