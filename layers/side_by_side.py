@@ -34,6 +34,11 @@ class SideBySideSpec(MixerSpec):
     specs: tuple[tuple[str, MixerSpec], ...]
     join: str
 
+    @property
+    def norms(self) -> int:
+        """The number of norms of outputs."""
+        return len(self.specs) if self.join == "mean" else 0
+
     def build(self, context: BlockContext) -> SideBySide:
         return SideBySide({name: spec.build(context) for name, spec in self.specs}, self.join, context)
 
