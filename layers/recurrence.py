@@ -222,7 +222,7 @@ class RecurrentMixer(nn.Module):
         return options | {"beta": inputs.beta, "steps": self.shape.steps}
 
     def _output(self, x_BTD: Tensor, inputs: RecurrenceInputs, o_BTHV: Tensor, gate_BTC: Tensor) -> Tensor:
-        """Normalise and gate what the operator returns, and write to the residual stream."""
+        """Apply norm and gate to what the operator returns, and write to the residual stream."""
         shape = self.shape
         if shape.steps > 1:
             o_BTHV = o_BTHV[:, shape.steps - 1 :: shape.steps]  # the last step of each token reads

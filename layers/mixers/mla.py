@@ -126,7 +126,7 @@ class LatentMixer(nn.Module):
         return q_BTHK, latent_BTC, rope_BTR, w_k, w_v
 
     def _output(self, x_BTD: Tensor, o_BTHV: Tensor) -> Tensor:
-        """Gate the output, and write to the residual stream."""
+        """Multiply by the gate, and write to the residual stream."""
         if self.gate is not None:
             o_BTHV = o_BTHV * torch.sigmoid(rearrange(self.gate(x_BTD), "b t (h v) -> b t h v", h=self.heads))
         return self.output(rearrange(o_BTHV, "b t h v -> b t (h v)"))

@@ -142,7 +142,7 @@ class SoftmaxMixer(nn.Module):
         return (q_BTHK, k_BTGK, v_BTGK), gate_BTC, recent
 
     def _output(self, o_BTHK: Tensor, gate_BTC: Tensor) -> Tensor:
-        """Gate the output, and write to the residual stream."""
+        """Multiply by the gate, and write to the residual stream."""
         if gate_BTC.shape[-1]:
             o_BTHK = o_BTHK * torch.sigmoid(gate_BTC).unflatten(-1, (o_BTHK.shape[2], -1))
         return self.output(rearrange(o_BTHK, "b t h k -> b t (h k)"))
