@@ -76,7 +76,7 @@ class Started(Generic[R]):
 
     @eager
     def finish(self) -> R:
-        """Do the rest of the work, and return the result. A second call raises RuntimeError."""
+        """Return the result, after the rest of the work. A second call raises RuntimeError."""
         if self._steps is None:
             raise RuntimeError("finished twice: an operator returns its result once")
         steps, self._steps = self._steps, None

@@ -122,10 +122,9 @@ def _feed_forward(config: ModelConfig, layer: Layer) -> FeedForward | None:
 def mixer_specs(config: ModelConfig) -> Iterator[tuple[str, MixerSpec, BlockContext]]:
     """Yield the name, the spec and the context of every mixer, block by block; a block may have none or several."""
     for layer, (spec, context, _) in zip(model_layers(config), block_specs(config), strict=True):
-        specs = spec.specs if isinstance(spec, SideBySideSpec) else [(name, spec) for name in layer.mixers]
-        for name, one in specs:
-            assert one is not None
-            yield name, one, context
+        if spec is not None:
+            specs = spec.specs if isinstance(spec, SideBySideSpec) else [(layer.mixers[0], spec)]
+            yield from ((name, one, context) for name, one in specs)
 
 
 def mlp_width(config: ModelConfig) -> int:
@@ -156,10 +155,11 @@ def _parts(config: ModelConfig) -> Iterator[tuple[str, Cost]]:
     head, norms = config.vocab * config.dim, 1
     costs: dict[FeedForward, Cost] = {}
     yield "embedding", Cost(other_params=0 if config.tie_embeddings else head)
-    for layer, spec in zip(model_layers(config), block_specs(config), strict=True):
+    for name, mixer, context in mixer_specs(config):
+        yield name, mixer_cost(mixer, context)
+    for spec in block_specs(config):
         if spec.mixer is not None:
-            yield "+".join(layer.mixers), mixer_cost(spec.mixer, spec.context)
-            norms += 1
+            norms += 1 + (spec.mixer.norms if isinstance(spec.mixer, SideBySideSpec) else 0)
         if spec.feed_forward is not None:
             kind = "mlp" if spec.feed_forward.moe is None else "experts"
             costs[spec.feed_forward] = costs.get(spec.feed_forward) or spec.feed_forward.cost(spec.context)

@@ -126,9 +126,10 @@ class MoE(nn.Module):
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Routing]:
         x_ND = x_BTD.flatten(0, -2)
         # 1. Choose the experts of every token.
-        weights_NK, experts_NK, routing, ends_E = self._route(x_ND)
+        weights_NK, experts_NK, probabilities_E = self._route(x_ND)
         # 2. Sort the pairs of a token and an expert by expert; let each expert compute its tokens.
-        order_M = experts_NK.flatten().argsort(stable=True)
+        sorted_M, order_M = experts_NK.flatten().sort(stable=True)
+        ends_E = torch.searchsorted(sorted_M, torch.arange(self.config.experts, device=x_ND.device), right=True)
         y_MD = self.experts(x_ND.index_select(0, order_M // self.config.active), ends_E)
         # 3. Undo the order, and sum over the experts of each token.
         y_NKD = y_MD.index_select(0, order_M.argsort()).unflatten(0, experts_NK.shape)
@@ -136,10 +137,11 @@ class MoE(nn.Module):
         if self.config.shared:
             always_ND = self.shared(x_ND)
             y_ND = y_ND + (always_ND * torch.sigmoid(self.shared_gate(x_ND)) if self.config.shared_gate else always_ND)
-        return y_ND.view_as(x_BTD), routing
+        counts_E = torch.diff(ends_E, prepend=ends_E.new_zeros(1))
+        return y_ND.view_as(x_BTD), Routing(counts_E, probabilities_E)
 
-    def _route(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Routing, Tensor]:
-        """Return the weights and numbers of each token's experts, the statistics, and where each expert's pairs end."""
+    def _route(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the weights and numbers of each token's experts, and the sum over tokens of their probabilities."""
         config = self.config
         logits_NE = self.router(x_ND).to(torch.promote_types(x_ND.dtype, torch.float32))
         if config.router == "softmax":
@@ -152,10 +154,7 @@ class MoE(nn.Module):
         weights_NK = scores_NE.gather(-1, experts_NK)
         if config.normalize:
             weights_NK = weights_NK / weights_NK.sum(-1, keepdim=True)
-        numbers_E = torch.arange(config.experts, device=x_ND.device)
-        ends_E = torch.searchsorted(experts_NK.flatten().sort().values, numbers_E, right=True)
-        routing = Routing(torch.diff(ends_E, prepend=ends_E.new_zeros(1)), shares_NE.sum(0))
-        return config.scale * weights_NK, experts_NK, routing, ends_E
+        return config.scale * weights_NK, experts_NK, shares_NE.sum(0)
 
     def cost(self) -> Cost:
         """Count the parameters; a token passes through those of its experts alone."""

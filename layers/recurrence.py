@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,14 +15,13 @@ from einops import rearrange
 from torch import Tensor, nn
 
 import hybrid_sp as hsp
-from hybrid_sp.checks import Started
 from hybrid_sp.shard import Shard
 from layers.cache import LayerCache
 from layers.conv import ShortConv
 from layers.cost import Cost, Summary, count_parameters
 from layers.norm import HeadNorm
 from layers.projection import HeadProjection, Sizes, channels, cut_heads
-from layers.registry import BlockContext, MixerSpec, TwoStepMixer, finished
+from layers.registry import BlockContext, MixerSpec
 from layers.rotary import token_positions
 
 
@@ -111,7 +111,7 @@ class RecurrentSpec(MixerSpec):
         return RecurrentMixer(shape, context, self.rule(context, shape))
 
 
-class RecurrentMixer(TwoStepMixer):
+class RecurrentMixer(nn.Module):
     """Project x_BTD to q, k, v and a gate, convolve q, k and v if the shape asks, apply the rule, and recur:
 
         S_t = exp(log_decay_t) S_(t-1) + k_t^T v_t        y_t = (norm(scale * q_t S_t) * gate(g_t)) W_output
@@ -173,61 +173,66 @@ class RecurrentMixer(TwoStepMixer):
             halos=(self.conv.halo,) if shape.conv else (),
         )
 
-    def start(
-        self, x_BTD: Tensor, shard: Shard | None = None, cache: LayerCache | None = None, *, apart: bool = True
-    ) -> Any:
-        shape = self.shape
+    def forward(
+        self, x_BTD: Tensor, shard: Shard | None = None, cache: LayerCache | None = None
+    ) -> tuple[Tensor, LayerCache | None]:
         positions_T = token_positions(x_BTD, shard, cache)
         state = () if cache is None else cache.tensors
-        recent, state = (state[0], state[1:]) if state and shape.conv else (None, state)
+        recent, state = (state[0], state[1:]) if state and self.shape.conv else (None, state)
+        inputs, gate_BTC, recent = self._inputs(x_BTD, positions_T, shard, recent)
+        recur: Any = partial(self._operator(inputs), *inputs[:3], **self._options(inputs))
+        if not state:
+            o_BTHV = recur(shard=shard)
+        elif self.shape.normalize:
+            o_BTHV, state = recur(initial_state=state, return_final_state=True)
+        else:
+            o_BTHV, final = recur(initial_state=state[0], return_final_state=True)
+            state = (final,)
+        if cache is not None:
+            cache = cache.extended(x_BTD.shape[1], *([] if recent is None else [recent]), *state)
+        return self._output(x_BTD, inputs, o_BTHV, gate_BTC), cache
 
+    def start(self, x_BTD: Tensor, shard: Shard | None) -> Callable[[], Tensor]:
+        """Compute and send what other ranks need, and return a function that computes the output."""
+        inputs, gate_BTC, _ = self._inputs(x_BTD, token_positions(x_BTD, shard, None), shard, None)
+        started = self._operator(inputs).start(*inputs[:3], **self._options(inputs), shard=shard)
+        return lambda: self._output(x_BTD, inputs, started.finish(), gate_BTC)
+
+    def _inputs(
+        self, x_BTD: Tensor, positions_T: Tensor, shard: Shard | None, recent: Tensor | None
+    ) -> tuple[RecurrenceInputs, Tensor, Tensor | None]:
+        """Return the inputs of the recurrence, the gate, and the last inputs of the convolution."""
+        shape = self.shape
         # 1. Project, and convolve the channels of q, k and v.
         projected_BTC, width = self.project.linear(x_BTD), channels(shape.qkv)
         mixed_BTC, gate_BTC = projected_BTC[..., :width], projected_BTC[..., width:]
         if shape.conv:
             mixed_BTC, recent = self.conv(mixed_BTC, shard, recent)
-        # 2. Let the rule make the inputs of the recurrence, and recur over the sequence or from the cached state.
-        inputs = self.rule(x_BTD, *cut_heads(mixed_BTC, shape.qkv), positions_T)
-        running = self._recur(inputs, shard, state, apart)
-        return x_BTD, gate_BTC, inputs.skip, running, cache, [] if recent is None else [recent]
+        # 2. Let the rule make the inputs of the recurrence over the sequence, or from the cached state.
+        return self.rule(x_BTD, *cut_heads(mixed_BTC, shape.qkv), positions_T), gate_BTC, recent
 
-    def finish(self, started: Any) -> tuple[Tensor, LayerCache | None]:
+    def _operator(self, inputs: RecurrenceInputs) -> Any:
+        return hsp.linear_attention if inputs.beta is None else hsp.delta_rule
+
+    def _options(self, inputs: RecurrenceInputs) -> dict[str, Any]:
+        """Return the keywords of the operator, but for those of a sequence or a state."""
+        options: dict[str, Any] = {"log_decay": inputs.log_decay, "scale": self.shape.scale, "backend": self.backend}
+        if inputs.beta is None:
+            return options | {"bonus": inputs.bonus, "normalize": self.shape.normalize}
+        return options | {"beta": inputs.beta, "steps": self.shape.steps}
+
+    def _output(self, x_BTD: Tensor, inputs: RecurrenceInputs, o_BTHV: Tensor, gate_BTC: Tensor) -> Tensor:
+        """Apply norm and gate to what the operator returns, and write to the residual stream."""
         shape = self.shape
-        x_BTD, gate_BTC, skip, running, cache, recent = started
-        result = finished(running)
-        o_BTHV, state = result if isinstance(result, tuple) else (result, ())
         if shape.steps > 1:
             o_BTHV = o_BTHV[:, shape.steps - 1 :: shape.steps]  # the last step of each token reads
-        o_BTHV = o_BTHV if skip is None else o_BTHV + skip
+        if inputs.skip is not None:
+            o_BTHV = o_BTHV + inputs.skip
         o_BTHV = o_BTHV.to(x_BTD.dtype)  # of a rule that widens its inputs
-        if cache is not None:
-            state = state if isinstance(state, tuple) else (state,)
-            cache = cache.extended(x_BTD.shape[1], *recent, *state)
-
-        # 3. Normalise and gate the output, and write to the residual stream.
         if shape.gate is None:
             y_BTHV = self.norm(o_BTHV)
         else:
             (gate_BTHV,) = cut_heads(self.gate(x_BTD) if shape.gate_rank else gate_BTC, [(shape.heads, shape.value)])
             gate_BTHV = shape.gate(gate_BTHV)
             y_BTHV = self.norm(o_BTHV * gate_BTHV) if shape.gate_first else self.norm(o_BTHV) * gate_BTHV
-        return self.output(rearrange(y_BTHV, "b t h v -> b t (h v)")), cache
-
-    def _recur(
-        self, inputs: RecurrenceInputs, shard: Shard | None, state: tuple[Tensor, ...], apart: bool
-    ) -> Tensor | tuple[Tensor, Any] | Started[Any]:
-        """Return o_BTHV, with the state after these tokens if a state is given; if `apart`, what will give them."""
-        q, k, v, log_decay, beta, bonus, _ = inputs
-        given: dict[str, Any] = {"log_decay": log_decay, "scale": self.shape.scale, "backend": self.backend}
-        operator: Any = hsp.linear_attention if beta is None else hsp.delta_rule
-        if beta is None:
-            given |= {"bonus": bonus, "normalize": self.shape.normalize}
-        else:
-            given |= {"beta": beta, "steps": self.shape.steps}
-        if state:
-            initial = state if self.shape.normalize else state[0]
-            given |= {"initial_state": initial, "return_final_state": True}
-        else:
-            given["shard"] = shard
-        result: Tensor | tuple[Tensor, Any] | Started[Any] = (operator.start if apart else operator)(q, k, v, **given)
-        return result
+        return self.output(rearrange(y_BTHV, "b t h v -> b t (h v)"))

@@ -9,10 +9,9 @@ from functools import lru_cache
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hybrid_sp.backends import BACKENDS
-from hybrid_sp.checks import Started
 from hybrid_sp.shard import Shard
 from layers.cache import LayerCache
 from layers.cost import Cost
@@ -80,6 +79,9 @@ class Mixer(Protocol):
 
     Its nn.Linear called `output` writes to the residual stream. With a cache, on one device, the tokens continue those
     in the cache, and the new cache contains them too. `cost` includes the mixer's parameters.
+
+    A mixer may also have `start(x_BTD, shard)`, which sends what other ranks need and returns a function that computes
+    the output. Side by side with others, all of them then send before any waits.
     """
 
     def __call__(
@@ -89,34 +91,6 @@ class Mixer(Protocol):
     def init_cache(self, batch: int) -> LayerCache: ...
 
     def cost(self) -> Cost: ...
-
-
-class TwoStepMixer(nn.Module):
-    """The base of a mixer whose operator can be started and finished apart.
-
-    `start` does all before the operator. If `apart`, it then starts the operator, so that its exchange is in flight;
-    otherwise it runs it. Its result is for `finish`, which returns the output and the new cache.
-    """
-
-    def forward(
-        self, x_BTD: Tensor, shard: Shard | None = None, cache: LayerCache | None = None
-    ) -> tuple[Tensor, LayerCache | None]:
-        return self.finish(self.start(x_BTD, shard, cache, apart=False))
-
-    def start(
-        self, x_BTD: Tensor, shard: Shard | None = None, cache: LayerCache | None = None, *, apart: bool = True
-    ) -> Any:
-        """Do all up to the operator, and start it or run it."""
-        raise NotImplementedError
-
-    def finish(self, started: Any) -> tuple[Tensor, LayerCache | None]:
-        """Finish the operator, and do the rest."""
-        raise NotImplementedError
-
-
-def finished(result: Any) -> Any:
-    """Return the result of an operator that was run, or that was started and is finished now."""
-    return result.finish() if isinstance(result, Started) else result
 
 
 class MixerSpec(Protocol):

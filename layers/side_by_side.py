@@ -5,12 +5,13 @@
 
 Hymba averages before one output projection, and here every mixer has its own. A norm of its own for each mixer's input
 would add nothing: it would differ from the shared one by a factor per channel, which the mixer's first matrix absorbs.
-Without a cache all mixers start their operators before any is finished, so that all exchanges are in flight at once.
+Every mixer sends what other ranks need before any of them waits: they `start` in turn, and then compute their outputs.
+Backward mirrors it. A mixer that cannot be started apart does all its work when it is its turn to start.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from hybrid_sp.shard import Shard
 from layers.cache import LayerCache
 from layers.cost import Cost, count_parameters
-from layers.registry import BlockContext, Mixer, MixerSpec, TwoStepMixer
+from layers.registry import BlockContext, Mixer, MixerSpec
 
 JOINS = ("sum", "mean")
 
@@ -33,8 +34,22 @@ class SideBySideSpec(MixerSpec):
     specs: tuple[tuple[str, MixerSpec], ...]
     join: str
 
+    @property
+    def norms(self) -> int:
+        """The number of norms of outputs."""
+        return len(self.specs) if self.join == "mean" else 0
+
     def build(self, context: BlockContext) -> SideBySide:
         return SideBySide({name: spec.build(context) for name, spec in self.specs}, self.join, context)
+
+
+def start_mixer(mixer: Mixer, x_BTD: Tensor, shard: Shard | None) -> Callable[[], Tensor]:
+    """Let a mixer compute and send what other ranks need, and return a function that computes its output."""
+    if (start := getattr(mixer, "start", None)) is not None:
+        finish: Callable[[], Tensor] = start(x_BTD, shard)
+        return finish
+    y_BTD, _ = mixer(x_BTD, shard)
+    return lambda: y_BTD
 
 
 class SideBySide(nn.Module):
@@ -57,20 +72,27 @@ class SideBySide(nn.Module):
     def forward(
         self, x_BTD: Tensor, shard: Shard | None = None, cache: LayerCache | None = None
     ) -> tuple[Tensor, LayerCache | None]:
+        if cache is None:
+            finishes = [start_mixer(mixer, x_BTD, shard) for mixer in self.mixers.values()]
+            return self._join([finish() for finish in finishes]), None
         outputs: list[Tensor] = []
         kept: list[Tensor] = []
         first = 0
-        two = {name: mixer for name, mixer in self.mixers.items() if cache is None and isinstance(mixer, TwoStepMixer)}
-        started = {name: mixer.start(x_BTD, shard) for name, mixer in two.items()}
-        for name, mixer in self.mixers.items():
-            part = None
-            if cache is not None:
-                last = first + len(mixer.init_cache(0).tensors)
-                part, first = LayerCache(position=cache.position, tensors=cache.tensors[first:last]), last
-            y_BTD, part = two[name].finish(started[name]) if name in two else mixer(x_BTD, shard, part)
-            outputs.append(y_BTD if self.join == "sum" else self.norms[name](y_BTD) / len(self.mixers))
-            kept += [] if part is None else part.tensors
-        return sum(outputs[1:], start=outputs[0]), None if cache is None else cache.extended(x_BTD.shape[1], *kept)
+        for mixer in self.mixers.values():
+            last = first + len(mixer.init_cache(0).tensors)
+            part = LayerCache(position=cache.position, tensors=cache.tensors[first:last])
+            y_BTD, extended = mixer(x_BTD, shard, part)
+            assert extended is not None
+            outputs.append(y_BTD)
+            kept += extended.tensors
+            first = last
+        return self._join(outputs), cache.extended(x_BTD.shape[1], *kept)
+
+    def _join(self, outputs: Sequence[Tensor]) -> Tensor:
+        if self.join == "mean":
+            normed = zip(self.norms.values(), outputs, strict=True)
+            outputs = [norm(y_BTD) / len(outputs) for norm, y_BTD in normed]
+        return sum(outputs[1:], start=outputs[0])
 
     def cost(self) -> Cost:
         """Add the costs of the mixers and the norms."""

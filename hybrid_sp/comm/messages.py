@@ -42,8 +42,8 @@ def open_exchange(header: Header, plan: str, x: Tensor, group: Group) -> Header:
 def early(group: Group, post: Callable[[], T]) -> Callable[[], T]:
     """Return a function that returns what `post` posts. It posts now; over NCCL when the function is called.
 
-    NCCL takes the messages of two ranks in one order, so those of an exchange may not come between those of another
-    that is in flight. There each exchange makes all of its messages when it is waited for.
+    NCCL takes the messages of two ranks in one order, so those of two exchanges may not mix. There each exchange makes
+    all of its messages when it is waited for.
     """
     if in_one_order(group):
         return post

@@ -11,8 +11,9 @@ for each channel of a value.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from einops import rearrange
@@ -22,7 +23,7 @@ import hybrid_sp as hsp
 from hybrid_sp.shard import Shard
 from layers.cache import LayerCache
 from layers.cost import Attention, Cost, count_parameters
-from layers.registry import BlockContext, MixerSpec, TwoStepMixer, at_least, finished, register
+from layers.registry import BlockContext, MixerSpec, at_least, register
 from layers.rotary import rotate, token_positions
 
 GATES = ("none", "head", "channel")
@@ -50,7 +51,7 @@ class MLASpec(MixerSpec):
         return LatentMixer(self, context)
 
 
-class LatentMixer(TwoStepMixer):
+class LatentMixer(nn.Module):
     """Attend from every token to all tokens up to itself, by keys and values that are made from latents."""
 
     def __init__(self, spec: MLASpec, context: BlockContext) -> None:
@@ -82,9 +83,9 @@ class LatentMixer(TwoStepMixer):
         """Make a cache without latents. It keeps `rank` + `rope_dim` numbers of each token."""
         return LayerCache(position=0, tensors=(self.output.weight.new_zeros(batch, 0, self.rank + self.shared),))
 
-    def start(
-        self, x_BTD: Tensor, shard: Shard | None = None, cache: LayerCache | None = None, *, apart: bool = True
-    ) -> Any:
+    def forward(
+        self, x_BTD: Tensor, shard: Shard | None = None, cache: LayerCache | None = None
+    ) -> tuple[Tensor, LayerCache | None]:
         tokens = x_BTD.shape[1]
         first = cache is None or cache.position == 0
         if not first and tokens != 1:
@@ -92,8 +93,26 @@ class LatentMixer(TwoStepMixer):
                 f"got {tokens} tokens and a cache that has read some: latent attention then takes one token at a time; "
                 "give all tokens of a prompt at once, to an empty cache"
             )
-        # 1. Make queries and latents, and rotate the parts that carry positions.
-        positions_T = token_positions(x_BTD, shard, cache)
+        q_BTHK, latent_BTC, rope_BTR, w_k, w_v = self._inputs(x_BTD, token_positions(x_BTD, shard, cache))
+        if cache is not None:
+            kept_BSC = torch.cat([cache.tensors[0], torch.cat([latent_BTC, rope_BTR], -1)], 1)
+            cache = cache.extended(tokens, kept_BSC)
+            if not first:
+                latent_BTC, rope_BTR = kept_BSC.split([self.rank, self.shared], -1)
+        # With a cache the only query is the last token, which sees all latents.
+        o_BTHV = hsp.latent_attention(
+            q_BTHK, latent_BTC, rope_BTR, w_k, w_v, shard=shard, causal=first, backend=self.backend
+        )
+        return self._output(x_BTD, o_BTHV), cache
+
+    def start(self, x_BTD: Tensor, shard: Shard | None) -> Callable[[], Tensor]:
+        """Compute and send what other ranks need, and return a function that computes the output."""
+        inputs = self._inputs(x_BTD, token_positions(x_BTD, shard, None))
+        started = hsp.latent_attention.start(*inputs, shard=shard, causal=True, backend=self.backend)
+        return lambda: self._output(x_BTD, started.finish())
+
+    def _inputs(self, x_BTD: Tensor, positions_T: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Make queries and latents, rotate the parts that carry positions, and add the weights that expand a latent."""
         q_BTHK = rearrange(self.q(x_BTD), "b t (h k) -> b t h k", h=self.heads)
         latent_BTC, rope_BTR = self.down(x_BTD).split([self.rank, self.shared], -1)
         latent_BTC = self.norm(latent_BTC)
@@ -103,25 +122,14 @@ class LatentMixer(TwoStepMixer):
                 positions_T, self.rope_base, turned_BTHR, rope_BTR.unsqueeze(2), scaling=self.rope_scaling
             )
             q_BTHK, rope_BTR = torch.cat([plain_BTHN, turned_BTHR], -1), rope_BT1R.squeeze(2)
-        # 2. Attend, by the weights that expand a latent to each head's key and value.
         w_k, w_v = self.up.weight.unflatten(0, (self.heads, -1)).split([self.key, self.value], 1)
-        if cache is not None:
-            kept_BSC = torch.cat([cache.tensors[0], torch.cat([latent_BTC, rope_BTR], -1)], 1)
-            cache = cache.extended(tokens, kept_BSC)
-            if not first:
-                latent_BTC, rope_BTR = kept_BSC.split([self.rank, self.shared], -1)
-        # With a cache the only query is the last token, which sees all latents.
-        operator: Any = hsp.latent_attention.start if apart else hsp.latent_attention
-        parts = q_BTHK, latent_BTC, rope_BTR, w_k, w_v
-        return operator(*parts, shard=shard, causal=first, backend=self.backend), x_BTD, cache
+        return q_BTHK, latent_BTC, rope_BTR, w_k, w_v
 
-    def finish(self, started: Any) -> tuple[Tensor, LayerCache | None]:
-        running, x_BTD, cache = started
-        o_BTHV = finished(running)
-        # 3. Gate the output, and write to the residual stream.
+    def _output(self, x_BTD: Tensor, o_BTHV: Tensor) -> Tensor:
+        """Multiply by the gate, and write to the residual stream."""
         if self.gate is not None:
             o_BTHV = o_BTHV * torch.sigmoid(rearrange(self.gate(x_BTD), "b t (h v) -> b t h v", h=self.heads))
-        return self.output(rearrange(o_BTHV, "b t h v -> b t (h v)")), cache
+        return self.output(rearrange(o_BTHV, "b t h v -> b t (h v)"))
 
     def cost(self) -> Cost:
         """Add the cost of attention to the mixer's parameters. The latent travels, and decoding keeps it."""

@@ -28,7 +28,7 @@ from hybrid_sp.shard import Shard
 from layers.cache import LayerCache, require_one_device
 from layers.cost import Cost, Halo, Summary, count_parameters
 from layers.precision import keep_wide
-from layers.registry import BlockContext, MixerSpec, TwoStepMixer, at_least, finished, register
+from layers.registry import BlockContext, MixerSpec, at_least, register
 
 MIXED = "wkvrg"  # the five inputs, in the order of mix, mix_down and mix_up
 
@@ -46,7 +46,7 @@ class RWKV6Spec(MixerSpec):
         return RWKV6Mixer(self, context)
 
 
-class RWKV6Mixer(TwoStepMixer):
+class RWKV6Mixer(nn.Module):
     _apply = keep_wide("decay")
 
     def __init__(self, spec: RWKV6Spec, context: BlockContext) -> None:
@@ -104,44 +104,45 @@ class RWKV6Mixer(TwoStepMixer):
             halos=(Halo(tokens=1, channels=dim),),
         )
 
-    def start(
-        self, x_BTD: Tensor, shard: Shard | None = None, cache: LayerCache | None = None, *, apart: bool = True
-    ) -> Any:
+    def forward(
+        self, x_BTD: Tensor, shard: Shard | None = None, cache: LayerCache | None = None
+    ) -> tuple[Tensor, LayerCache | None]:
         require_one_device(shard, cache)
-        # 1. Fetch the token before each token, from another rank at the start of a span.
-        shift: Callable[..., Any] = partial(hsp.token_shift, x_BTD)
         if cache is None:
-            before_BTD, last = shift(shard=shard), []
-        else:
-            before_BTD, *last = shift(initial_state=cache.tensors[0], return_final_state=True)
+            recur, g_BTHV = self._recurrence(hsp.linear_attention, x_BTD, self._before(x_BTD, shard))
+            return self._output(recur(shard=shard), g_BTHV), None
+        before_BTD, last_B1D = hsp.token_shift(x_BTD, initial_state=cache.tensors[0], return_final_state=True)
+        recur, g_BTHV = self._recurrence(hsp.linear_attention, x_BTD, before_BTD)
+        o_BTHV, S_BHKV = recur(initial_state=cache.tensors[1], return_final_state=True)
+        return self._output(o_BTHV, g_BTHV), cache.extended(x_BTD.shape[1], last_B1D, S_BHKV)
 
-        # 2. Mix both tokens in five ways, one for each input of the recurrence.
+    def start(self, x_BTD: Tensor, shard: Shard | None) -> Callable[[], Tensor]:
+        """Compute and send what other ranks need, and return a function that computes the output."""
+        recur, g_BTHV = self._recurrence(hsp.linear_attention.start, x_BTD, self._before(x_BTD, shard))
+        started = recur(shard=shard)
+        return lambda: self._output(started.finish(), g_BTHV)
+
+    def _before(self, x_BTD: Tensor, shard: Shard | None) -> Tensor:
+        """Fetch the token before each token, from another rank at the start of a span."""
+        before_BTD = hsp.token_shift(x_BTD, shard=shard)
+        assert isinstance(before_BTD, Tensor)
+        return before_BTD
+
+    def _recurrence(self, operator: Any, x_BTD: Tensor, before_BTD: Tensor) -> tuple[Callable[..., Any], Tensor]:
+        """Return the recurrence over x, in which each token is mixed with the one before it, and the output's gate."""
         w, k, v, r, g = self.mixed(x_BTD, before_BTD)
         channels = self.receptance(r), self.key(k), self.value(v), self.gate(g), self.log_decay(w)
         r_BTHK, k_BTHK, v_BTHV, g_BTHV, log_decay_BTHK = (
             rearrange(x, "b t (h k) -> b t h k", h=self.heads) for x in channels
         )
-        # 3. Recur over the sequence, or from the cached state.
-        operator: Any = hsp.linear_attention.start if apart else hsp.linear_attention
-        given: dict[str, Any] = {"shard": shard}
-        if cache is not None:
-            given = {"initial_state": cache.tensors[1], "return_final_state": True}
-        given |= {"log_decay": log_decay_BTHK, "bonus": self.bonus.view(self.heads, -1), "scale": 1.0}
-        return operator(r_BTHK, k_BTHK, v_BTHV, backend=self.backend, **given), g_BTHV, cache, last
+        options = {"log_decay": log_decay_BTHK, "bonus": self.bonus.view(self.heads, -1), "scale": 1.0}
+        return partial(operator, r_BTHK, k_BTHK, v_BTHV, **options, backend=self.backend), g_BTHV
 
-    def finish(self, started: Any) -> tuple[Tensor, LayerCache | None]:
-        running, g_BTHV, cache, last = started
-        result = finished(running)
-        if cache is None:
-            o_BTHV = result
-        else:
-            o_BTHV, S_BHKV = result
-            cache = cache.extended(o_BTHV.shape[1], *last, S_BHKV)
-
-        # 4. Normalise each head, gate it and write to the residual stream.
+    def _output(self, o_BTHV: Tensor, g_BTHV: Tensor) -> Tensor:
+        """Apply norm and gate to each head, and write to the residual stream."""
         weight_HV, bias_HV = (x.view(self.heads, -1) for x in (self.norm_weight, self.norm_bias))
         o_BTHV = F.layer_norm(o_BTHV, o_BTHV.shape[-1:], eps=self.norm_eps) * weight_HV + bias_HV
-        return self.output(rearrange(o_BTHV * F.silu(g_BTHV), "b t h v -> b t (h v)")), cache
+        return self.output(rearrange(o_BTHV * F.silu(g_BTHV), "b t h v -> b t (h v)"))
 
     def mixed(self, x_BTD: Tensor, before_BTD: Tensor) -> tuple[Tensor, ...]:
         """Mix every token with the one before it: return x^i [B,T,D] for each i in MIXED."""

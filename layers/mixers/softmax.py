@@ -14,6 +14,7 @@ of a head, D / H unless `head_dim` sets it. The options, all off at first, are t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -28,7 +29,7 @@ from layers.cache import LayerCache
 from layers.conv import ShortConv
 from layers.cost import Attention, Cost, count_parameters
 from layers.projection import HeadProjection, channels, cut_heads
-from layers.registry import BlockContext, MixerSpec, TwoStepMixer, finished, register, unknown
+from layers.registry import BlockContext, MixerSpec, register, unknown
 from layers.rotary import rotate, token_positions
 
 GATES = ("none", "head", "channel")
@@ -55,7 +56,7 @@ class SoftmaxSpec(MixerSpec):
         return SoftmaxMixer(self, context.resized(0, self.head_dim))
 
 
-class SoftmaxMixer(TwoStepMixer):
+class SoftmaxMixer(nn.Module):
     """Attend from every token to all tokens up to itself, or to the last `window` of them."""
 
     def __init__(self, spec: SoftmaxSpec, context: BlockContext, window: int | None = None) -> None:
@@ -93,9 +94,9 @@ class SoftmaxMixer(TwoStepMixer):
         recent = () if self.conv is None else (self.conv.init_state(batch),)
         return LayerCache(position=0, tensors=(*recent, none_BTGK, none_BTGK))
 
-    def start(
-        self, x_BTD: Tensor, shard: Shard | None = None, cache: LayerCache | None = None, *, apart: bool = True
-    ) -> Any:
+    def forward(
+        self, x_BTD: Tensor, shard: Shard | None = None, cache: LayerCache | None = None
+    ) -> tuple[Tensor, LayerCache | None]:
         tokens = x_BTD.shape[1]
         first = cache is None or cache.position == 0
         if not first and tokens != 1:
@@ -104,8 +105,30 @@ class SoftmaxMixer(TwoStepMixer):
                 "time; give all tokens of a prompt at once, to an empty cache"
             )
         positions_T = token_positions(x_BTD, shard, cache)
+        (q_BTHK, k_BTGK, v_BTGK), gate_BTC, recent = self._inputs(x_BTD, positions_T, shard, cache)
+        attend: Callable[..., Tensor] = partial(hsp.softmax_attention, q_BTHK, sinks=self.sinks, backend=self.backend)
+        if first:
+            o_BTHK = attend(k_BTGK, v_BTGK, shard=shard, window=self.window)
+        if cache is not None:
+            kept = slice(None if self.window is None else -self.window, None)
+            pairs = zip(cache.tensors[-2:], (k_BTGK, v_BTGK), strict=True)
+            k_BTGK, v_BTGK = (torch.cat(pair, dim=1)[:, kept] for pair in pairs)
+            cache = cache.extended(tokens, *recent, k_BTGK, v_BTGK)
+        if not first:  # the only query is the last token, which sees all keys in the cache
+            o_BTHK = attend(k_BTGK, v_BTGK, causal=False)
+        return self._output(o_BTHK, gate_BTC), cache
 
-        # 1. Project, convolve, normalise and rotate.
+    def start(self, x_BTD: Tensor, shard: Shard | None) -> Callable[[], Tensor]:
+        """Compute and send what other ranks need, and return a function that computes the output."""
+        qkv, gate_BTC, _ = self._inputs(x_BTD, token_positions(x_BTD, shard, None), shard, None)
+        options: Any = {"sinks": self.sinks, "backend": self.backend, "shard": shard, "window": self.window}
+        started = hsp.softmax_attention.start(*qkv, **options)
+        return lambda: self._output(started.finish(), gate_BTC)
+
+    def _inputs(
+        self, x_BTD: Tensor, positions_T: Tensor, shard: Shard | None, cache: LayerCache | None
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, list[Tensor]]:
+        """Project, convolve, normalise and rotate; return q, k and v, the gate, and the convolution's last inputs."""
         projected_BTC, width = self.project.linear(x_BTD), channels(self.qkv)
         mixed_BTC, gate_BTC = projected_BTC[..., :width], projected_BTC[..., width:]
         recent = []
@@ -116,29 +139,13 @@ class SoftmaxMixer(TwoStepMixer):
         q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
         if self.rotated:
             q_BTHK, k_BTGK = self.rotate(positions_T, self.rope_base, q_BTHK, k_BTGK)
+        return (q_BTHK, k_BTGK, v_BTGK), gate_BTC, recent
 
-        # 2. Attend to the sequence, or to the cache.
-        operator: Any = hsp.softmax_attention.start if apart else hsp.softmax_attention
-        attend = partial(operator, q_BTHK, sinks=self.sinks, backend=self.backend)
-        if first:
-            running = attend(k_BTGK, v_BTGK, shard=shard, window=self.window)
-        if cache is not None:
-            kept = slice(None if self.window is None else -self.window, None)
-            pairs = zip(cache.tensors[-2:], (k_BTGK, v_BTGK), strict=True)
-            k_BTGK, v_BTGK = (torch.cat(pair, dim=1)[:, kept] for pair in pairs)
-            cache = cache.extended(tokens, *recent, k_BTGK, v_BTGK)
-        if not first:  # the only query is the last token, which sees all keys in the cache
-            running = attend(k_BTGK, v_BTGK, causal=False)
-        return running, gate_BTC, cache
-
-    def finish(self, started: Any) -> tuple[Tensor, LayerCache | None]:
-        running, gate_BTC, cache = started
-        o_BTHK = finished(running)
-
-        # 3. Gate the output, and write to the residual stream.
+    def _output(self, o_BTHK: Tensor, gate_BTC: Tensor) -> Tensor:
+        """Multiply by the gate, and write to the residual stream."""
         if gate_BTC.shape[-1]:
             o_BTHK = o_BTHK * torch.sigmoid(gate_BTC).unflatten(-1, (o_BTHK.shape[2], -1))
-        return self.output(rearrange(o_BTHK, "b t h k -> b t (h k)")), cache
+        return self.output(rearrange(o_BTHK, "b t h k -> b t (h k)"))
 
     def cost(self) -> Cost:
         """Add the cost of attention and of the convolution to the mixer's parameters."""

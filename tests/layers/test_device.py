@@ -31,9 +31,9 @@ def step(block: Block, x: Tensor, shard: hsp.Shard, recomputed: bool) -> list[Te
     """The output, and the gradients of the input and of the weights."""
     x.requires_grad_()
     if recomputed:
-        y, _ = checkpoint(block, x, shard, use_reentrant=False, context_fn=hsp.checkpoint_contexts)
+        y, *_ = checkpoint(block, x, shard, use_reentrant=False, context_fn=hsp.checkpoint_contexts)
     else:
-        y, _ = block(x, shard)
+        y, *_ = block(x, shard)
     return [y, *torch.autograd.grad(y.square().sum(), [x, *block.parameters()])]
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import hybrid_sp as hsp
-from hybrid_sp.comm import groups
+from hybrid_sp.comm import collectives, groups
 from hybrid_sp.shard import LAYOUTS
 from layers.balance import Balance
 from layers.config import ModelConfig
@@ -293,6 +293,54 @@ def test_mixers_side_by_side_by_hand(join: str) -> None:
     if join == "mean":
         outputs = [y / (y.square().mean(-1, keepdim=True) + config.norm_eps).sqrt() / 2 for y in outputs]
     assert_close("y", block(x)[0], x + outputs[0] + outputs[1], 1e-12)
+
+
+SIDE_BY_SIDE = ["mamba2+softmax", "kda+mla+gla", "softmax+sliding_window", "gated_delta_product+retention"]
+
+
+def test_every_exchange_side_by_side_is_sent_before_any_is_waited_for() -> None:
+    run_ranks(watch_exchanges, 2)
+
+
+def watch_exchanges(group: Any) -> None:
+    """Forward and backward, and with the block computed again; convolutions, which come before, are left out."""
+    for pattern, recompute in itertools.product(SIDE_BY_SIDE, ((), (0,))):
+        config = replace(CONFIG, pattern=f"{pattern}/none", depth=1, kv_heads=2)
+        model = HybridLM(config, recompute)
+        shard = hsp.SequenceParallel(group, layout="zigzag").shard(LENGTH)
+        with hsp.ledger() as book:
+            loss, _ = model.loss(shard.take(text()[0]), shard.take(text()[1]), shard)
+            loss.backward()
+        for direction in ("forward", "backward"):
+            sent = [row.launched for row in book.select(direction=direction) if row.tag in ("linear", "softmax")]
+            waits = [one.begin for one in book.waits if one.direction == direction and one.tag in ("linear", "softmax")]
+            where = f"{pattern}, {direction}, recompute {recompute}"
+            assert len(sent) == len(waits) == 1 + pattern.count("+"), where
+            assert max(sent) < min(waits), where
+
+
+def mixed(group: Any) -> None:
+    """Outputs and gradients of each, over the ranks in either layout, are those of one device."""
+    for pattern, layout in itertools.product(SIDE_BY_SIDE, LAYOUTS):
+        config = replace(CONFIG, pattern=f"{pattern}/none", depth=1, kv_heads=2, side_by_side="sum")
+        block = HybridLM(config).double().blocks[0]
+        shard = hsp.SequenceParallel(group, layout=layout, check="calls").shard(LENGTH, DOCUMENTS)
+        x, dy = stream(1, LENGTH, 16).requires_grad_(), stream(1, LENGTH, 16, seed=2)
+        whole = hsp.SequenceParallel(None).shard(LENGTH, DOCUMENTS)
+        want = torch.autograd.grad(y := block(x, whole)[0], [x, *block.parameters()], dy)
+        x_T = shard.take(x.detach()).requires_grad_()
+        got = torch.autograd.grad(y_T := block(x_T, shard)[0], [x_T, *block.parameters()], shard.take(dy))
+        where = f"{pattern}, {layout}, rank {groups.rank(group)}"
+        assert_close(f"{where}: y", y_T, shard.take(y), 1e-10)
+        assert_close(f"{where}: dx", got[0], shard.take(want[0]), 1e-10)
+        for (name, _), mine, all_of in zip(block.named_parameters(), got[1:], want[1:], strict=True):
+            total = collectives.all_reduce(mine.clone(), group, tag="gradients")
+            assert_close(f"{where}: gradient of {name}", total, all_of, 1e-10)
+
+
+@pytest.mark.parametrize("ranks", tiered([3], [1, 2, 4]))
+def test_mixers_side_by_side_agree_with_one_device(ranks: int) -> None:
+    run_ranks(mixed, ranks, deadline=120.0)
 
 
 def test_an_unknown_join_lists_the_known() -> None:

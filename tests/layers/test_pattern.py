@@ -126,12 +126,13 @@ def test_parameters_by_kind_and_what_is_counted() -> None:
     )  # fmt: skip
     model = HybridLM(config)
     kinds = parameters_by_kind(config)
-    parts = {"embedding": [model.embedding], "head": [model.head], "gla": [model.blocks[0].mixer]}
-    parts |= {"gla+softmax": [model.blocks[1].mixer], "softmax": [model.blocks[2].mixer], "mlp": [model.blocks[0].mlp]}
+    both = model.blocks[1].mixer.mixers
+    parts = {"embedding": [model.embedding], "head": [model.head], "gla": [model.blocks[0].mixer, both["gla"]]}
+    parts |= {"softmax": [model.blocks[2].mixer, both["softmax"]], "mlp": [model.blocks[0].mlp]}
     parts |= {"experts": [model.blocks[1].mlp, model.blocks[3].mlp]}
     for kind, modules in parts.items():
         assert kinds.pop(kind) == sum(p.numel() for module in modules for p in module.parameters()), kind
-    assert kinds == {"norms": 16 * 7}
+    assert kinds == {"norms": 16 * (7 + 2)}
     facts = model_facts(config)
     assert facts.parameters == sum(p.numel() for p in model.parameters())
     assert facts.parameters - facts.active_parameters == 2 * (3 * 16 * 5)  # one idle expert in each of two blocks

@@ -126,15 +126,22 @@ BLOCK_MUTANTS = [
     Mutant(
         name="outputs side by side joined without a norm",
         file="layers/side_by_side.py",
-        old="self.norms[name](y_BTD) / len(self.mixers)",
-        new="y_BTD / len(self.mixers)",
+        old="norm(y_BTD) / len(outputs)",
+        new="y_BTD / len(outputs)",
         test=f"{MOE}::test_mixers_side_by_side_by_hand",
+    ),
+    Mutant(
+        name="mixers side by side that wait before the next one sends",
+        file="layers/side_by_side.py",
+        old="start_mixer(mixer, x_BTD, shard) for mixer",
+        new="(lambda y: lambda: y)(mixer(x_BTD, shard)[0]) for mixer",
+        test=f"{MOE}::test_every_exchange_side_by_side_is_sent_before_any_is_waited_for",
     ),
     Mutant(
         name="a mixer side by side that reads the cache of the first",
         file="layers/side_by_side.py",
-        old="tensors=cache.tensors[first:last]), last",
-        new="tensors=cache.tensors[first:last]), 0",
+        old="            first = last\n",
+        new="",
         test=f"{MOE}::test_decoding_is_the_parallel_forward",
     ),
     Mutant(

@@ -87,8 +87,8 @@ MIXER_MUTANTS = [
     Mutant(
         name="the first write of a token is read",
         file="layers/recurrence.py",
-        old="o_BTHV[:, steps - 1 :: steps]",
-        new="o_BTHV[:, ::steps]",
+        old="o_BTHV[:, shape.steps - 1 :: shape.steps]",
+        new="o_BTHV[:, :: shape.steps]",
         test=f"{FORMULA}[gated_delta_product-1.0]",
     ),
     Mutant(

@@ -64,8 +64,8 @@ def test_a_model_that_fits_no_machine_is_described(capsys: pytest.CaptureFixture
     assert facts.parameters > 4e11 and sum(kinds.values()) == facts.parameters
     (line,) = [line for line in said.splitlines() if line.startswith("# parameters")]
     assert line == (
-        f"# parameters embedding 614,400,000, gla {kinds['gla']:,}, experts {kinds['experts']:,}, "
-        f"softmax {kinds['softmax']:,}, norms {kinds['norms']:,}, head 614,400,000; "
+        f"# parameters embedding 614,400,000, gla {kinds['gla']:,}, softmax {kinds['softmax']:,}, "
+        f"experts {kinds['experts']:,}, norms {kinds['norms']:,}, head 614,400,000; "
         f"{facts.active_parameters:,} active for a token"
     )
     gla, keys = 48 * (32 * 64 * 128), 16 * 2 * 4096  # numbers of states in all, and of keys and values for each token

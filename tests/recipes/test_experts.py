@@ -94,19 +94,25 @@ def test_biases_are_saved_with_the_weights(tiny: Path, tmp_path: Path) -> None:
 
 
 def on_the_device(group: Any, recipe: config.Recipe) -> None:
+    """One pass in float32, by torch's grouped product; its gradients are those of a product for each expert."""
     run = run_of(recipe, Records())
+    windows = data.training_windows(run.corpus, recipe.data.length, 0, 1, range(2))
+    names, routing = [name for name, _ in run.model.named_parameters()], []
+    loss, count = run.loss(windows, routing)
+    want = torch.autograd.grad(loss + run.balance.loss(routing, count), list(run.model.parameters()))
     with Device() as device:
         run.model, run.device = device.move(run.model), str(DEVICE)
         run.optimizer = optim.Optimizer(run.model, recipe.optim)
         run.balance = program.Balance(run.model, group)
-        routing: list[Any] = []
-        windows = data.training_windows(run.corpus, recipe.data.length, 0, 1, range(2))
+        routing = []
         device.clear()
         loss, count = run.loss(windows, routing)
         (loss + run.balance.loss(routing, count)).backward()
         run.balance.busiest()
         run.balance.step()
         assert not device.stops, dict(device.stops)
+        for name, weight, gradient in zip(names, run.model.parameters(), want, strict=True):
+            assert_close(name, weight.grad.data_here, gradient, 1e-4)  # type: ignore[union-attr]
 
 
 def test_the_host_waits_for_no_expert(tiny: Path, tmp_path: Path) -> None:
