@@ -12,6 +12,7 @@ import layers.mixers  # noqa: F401 (registers them)
 from hybrid_sp.backends import BACKENDS
 from layers.block import FeedForward
 from layers.cost import Cost
+from layers.mlp import MLPS
 from layers.moe import MoEConfig
 from layers.pattern import Layer, expand
 from layers.pattern import pattern_letters as pattern_letters
@@ -111,6 +112,8 @@ def _mixer(config: ModelConfig, layer: Layer) -> MixerSpec | None:
 
 
 def _feed_forward(config: ModelConfig, layer: Layer) -> FeedForward | None:
+    if config.mlp not in MLPS:
+        raise unknown("mlp", config.mlp, MLPS)
     kind = layer.feed_forward or ("mlp" if config.moe is None else "moe")
     if kind == "none":
         return None

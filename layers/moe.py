@@ -46,6 +46,8 @@ class MoEConfig:
             raise ValueError(f"moe.dim is {self.dim}; it must be at least 1")
         if self.active > self.experts:
             raise ValueError(f"moe.active is {self.active}; it must be at most moe.experts, which is {self.experts}")
+        if self.router not in ("softmax", "sigmoid"):
+            raise ValueError(f"moe.router is {self.router!r}; it must be softmax or sigmoid")
         if self.shared_gate and not self.shared:
             raise ValueError("moe.shared_gate needs a shared expert; set moe.shared to its inner width")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from dataclasses import replace
 from typing import Any
@@ -85,6 +86,32 @@ def test_experts_by_hand(options: dict[str, Any]) -> None:
         assert_close(f"gradient of {name}", got, true, 1e-10)
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, None), (torch.float32, 2), (torch.bfloat16, 2)], ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: options.get("router", "softmax"))
+def test_two_halves_are_the_whole(options: dict[str, Any], dtype: torch.dtype, bound: float | None) -> None:
+    """Outputs, the input's gradient, and the gradients of all weights together; narrow ones round no more than twice
+    as much as the whole does, whose routers choose alike."""
+    rounded = experts(**options).to(dtype)
+    x, dy = (stream(1, 40, DIM, seed=seed).to(dtype) for seed in (1, 2))
+
+    def measured(wide: torch.dtype, cuts: list[int]) -> list[Tensor]:
+        made, found = copy.deepcopy(rounded).to(wide), []
+        for part, d_part in zip(x.to(wide).split(cuts, 1), dy.to(wide).split(cuts, 1), strict=True):
+            leaf = part.clone().requires_grad_()
+            y, _ = made(leaf)
+            y.backward(d_part)
+            found.append((y.detach(), leaf.grad))
+        weights = torch.cat([weight.grad.flatten() for weight in made.parameters()])
+        return [*(torch.cat(tensors, 1).double() for tensors in zip(*found, strict=True)), weights.double()]
+
+    truth, whole, halves = measured(torch.float64, [40]), measured(dtype, [40]), measured(dtype, [17, 23])
+    for name, want, one, two in zip(("y", "dx", "weights"), truth, whole, halves, strict=True):
+        if bound is None:
+            assert_close(name, two, want, 1e-12)
+        else:
+            assert (two - want).norm() <= bound * (one - want).norm(), name
+
+
 def test_no_token_is_dropped_and_experts_without_one_have_a_gradient_of_zeros() -> None:
     made = experts(experts=4, active=1, bias_rate=0.1)
     made.bias.copy_(torch.tensor([0.0, 0.0, 9.0, 0.0]))
@@ -113,6 +140,7 @@ def test_the_bias_stays_wide_and_is_no_parameter() -> None:
         ({"dim": 0}, "moe.dim is 0"),
         ({"auxiliary": -1.0}, "moe.auxiliary is -1.0; it must be at least 0"),
         ({"shared_gate": True}, "moe.shared_gate needs a shared expert"),
+        ({"router": "argmax"}, "moe.router is 'argmax'; it must be softmax or sigmoid"),
     ],
 )
 def test_errors_say_what_to_change(options: dict[str, Any], message: str) -> None:

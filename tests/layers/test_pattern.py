@@ -111,6 +111,11 @@ def test_blocks_of_one_part_have_that_part_alone() -> None:
     assert [layer.position for layer in cache] == [9] * 4
 
 
+def test_an_unknown_mlp_lists_the_known() -> None:
+    with pytest.raises(ValueError, match="unknown mlp 'relu'; did you mean 'relu2'\\? known: relu2, swiglu"):
+        model_facts(ModelConfig(mlp="relu"))  # type: ignore[arg-type]
+
+
 def test_squared_relu_by_hand() -> None:
     block = HybridLM(ModelConfig(pattern="none", depth=1, mlp="relu2", **TINY)).blocks[0]
     x = torch.randn(1, 3, 16)
