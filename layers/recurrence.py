@@ -49,7 +49,7 @@ class MixerShape:
     gate_rank: int = 0  # inner channels of a gate of two matrices; 0: one matrix
     gate_first: bool = False  # norm(o * gate) instead of norm(o) * gate
     normalize: bool = False
-    norm: str = "head"  # head, group or all
+    norm: str = "head"  # head, group, all or none
 
     @property
     def key_heads(self) -> int:
@@ -64,10 +64,10 @@ class MixerShape:
 
     @property
     def norm_heads(self) -> int:
-        """The number of heads in one output norm; 0 with a normaliser, which replaces the norm."""
+        """The number of heads in one output norm; 0 without one, as with a normaliser, which replaces it."""
         if self.normalize:
             return 0
-        return {"head": 1, "group": self.heads // self.key_heads, "all": self.heads}[self.norm]
+        return {"head": 1, "group": self.heads // self.key_heads, "all": self.heads, "none": 0}[self.norm]
 
 
 class RecurrenceInputs(NamedTuple):

@@ -5,7 +5,7 @@
 
 u is the mixer's input, from which x, B, C and z are projected. x, B and C are the value, key and query of other linear
 mixers, and pass through a short convolution with bias and SiLU. The heads of a group share B and C. The norm is over
-the channels of a group.
+the channels of a group, and may be left out.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class Mamba2Spec(RecurrentSpec):
     expand: float = 2.0
     state: int = 128  # channels of B and C in a head
     groups: int = 1
+    norm: bool = True  # of the gated output; Falcon-H1 has none
 
     def __post_init__(self) -> None:
         at_least(1, "mamba2", state=self.state, groups=self.groups)
@@ -43,7 +44,7 @@ class Mamba2Spec(RecurrentSpec):
             scale=1.0,
             gate=F.silu,
             gate_first=True,
-            norm="group",
+            norm="group" if self.norm else "none",
         )
 
     def rule(self, context: BlockContext, shape: MixerShape) -> Rule:

@@ -30,7 +30,7 @@ MODELS = {  # what is compared, of a batch and of packed documents
 }
 EXPERTS = {f"d {name}" for name in ("router.weight", "experts.input", "experts.output")} | {"y", "dx"}
 EXPERTS |= {"d shared.input.weight", "d shared.output.weight"}
-MAMBA = {"project.linear.weight", "conv.weight", "conv.bias", "norm.weight", "output.weight"}
+MAMBA = {"project.linear.weight", "conv.weight", "conv.bias", "output.weight"}
 MAMBA |= {f"rule.{name}" for name in ("D", "steps.A_log", "steps.dt_bias", "steps.project.weight")}
 BLOCKS = {
     "Qwen3-Next experts": EXPERTS | {"d shared_gate.weight"},

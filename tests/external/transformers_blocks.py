@@ -87,7 +87,6 @@ def kimi_linear_experts() -> Comparison:
 
 
 def falcon_h1_block() -> Comparison:
-    """With the norm in Mamba-2 that their config has as an option, and ours always."""
     state, kv_heads, width, inner = 8, 2, DIM // HEADS, 2 * DIM
     config = FalconH1Config(
         hidden_size=DIM,
@@ -101,8 +100,7 @@ def falcon_h1_block() -> Comparison:
         mamba_d_head=inner // HEADS,
         mamba_d_state=state,
         mamba_chunk_size=32,
-        mamba_rms_norm=True,
-        mamba_norm_before_gate=False,
+        mamba_rms_norm=False,
         rms_norm_eps=CONTEXT.norm_eps,
         rope_parameters={"rope_type": "default", "rope_theta": 100.0},
     )
@@ -122,7 +120,6 @@ def falcon_h1_block() -> Comparison:
             "mamba2.rule.steps.A_log": w["mamba.A_log"],
             "mamba2.rule.steps.dt_bias": w["mamba.dt_bias"],
             "mamba2.rule.D": w["mamba.D"],
-            "mamba2.norm.weight": w["mamba.norm.weight"],
             "mamba2.output.weight": w["mamba.out_proj.weight"],
             "softmax.project.linear.weight": torch.cat([w[f"self_attn.{name}_proj.weight"] for name in "qkv"]),
             "softmax.output.weight": w["self_attn.o_proj.weight"],
@@ -141,7 +138,7 @@ def falcon_h1_block() -> Comparison:
         mask = torch.full((count, count), float("-inf"), dtype=x.dtype).triu(1)[None, None]
         return layer(x, attention_mask=mask, position_embeddings=places)[0]
 
-    specs = (("mamba2", mixer_spec("mamba2", state=state)), ("softmax", mixer_spec("softmax")))
+    specs = (("mamba2", mixer_spec("mamba2", state=state, norm=False)), ("softmax", mixer_spec("softmax")))
     context = replace(CONTEXT, kv_heads=kv_heads, rope_base=100.0)
     ours = Block(SideBySideSpec(specs=specs, join="sum"), context, FeedForward(SHARED))
     return Comparison(theirs=theirs, ours=ours, rename=rename, call=call)

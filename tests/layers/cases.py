@@ -106,6 +106,7 @@ CASES = [
     Case(mixer="short_conv", formula=recurrent.short_conv, options={"conv": 7}, memory=7),
     Case(mixer="mamba2", formula=mamba2, options={"state": 8}),
     Case(mixer="mamba2", formula=mamba2, options={"expand": 1.0, "state": 5, "groups": 2, "conv": 0}),
+    Case(mixer="mamba2", formula=mamba2, options={"expand": 1.0, "state": 3, "norm": False}),
     Case(mixer="softmax", formula=attention.softmax),
     Case(
         mixer="softmax",

@@ -23,7 +23,7 @@ SIZES = {
     "qwen3_next_80b_a3b": (80e9, 79_674_391_296, 0, 3e9),
     "kimi_linear_48b_a3b": (49.1e9, 49_133_074_464, -ONE_LAYER, 3e9),  # 48 in its name
     "nemotron_h_8b": (8.1e9, 8_100_852_736, 0, 7.03e9),
-    "falcon_h1_7b": (7.59e9, 7_585_519_712, 44 * 3072, 6.79e9),  # a norm behind the gate of Mamba-2
+    "falcon_h1_7b": (7.59e9, 7_585_519_712, 0, 6.79e9),
     "minimax_text_01": (456e9, 456_089_655_296, 0, 45.9e9),
     "lfm2_1b": (1.17e9, 1_170_340_608, 0, 1.17e9),
     "olmo_hybrid_7b": (7.43e9, 7_430_870_688, -QK_NORM, 6.66e9),

@@ -8,7 +8,7 @@ from torch import Tensor
 from tests.layers.formulas.parts import CONTEXT, Weights, projected, silu, softplus
 
 
-def mamba2(w: Weights, u: Tensor, expand: float = 2.0, state: int = 128, groups: int = 1) -> Tensor:
+def mamba2(w: Weights, u: Tensor, expand: float = 2.0, state: int = 128, groups: int = 1, norm: bool = True) -> Tensor:
     inner = int(24 * expand)
     C, B, x, z = projected(w, u, (groups, state), (groups, state), (4, inner // 4), (4, inner // 4))
     dt = softplus(u @ w["rule.steps.project.weight"].T + w["rule.steps.dt_bias"])
@@ -25,6 +25,8 @@ def mamba2(w: Weights, u: Tensor, expand: float = 2.0, state: int = 128, groups:
             outputs.append((C[:, t, group, :, None] * h).sum(1) + w["rule.D"][head] * x[:, t, head])
         columns.append(torch.stack(outputs, dim=1))
     y = torch.cat(columns, dim=-1) * silu(z.flatten(2))
+    if not norm:
+        return y @ w["output.weight"].T
     parts = []
     for part, weight in zip(y.chunk(groups, dim=-1), w["norm.weight"].chunk(groups), strict=True):
         parts.append(part / (part.square().mean(-1, keepdim=True) + CONTEXT.norm_eps).sqrt() * weight)
