@@ -255,6 +255,7 @@ model.mixers.mamba2.conv: int = 4
 model.mixers.mamba2.expand: float = 2.0
 model.mixers.mamba2.state: int = 128
 model.mixers.mamba2.groups: int = 1
+model.mixers.mamba2.norm: bool = True
 model.mixers.mla.head_dim: int = 0
 model.mixers.mla.value_dim: int = 0
 model.mixers.mla.rope_dim: int = 0

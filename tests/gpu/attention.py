@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import hybrid_sp as hsp
 import layers.config  # noqa: F401 (registers the mixers)
+from layers.moe import MoE, MoEConfig
 from layers.registry import BlockContext, mixer_spec
 from tests.support.oracle import relative
 
@@ -23,6 +24,8 @@ SOFTMAX = {  # by name: heads of queries and of keys, window, documents as share
     "grouped": (4, 2, None, ()),
     "window": (4, 2, 37, ()),
     "documents": (4, 2, None, (0.1, 0.7)),
+    "sinks": (4, 2, None, ()),
+    "narrow values": (4, 2, None, ()),
 }
 
 
@@ -61,9 +64,14 @@ def check_softmax(kind: str, backend: str, device: torch.device, dtype: torch.dt
     make = torch.Generator().manual_seed(0)
     sizes = {"q": heads, "k": groups, "v": groups}
     x = {n: torch.randn(1, length, size, width, generator=make).to(device, dtype) for n, size in sizes.items()}
+    peer_x = dict(x)
+    if kind == "sinks":
+        x["sinks"] = torch.randn(heads, generator=make).to(device)
+    if kind == "narrow values":
+        x["v"] = x["v"][..., : width // 2 + 1].contiguous()
 
-    def ours(q: Tensor, k: Tensor, v: Tensor, which: str = backend) -> Tensor:
-        return hsp.softmax_attention(q, k, v, window=window, shard=shard, backend=which)
+    def ours(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None, which: str = backend) -> Tensor:
+        return hsp.softmax_attention(q, k, v, sinks=sinks, window=window, shard=shard, backend=which)
 
     def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))
@@ -72,8 +80,9 @@ def check_softmax(kind: str, backend: str, device: torch.device, dtype: torch.dt
     def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return hsp.softmax_attention(q, k, v, backend="torch")
 
-    found = _errors(ours, lambda q, k, v: ours(q, k, v, "torch"), x)
-    peer = _errors(plain, causal, x)
+    found = _errors(ours, lambda **given: ours(**given, which="torch"), x)
+    peer = _errors(plain, causal, peer_x)
+    peer["dsinks"] = peer["o"]  # torch's has none
     print(f"softmax {kind} by {backend}", {name: f"{found[name]:.2g} / {peer[name]:.2g}" for name in found})
     for name, error in found.items():
         assert error <= max(2 * peer[name], 1e-6), f"{kind}, {name}: {error:.3g}, torch's own has {peer[name]:.3g}"
@@ -85,7 +94,21 @@ def check_mixer(name: str, device: torch.device, length: int, dim: int) -> None:
     torch.manual_seed(0)
     mixer = mixer_spec(name).build(context)
     assert isinstance(mixer, nn.Module)
-    x = torch.randn(1, length, dim)
+    _check_module(name, mixer, device, length, dim)
+
+
+def check_experts(device: torch.device, length: int, dim: int) -> None:
+    """A mixture of experts in fp32, by torch's grouped product: output and every gradient, within 1e-4."""
+    moe = MoE(MoEConfig(experts=4, active=2, shared=dim), dim, dim, depth=2)
+    make = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in moe.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=make) / dim**0.5)
+    _check_module("experts", moe, device, length, dim)
+
+
+def _check_module(name: str, mixer: nn.Module, device: torch.device, length: int, dim: int) -> None:
+    x = torch.randn(1, length, dim, generator=torch.Generator().manual_seed(1))
 
     def run(layer: nn.Module, x: Tensor) -> Tensors:
         return _results(lambda x, **_: layer(x)[0], {"x": x}) | {

@@ -148,6 +148,10 @@ def test_mixers_are_those_of_the_cpu(name: str) -> None:
     attention.check_mixer(name, CUDA, length=261, dim=256)
 
 
+def test_experts_are_those_of_the_cpu() -> None:
+    attention.check_experts(CUDA, length=261, dim=256)
+
+
 def test_memcheck_is_clean() -> None:
     code, told = memcheck.watched(seconds=300)
     if code == memcheck.LACKING:

@@ -73,9 +73,10 @@ def test_softmax_and_delta() -> None:
         attention.check_delta(decay, "torch", CPU, torch.bfloat16, 16, 61)
 
 
-def test_mixers() -> None:
-    for name in ("linear", "softmax"):
+def test_mixers_and_experts() -> None:
+    for name in ("linear", "softmax", "mla"):
         attention.check_mixer(name, CPU, length=37, dim=32)
+    attention.check_experts(CPU, length=37, dim=32)
 
 
 @pytest.mark.slow
