@@ -13,8 +13,8 @@ ATTENTION_MUTANTS = [
     Mutant(
         name="blocks merged without their log-sum-exp",
         file="hybrid_sp/kernels/softmax/attend.py",
-        old="lse = torch.logaddexp(lse_a, lse_b)",
-        new="lse = torch.maximum(lse_a, lse_b)",
+        old="share_b = torch.sigmoid(lse_b - lse_a).unsqueeze(-1)",
+        new="share_b = torch.sigmoid(torch.zeros_like(lse_b)).unsqueeze(-1)",
         test=f"{PARITY}[2-contiguous-softmax]",
     ),
     Mutant(
@@ -98,15 +98,15 @@ ATTENTION_MUTANTS = [
     Mutant(
         name="a sink merged into every block",
         file="hybrid_sp/kernels/softmax/attend.py",
-        old="    before = lse.clone()\n",
-        new="    before = lse.clone()\n    torch.logaddexp(lse, sinks.to(lse.dtype), out=lse)\n",
+        old="    sinks = sinks.to(lse.dtype)\n    o *=",
+        new="    sinks = sinks.to(lse.dtype)\n    torch.logaddexp(lse, sinks, out=lse)\n    o *=",
         test=f"{PARITY}[2-contiguous-softmax]",
     ),
     Mutant(
         name="the gradient of a sink with the wrong sign",
         file="hybrid_sp/kernels/softmax/attend.py",
-        old="    return -(share * (do",
-        new="    return (share * (do",
+        old="    return -parts.sum(",
+        new="    return parts.sum(",
         test=f"{PARITY}[2-contiguous-softmax]",
     ),
     Mutant(

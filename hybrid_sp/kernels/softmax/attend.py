@@ -79,9 +79,9 @@ def empty_output(q: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
 def add_sinks(o: Tensor, lse: Tensor, sinks: Tensor) -> None:
     """Add the sinks [H] to the denominator of o [B,T,H,V] and lse [B,T,H], in place."""
-    before = lse.clone()
-    torch.logaddexp(lse, sinks.to(lse.dtype), out=lse)
-    o *= (before - lse).exp().unsqueeze(-1)
+    sinks = sinks.to(lse.dtype)
+    o *= torch.sigmoid(lse - sinks).unsqueeze(-1)
+    torch.logaddexp(lse, sinks, out=lse)
 
 
 def sinks_backward(do: Tensor, o: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
@@ -90,13 +90,17 @@ def sinks_backward(do: Tensor, o: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
     d sink = -sum over t of exp(sink - lse_t) (do_t . o_t): a sink has no value, so it only takes from the others.
     """
     share = (sinks.to(lse.dtype) - lse).exp()
-    return -(share * (do.to(lse.dtype) * o.to(lse.dtype)).sum(-1)).sum((0, 1))
+    parts = share * (do.to(lse.dtype) * o.to(lse.dtype)).sum(-1)
+    return -parts.sum((0, 1), dtype=torch.float64)  # they cancel, and there are few numbers to sum so
 
 
 def merge(o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Merge the attention over two blocks of keys, in the dtype of lse."""
-    lse = torch.logaddexp(lse_a, lse_b)
-    return o_a * (lse_a - lse).exp().unsqueeze(-1) + o_b * (lse_b - lse).exp().unsqueeze(-1), lse
+    """Merge the attention over two blocks of keys, in the dtype of lse.
+
+    The weights of the blocks add up to 1 exactly, although an lse is rounded to a few digits after the point.
+    """
+    share_b = torch.sigmoid(lse_b - lse_a).unsqueeze(-1)
+    return o_a + (o_b - o_a) * share_b, torch.logaddexp(lse_a, lse_b)
 
 
 def select_kernel(q: Tensor, backend: str) -> Kernel:
