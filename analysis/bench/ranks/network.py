@@ -123,12 +123,18 @@ def _address(host: int) -> str:
 
 
 def _exists(name: str) -> bool:
-    return Path("/var/run/netns", name).exists()
+    return _file(name).exists()
+
+
+def _file(name: str) -> Path:
+    return Path("/var/run/netns", name)
 
 
 def _remove(name: str) -> None:
+    """Remove a namespace. One that a signal has stopped half-way is a file alone, which `ip` does not remove."""
     if _exists(name):
-        _ip("netns", "del", name)
+        subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+        _file(name).unlink(missing_ok=True)
 
 
 def _ip(*words: str) -> None:
